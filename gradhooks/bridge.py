@@ -1,0 +1,57 @@
+"""The one `autograd.Function`: from the real leaves to the predictions of a group."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradhooks.accumulators.base import Coefficients, Ledger
+from gradhooks.errors import HigherOrderError
+from gradhooks.group import Group
+
+
+class PosePredictions(torch.autograd.Function):
+    """Ties a group's predictions to the real leaves, whose total gradient it delivers in one piece.
+
+    The predictions come out twice: one tensor feeds the combination, the other goes to the user, so that the
+    coefficients arrive apart.
+
+    The leaves are saved although no formula needs them. Autograd then refuses a backward after they were changed in
+    place, as it refuses one through the full graph.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, ledger: Ledger, predictions: Tensor, *real: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.group, ctx.ledger, ctx.predictions, ctx.leaves = group, ledger, predictions, len(real)
+        ctx.save_for_backward(*real, *ledger.close(predictions))
+        return predictions.to(torch.promote_types(predictions.dtype, torch.float32), copy=True), predictions.clone()
+
+    @staticmethod
+    def backward(ctx: Any, through_combination: Tensor | None, direct: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise HigherOrderError(
+                "create_graph=True asks for derivatives of a gradient that gradhooks has accumulated, and whose graph is "
+                "gone; use the full graph for this step (call the bare model on each pose), or drop create_graph"
+            )
+        kept = ctx.saved_tensors[ctx.leaves :]
+        nothing = (None,) * (3 + ctx.leaves)
+        if through_combination is None:
+            if direct is None:
+                return nothing
+            through_combination = torch.zeros_like(direct)
+        coefficients = Coefficients(through_combination, None if direct is None else direct.to(through_combination))
+        gradients = ctx.ledger.gradients(kept, coefficients, last=not _keeps_graph())
+        for listener in ctx.group.finished:
+            listener(ctx.group, ctx.predictions, coefficients)
+        typed = (
+            None if gradient is None else gradient.to(real.dtype)
+            for gradient, real in zip(gradients, ctx.group.shadows.real, strict=True)
+        )
+        return (None, None, None, *typed)
+
+
+def _keeps_graph() -> bool:
+    # Not public; where it is missing nothing is overwritten, which costs a copy of the gradients and is right.
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())

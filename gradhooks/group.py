@@ -1,0 +1,105 @@
+"""One group on its way through the model: everything an accumulator may ask for."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradhooks.combination import StreamWeights
+from gradhooks.poses import Call, Poses, prediction_rows
+from gradhooks.replay import Replay, Snapshot
+from gradhooks.report import GroupReport
+from gradhooks.shadow import ShadowParameters
+
+
+class Chunk(NamedTuple):
+    """The poses `start .. stop - 1`, which went through the model together, and the state before they did."""
+
+    start: int
+    stop: int
+    before: Snapshot
+
+
+@dataclass
+class Group:
+    """What belongs to one group from its forward to its outer backward.
+
+    Attributes:
+        model: The bare model.
+        call: How a pose reaches it.
+        poses: The poses; what requires grad in them is cut from what produced it.
+        shadows: The leaves in which the backward of every pose ends.
+        replay: Takes and restores what a second forward needs.
+        declare: The combination's declaration for some predictions of shape `(n,)`.
+        combination_name: For messages.
+        tolerance: Weight relative to the largest below which a pose does not matter; None is the default.
+        report: What became of the poses.
+        only_leaves: Whether backwards must be kept out of every other leaf.
+        needs_grad_mode: Whether the model cannot run without grad mode, since it differentiates in its forward; None
+            until that was tried.
+        finished: Called with the group, its predictions and its coefficients after each outer backward.
+    """
+
+    model: nn.Module
+    call: Call
+    poses: Poses
+    shadows: ShadowParameters
+    replay: Replay
+    declare: Callable[[Tensor], StreamWeights | None]
+    combination_name: str
+    tolerance: float | None
+    report: GroupReport
+    only_leaves: bool = False
+    needs_grad_mode: bool | None = None
+    finished: list[Callable[..., None]] = field(default_factory=list)
+
+    def run(self, start: int, stop: int) -> Tensor:
+        """The predictions of some poses, shape `(stop - start, *prediction)`, in the present grad mode and state."""
+        try:
+            output = self.call(self.model, self.poses.between(start, stop))
+        except Exception as fault:
+            if hasattr(fault, "add_note"):  # Python 3.11
+                fault.add_note(f"gradhooks: this was pose {start} of a group of {len(self.poses)} (counted from 0)")
+            raise
+        return prediction_rows(output, start, stop, self.poses.batched)
+
+    def run_graphless(self, start: int, stop: int) -> Tensor:
+        """The same, without a graph that outlives the call."""
+        if self.needs_grad_mode is None:
+            try:
+                with torch.no_grad(), self.replay.undone(unless_it_succeeds=True):
+                    predictions = self.run(start, stop)
+                self.needs_grad_mode = False
+                return predictions
+            except RuntimeError as fault:
+                # Forces and other derivatives inside the forward; every other fault is the model's own.
+                if "does not require grad" not in str(fault):
+                    raise
+                self.needs_grad_mode = True
+        with torch.set_grad_enabled(self.needs_grad_mode):
+            return self.run(start, stop).detach()
+
+    @contextmanager
+    def rerunning(self) -> Iterator[None]:
+        """Shadows in, grad mode and autocast as in the forward; everything as before at the end."""
+        with self.shadows, self.replay.undone(), torch.enable_grad(), self.replay.autocast():
+            yield
+
+    def backward(self, predictions: Tensor, cotangents: Tensor, *, retain_graph: bool = False) -> None:
+        """Send `cotangents`, of the shape of `predictions`, down to the leaves."""
+        leaves = self.shadows.leaves if self.only_leaves else None
+        cotangents = cotangents.to(predictions, non_blocking=True)
+        with self.replay.no_autocast():
+            torch.autograd.backward(predictions, cotangents, retain_graph=retain_graph, inputs=leaves)
+
+    def negligible(self, dtype: torch.dtype) -> float:
+        """Weight relative to the largest below which a pose does not matter.
+
+        All such poses together stay below half a rounding error of the result.
+        """
+        if self.tolerance is not None:
+            return self.tolerance
+        return torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2 / len(self.poses)

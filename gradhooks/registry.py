@@ -1,0 +1,150 @@
+"""Names for combinations and accumulators, found through entry points.
+
+Listing names imports nothing. A plugin is imported when it is asked for, so a broken one breaks nobody else; its failure is
+not remembered, so mending it is enough.
+"""
+
+import difflib
+import os
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+from gradhooks.errors import PluginError
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+BUILT_IN = "gradhooks"
+IN_PROCESS = "registered in this process"
+
+
+class Registry:
+    """The names of one kind of plugin.
+
+    Args:
+        kind: What they are, for messages.
+        group: Their entry-point group.
+    """
+
+    def __init__(self, kind: str, group: str) -> None:
+        self.kind = kind
+        self.group = group
+        self._registered: dict[str, Callable[..., Any]] = {}
+
+    def available(self) -> list[str]:
+        """Every name, sorted. A name that several distributions claim is given as `distribution:name`."""
+        claims = self._claims()
+        names = {*self._registered}
+        for name, points in claims.items():
+            names.update([name] if len(points) == 1 else [f"{_distribution(point)}:{name}" for point in points])
+        return sorted(names)
+
+    def register(self, name: str) -> Callable[[Factory], Factory]:
+        """Name a class or function in this process only, as in a notebook. Registering again replaces it.
+
+        Raises:
+            PluginError: An installed distribution has that name.
+        """
+
+        def decorate(factory: Factory) -> Factory:
+            if name in self._claims():
+                raise PluginError(
+                    f"{self.kind} {name!r} is already provided by {_listed(self._claims()[name])}; choose another name"
+                )
+            self._registered[name] = factory
+            return factory
+
+        return decorate
+
+    def load(self, name: str) -> Callable[..., Any]:
+        """The class or function behind a name.
+
+        Args:
+            name: `name`, or `distribution:name` where several distributions claim it.
+
+        Raises:
+            PluginError: No such name, several such names, or the plugin cannot be imported.
+        """
+        distribution, _, short = name.rpartition(":")
+        if not distribution and short in self._registered:
+            return self._registered[short]
+        points = self._claims().get(short, [])
+        if distribution:
+            points = [point for point in points if _same(_distribution(point), distribution)]
+        if not points:
+            raise PluginError(self._unknown(name))
+        if len(points) > 1:
+            choices = " or ".join(repr(f"{_distribution(point)}:{short}") for point in points)
+            raise PluginError(f"{self.kind} {name!r} is provided by {_listed(points)}; say {choices}")
+        return self._import(points[0])
+
+    def create(self, name: str, **options: Any) -> Any:
+        """An object made by what is behind a name.
+
+        Raises:
+            PluginError: As `load`; or the options do not fit.
+        """
+        factory = self.load(name)
+        try:
+            return factory(**options)
+        except TypeError as fault:
+            raise PluginError(f"{self.kind} {name!r} cannot be made with options {options}: {fault}") from fault
+
+    def resolve(self, wanted: Any) -> Any:
+        """An object for a name; any other callable or object of this kind as it is."""
+        if isinstance(wanted, str):
+            return self.create(wanted)
+        if isinstance(wanted, type) or not (callable(wanted) or hasattr(wanted, "open")):
+            raise TypeError(f"{self.kind} must be a name or an object (an instance, not a class), got {wanted!r}")
+        return wanted
+
+    def _claims(self) -> dict[str, list[EntryPoint]]:
+        claims: dict[str, list[EntryPoint]] = {}
+        for point in entry_points(group=self.group):
+            if _distribution(point) == BUILT_IN or os.environ.get("GRADHOOKS_DISABLE_PLUGINS", "0") in ("", "0"):
+                known = claims.setdefault(point.name, [])
+                if all((other.value, _distribution(other)) != (point.value, _distribution(point)) for other in known):
+                    known.append(point)  # one distribution can be found twice along sys.path
+        return claims
+
+    def _import(self, point: EntryPoint) -> Callable[..., Any]:
+        try:
+            loaded = point.load()
+        except Exception as fault:
+            raise PluginError(
+                f"{self.kind} {point.name!r} of {_listed([point])} cannot be imported from {point.value!r}: "
+                f"{type(fault).__name__}: {fault}. Mend or uninstall that distribution"
+            ) from fault
+        if not callable(loaded):
+            raise PluginError(
+                f"{self.kind} {point.name!r} of {_listed([point])} is {loaded!r}, which makes no {self.kind}; its entry "
+                f"point {point.value!r} must name a class or a function"
+            )
+        return loaded  # type: ignore[no-any-return]
+
+    def _unknown(self, name: str) -> str:
+        names = self.available()
+        if not names:
+            return f"no {self.kind} is registered, so gradhooks itself is not installed: pip install -e ."
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"unknown {self.kind} {name!r}: {hint}available are {', '.join(names)}"
+
+
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "an unknown distribution"
+
+
+def _same(one: str, other: str) -> bool:
+    return one.lower().replace("_", "-") == other.lower().replace("_", "-")
+
+
+def _listed(points: list[EntryPoint]) -> str:
+    return " and ".join(
+        f"{_distribution(point)} {point.dist.version}" if point.dist is not None else _distribution(point)
+        for point in points
+    )
+
+
+combinations = Registry("combination", "gradhooks.combinations")
+accumulators = Registry("accumulator", "gradhooks.accumulators")

@@ -1,0 +1,141 @@
+"""What a second forward needs to be the first one again: random state, buffers, autocast.
+
+Rules:
+    1. A snapshot is taken before each chunk. What did not change since the last one is shared with it, so a model that
+       draws nothing and writes no buffer costs one snapshot a group.
+    2. Running statistics of normalisation layers in training are written, never read, by their forward: a replay needs
+       none of them. (Their kernels do not count versions either.) They are put back after a replay all the same.
+    3. Values are written back through `.data`, which leaves version counters alone: other graphs that saved the buffer
+       find it as they left it.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+class BufferCopy(NamedTuple):
+    """A buffer's tensor as it stood in its module, and what it held then."""
+
+    tensor: Tensor
+    version: int
+    value: Tensor
+
+
+class Snapshot(NamedTuple):
+    """The state before a forward, in the order of a replay's devices and buffers."""
+
+    generators: tuple[Tensor, ...]
+    buffers: tuple[BufferCopy | None, ...]
+
+
+class Replay:
+    """Takes and restores the state around the forwards of one group.
+
+    Args:
+        model: The model whose buffers count. Generators count of its devices, of the CPU, and of the current GPU once
+            anything has used it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._slots = [(module, name) for module in model.modules() for name in module._buffers]
+        self._devices = _devices_in_use(model)
+        self._autocasts = [_autocast_state(kind) for kind in self._kinds()]
+        self._latest = Snapshot((), (None,) * len(self._slots))
+
+    def _kinds(self) -> list[str]:
+        kinds = sorted({device.type for device in self._devices})
+        return [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
+
+    def take(self, *, statistics: bool = False) -> Snapshot:
+        """The state now, as far as a later forward may depend on it; with `statistics`, all of it."""
+        generators = tuple(_random_state(device) for device in self._devices)
+        known = self._latest.generators
+        if len(known) == len(generators) and all(map(torch.equal, known, generators)):
+            generators = known
+        buffers = tuple(
+            _copy(module, name, latest, statistics)
+            for (module, name), latest in zip(self._slots, self._latest.buffers, strict=True)
+        )
+        if all(new is old for new, old in zip(buffers, self._latest.buffers, strict=True)):
+            buffers = self._latest.buffers
+        self._latest = Snapshot(generators, buffers)
+        return self._latest
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put generators and buffers back to a snapshot."""
+        for device, state in zip(self._devices, snapshot.generators, strict=True):
+            _set_random_state(device, state)
+        for (module, name), copy in zip(self._slots, snapshot.buffers, strict=True):
+            if copy is not None:
+                copy.tensor.data.copy_(copy.value)  # Rule 3
+                module._buffers[name] = copy.tensor
+
+    @contextmanager
+    def undone(self, *, unless_it_succeeds: bool = False) -> Iterator[None]:
+        """Put everything back at the end, whatever happened in between."""
+        before = self.take(statistics=True)
+        succeeded = False
+        try:
+            yield
+            succeeded = True
+        finally:
+            if not (succeeded and unless_it_succeeds):
+                self.restore(before)
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Autocast as it was when the group began. Backward threads have none of their own."""
+        with ExitStack() as stack:
+            for kind, enabled, dtype, cached in self._autocasts:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cached))
+            yield
+
+    @contextmanager
+    def no_autocast(self) -> Iterator[None]:
+        """Plain arithmetic, as in a backward that the user calls outside autocast."""
+        with ExitStack() as stack:
+            for kind, enabled, _, _ in self._autocasts:
+                if enabled:
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+
+
+def _devices_in_use(model: nn.Module) -> list[torch.device]:
+    devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+    devices.add(torch.device("cpu"))
+    if torch.cuda.is_initialized():
+        devices.add(torch.device("cuda", torch.cuda.current_device()))
+    return sorted(devices - {torch.device("meta")}, key=str)
+
+
+def _copy(module: nn.Module, name: str, latest: BufferCopy | None, statistics: bool) -> BufferCopy | None:
+    buffer = module._buffers[name]
+    written_only = isinstance(module, _NormBase) and module.training  # Rule 2
+    if buffer is None or (written_only and not statistics):
+        return None
+    if latest is not None and buffer is latest.tensor and buffer._version == latest.version and not written_only:
+        return latest
+    return BufferCopy(buffer, buffer._version, buffer.detach().clone())
+
+
+def _autocast_state(kind: str) -> tuple[str, bool, torch.dtype, bool]:
+    enabled = torch.is_autocast_enabled(kind)
+    return kind, enabled, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
+
+
+def _random_state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return cast(Tensor, torch.get_device_module(device).get_rng_state(device))
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
