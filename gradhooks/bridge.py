@@ -25,14 +25,15 @@ class PosePredictions(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.group, ctx.ledger, ctx.predictions, ctx.leaves = group, ledger, predictions, len(real)
         ctx.save_for_backward(*real, *ledger.close(predictions))
-        return predictions.to(torch.promote_types(predictions.dtype, torch.float32), copy=True), predictions.clone()
+        wide = torch.promote_types(predictions.dtype, torch.float32)
+        return predictions.to(wide, copy=True), predictions.clone()
 
     @staticmethod
-    def backward(ctx: Any, through_combination: Tensor | None, direct: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, through_combination: Tensor | None, direct: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             raise HigherOrderError(
-                "create_graph=True asks for derivatives of a gradient that gradhooks has accumulated, and whose graph is "
-                "gone; use the full graph for this step (call the bare model on each pose), or drop create_graph"
+                "create_graph=True asks for derivatives of a gradient that gradhooks has accumulated, and whose graph "
+                "is gone; use the full graph for this step (call the bare model on each pose), or drop create_graph"
             )
         kept = ctx.saved_tensors[ctx.leaves :]
         nothing = (None,) * (3 + ctx.leaves)
@@ -49,6 +50,12 @@ class PosePredictions(torch.autograd.Function):
             for gradient, real in zip(gradients, ctx.group.shadows.real, strict=True)
         )
         return (None, None, None, *typed)
+
+
+def tied_to_leaves(group: Group, ledger: Ledger, predictions: Tensor) -> tuple[Tensor, Tensor]:
+    """The predictions as part of autograd's graph: for the combination, float32 or wider, and for the user."""
+    through_combination, direct = PosePredictions.apply(group, ledger, predictions, *group.shadows.real)
+    return through_combination, direct
 
 
 def _keeps_graph() -> bool:

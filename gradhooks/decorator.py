@@ -25,8 +25,8 @@ def multipose(combination: Any = "mean", **options: Any) -> Callable[[Any], Any]
     """
     if isinstance(combination, type) and issubclass(combination, nn.Module):
         raise TypeError(
-            f"multipose got the class {combination.__name__} as its combination: write @multipose() above a model class, "
-            "and pass a combination by name or as an instance"
+            f"multipose got the class {combination.__name__} as its combination: write @multipose() above a model "
+            "class, and pass a combination by name or as an instance"
         )
 
     def wrap(model: Any) -> Any:
@@ -71,8 +71,8 @@ class MultiPoseClass(type):
 
 
 def _decorated(model: type[nn.Module], wrap: Callable[[nn.Module], MultiPose]) -> type[nn.Module]:
-    metaclass = MultiPoseClass if issubclass(MultiPoseClass, type(model)) else type(model)
-    if not issubclass(metaclass, MultiPoseClass):
+    metaclass: type = MultiPoseClass
+    if not issubclass(metaclass, type(model)):  # the class has a metaclass of its own, as abstract classes do
         metaclass = type("MultiPoseClass", (MultiPoseClass, type(model)), {})
     names = {name: getattr(model, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return metaclass(model.__name__, (model,), {**names, "_wrap": staticmethod(wrap)})
+    return metaclass(model.__name__, (model,), {**names, "_wrap": staticmethod(wrap)})  # type: ignore[no-any-return]

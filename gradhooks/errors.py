@@ -24,6 +24,10 @@ class ReplayError(GradhooksError, RuntimeError):
     """Make the model repeatable, or choose an accumulator that runs every pose once."""
 
 
+class ConcurrentUseError(GradhooksError, RuntimeError):
+    """Give each thread a model of its own: two groups cannot be in one model at once."""
+
+
 class HigherOrderError(GradhooksError, RuntimeError):
     """Use the full graph for this step: derivatives of the delivered gradient do not exist."""
 

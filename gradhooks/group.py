@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from gradhooks.combination import StreamWeights
-from gradhooks.poses import Call, Poses, prediction_rows
+from gradhooks.errors import PosesError
+from gradhooks.poses import Call, Nonfinite, Poses, prediction_rows
+from gradhooks.progress import Progress
 from gradhooks.replay import Replay, Snapshot
 from gradhooks.report import GroupReport
 from gradhooks.shadow import ShadowParameters
+from gradhooks.trees import tensors_in
 
 
 class Chunk(NamedTuple):
@@ -36,6 +39,8 @@ class Group:
         declare: The combination's declaration for some predictions of shape `(n,)`.
         combination_name: For messages.
         tolerance: Weight relative to the largest below which a pose does not matter; None is the default.
+        nonfinite: What becomes of predictions that are not finite.
+        progress: How to tell the user.
         report: What became of the poses.
         only_leaves: Whether backwards must be kept out of every other leaf.
         needs_grad_mode: Whether the model cannot run without grad mode, since it differentiates in its forward; None
@@ -51,6 +56,8 @@ class Group:
     declare: Callable[[Tensor], StreamWeights | None]
     combination_name: str
     tolerance: float | None
+    nonfinite: Nonfinite
+    progress: Progress
     report: GroupReport
     only_leaves: bool = False
     needs_grad_mode: bool | None = None
@@ -58,12 +65,20 @@ class Group:
 
     def run(self, start: int, stop: int) -> Tensor:
         """The predictions of some poses, shape `(stop - start, *prediction)`, in the present grad mode and state."""
+        inputs = self.poses.between(start, stop)
+        before = [(tensor, path, tensor._version) for path, tensor in tensors_in(inputs)]
         try:
-            output = self.call(self.model, self.poses.between(start, stop))
+            output = self.call(self.model, inputs)
         except Exception as fault:
             if hasattr(fault, "add_note"):  # Python 3.11
                 fault.add_note(f"gradhooks: this was pose {start} of a group of {len(self.poses)} (counted from 0)")
             raise
+        changed = [path for tensor, path, version in before if tensor._version != version]
+        if changed:
+            raise PosesError(
+                f"pose {start}: the model changed {', '.join(changed)} in place, so that the pose cannot be run again; "
+                "let it work on a copy (clone), or pass one with call=lambda model, pose: ..."
+            )
         return prediction_rows(output, start, stop, self.poses.batched)
 
     def run_graphless(self, start: int, stop: int) -> Tensor:
@@ -103,3 +118,13 @@ class Group:
         if self.tolerance is not None:
             return self.tolerance
         return torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2 / len(self.poses)
+
+    def underflow_guard(self, predictions: Tensor) -> float:
+        """A power of two by which cotangents of a backward that runs before the loss is known are scaled up.
+
+        The gradients of a sum of N poses, or of a mean, are small; in float16 most would underflow, where a backward
+        after the loss is saved by the scale of a `GradScaler`.
+        """
+        half = predictions.dtype == torch.float16 or self.replay.autocasts_to_half
+        half = half or any(leaf.dtype == torch.float16 for leaf in self.shadows.leaves)
+        return 2.0**12 if half else 1.0

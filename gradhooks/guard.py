@@ -1,9 +1,8 @@
 """Finds, in the first pose of a group, leaves that no stand-in covers, and refuses them by name."""
 
-import torch
 from torch import Tensor, nn
 
-from gradhooks.errors import UnregisteredTensorError
+from gradhooks.errors import PredictionError, UnregisteredTensorError
 from gradhooks.group import Chunk, Group
 from gradhooks.shadow import reached_leaves
 from gradhooks.trees import tensors_in
@@ -19,19 +18,28 @@ def run_guarded(group: Group, chunk: Chunk) -> Tensor:
         UnregisteredTensorError: The predictions depend on a parameter, or a lasting tensor, that has no stand-in.
     """
     predictions = group.run(chunk.start, chunk.stop)
+    _refuse_gradients(group)
     strangers = _strangers(group, predictions)
     _refuse([leaf for leaf in strangers if isinstance(leaf, nn.Parameter)], group)
     if strangers:
         del predictions
         group.replay.restore(chunk.before)
         predictions = group.run(chunk.start, chunk.stop)
-        inputs = {id(tensor) for tensor in tensors_in(group.poses.between(chunk.start, chunk.stop))}
+        inputs = {id(tensor) for _, tensor in tensors_in(group.poses.between(chunk.start, chunk.stop))}
         known = {id(leaf) for leaf in strangers}
         lasting = [leaf for leaf in _strangers(group, predictions) if id(leaf) in known]
         _refuse([leaf for leaf in lasting if id(leaf) not in inputs], group)
         # What is left are inputs that the model itself marked; the poses' backwards must leave their `.grad` alone.
         group.only_leaves = bool(lasting)
     return predictions
+
+
+def _refuse_gradients(group: Group) -> None:
+    if any(leaf.grad is not None for leaf in group.shadows.leaves):
+        raise PredictionError(
+            "pose 0: the model calls backward() in its forward, which adds to the gradients of its parameters for each "
+            "pose; let it use torch.autograd.grad(..., create_graph=True) for derivatives that the prediction needs"
+        )
 
 
 def _strangers(group: Group, predictions: Tensor) -> list[Tensor]:

@@ -1,18 +1,20 @@
 """MultiPose: the only place that sequences the steps."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gradhooks import checkpoints, registry
-from gradhooks.accumulators.base import Accumulator, Ledger
-from gradhooks.bridge import PosePredictions
+from gradhooks.accumulators.base import Accumulator
+from gradhooks.bridge import tied_to_leaves
 from gradhooks.errors import PosesError, PredictionError
-from gradhooks.group import Chunk, Group
-from gradhooks.guard import run_guarded
-from gradhooks.poses import Call, Collate, Poses, arrange, call_model, prediction_rows
+from gradhooks.group import Group
+from gradhooks.lazy import initialise_lazy
+from gradhooks.passage import send_through
+from gradhooks.poses import Call, Collate, Nonfinite, Poses, arrange, call_model, check_rows, prediction_rows
+from gradhooks.progress import Progress, reporting
 from gradhooks.replay import Replay
 from gradhooks.report import GroupReport
 from gradhooks.shadow import ShadowParameters
@@ -22,7 +24,7 @@ class MultiPosePrediction(NamedTuple):
     """What a group predicts.
 
     Attributes:
-        combined: The combination's result, by convention of the shape `(*prediction)` that the model gives for one pose.
+        combined: The combination's result, by convention of the shape `(*prediction)` that one pose has.
         poses: Shape `(N, *prediction)`, in the order of the poses. Losses may use it, alone or beside `combined`.
     """
 
@@ -49,6 +51,11 @@ class MultiPose(nn.Module):
         collate: Makes the model's input of a list of poses, so that it gives a row for each; needed to chunk a list.
         tolerance: A pose whose coefficient is this small relative to the largest gets no backward. None is the largest
             tolerance that leaves the result within half a rounding error; 0 skips only what is exactly zero.
+        nonfinite: What to do with a prediction that is NaN or infinite: let it through as the full graph would, raise,
+            or leave the pose out of the combination.
+        replay_generators: Random sources that the model draws from beside PyTorch's default generators (a
+            `torch.Generator`, one of numpy's, the modules `random` and `numpy.random`): a second run then draws alike.
+        progress: True for a bar where tqdm is installed, or a function of `(done, total)`, called after each chunk.
 
     Attributes:
         report: The `GroupReport` of the last group.
@@ -65,6 +72,9 @@ class MultiPose(nn.Module):
         forward_chunk_size: int | None = None,
         collate: Collate | None = None,
         tolerance: float | None = None,
+        nonfinite: Nonfinite = "propagate",
+        replay_generators: Iterable[object] = (),
+        progress: Progress = False,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -79,6 +89,11 @@ class MultiPose(nn.Module):
         if tolerance is not None and not 0 <= tolerance < 1:
             raise ValueError(f"tolerance must be in [0, 1), relative to the largest coefficient, got {tolerance}")
         self.tolerance = tolerance
+        if nonfinite not in get_args(Nonfinite):
+            raise ValueError(f"nonfinite must be one of {', '.join(get_args(Nonfinite))}, got {nonfinite!r}")
+        self.nonfinite = nonfinite
+        self.replay_generators = tuple(replay_generators)
+        self.progress = progress
         self.report = GroupReport()
         checkpoints.use_keys_of_the_bare_model(self)
 
@@ -103,90 +118,65 @@ class MultiPose(nn.Module):
 
         Raises:
             PosesError: The group is empty or no group.
-            PredictionError: What the model returned is no floating-point tensor of one shape for all poses, or does not
-                require grad although something could be trained.
+            PredictionError: What the model returned is no floating-point tensor of one shape for all poses, is not
+                finite though it must be, or does not require grad although something could be trained.
             UnregisteredTensorError: It depends on a leaf that cannot be intercepted.
         """
-        shadows = ShadowParameters(self.model)
-        arranged = arrange(poses, self.collate, shadows.cut)
+        arranged = arrange(poses, self.collate)
         if max(self.chunk_size, self.forward_chunk_size) > 1 and not arranged.batched:
             raise PosesError(
                 "chunks of more than one pose need collate= to make a batch of a list, or poses stacked in a tensor"
             )
+        initialise_lazy(self.model, lambda: self.call(self.model, arranged.between(0, 1)))
         self.report = GroupReport(poses=len(arranged), accumulator=self.accumulator.name)
+        shadows = ShadowParameters(self.model)
+        if torch.is_grad_enabled():
+            arranged = arranged.cut(shadows.cut)
         if not (torch.is_grad_enabled() and shadows.real):
             predictions = self._predict(arranged)
-            return MultiPosePrediction(self.combination(_widened(predictions)), predictions)
+            return MultiPosePrediction(self._combine(predictions), predictions)
         group = Group(
             model=self.model,
             call=self.call,
             poses=arranged,
             shadows=shadows,
-            replay=Replay(self.model),
+            replay=Replay(self.model, self.replay_generators),
             declare=getattr(self.combination, "stream_weights", _declares_nothing),
             combination_name=type(self.combination).__name__,
             tolerance=self.tolerance,
+            nonfinite=self.nonfinite,
+            progress=self.progress,
             report=self.report,
         )
-        ledger, predictions = self._run(group)
-        through_combination, direct = PosePredictions.apply(group, ledger, predictions, *shadows.real)
-        return MultiPosePrediction(self.combination(through_combination), direct)
+        ledger, predictions = send_through(group, self.accumulator, self.chunk_size, self.forward_chunk_size)
+        through_combination, direct = tied_to_leaves(group, ledger, predictions)
+        return MultiPosePrediction(self._combine(through_combination), direct)
 
     def _predict(self, poses: Poses) -> Tensor:
         """Nothing to train: nothing is hooked and nothing kept. Shape `(N, *prediction)`."""
-        rows = []
-        with torch.no_grad():
+        rows: list[Tensor] = []
+        with torch.no_grad(), reporting(self.progress, len(poses), "poses") as report:
             for start in range(0, len(poses), self.forward_chunk_size):
                 stop = min(start + self.forward_chunk_size, len(poses))
                 output = self.call(self.model, poses.between(start, stop))
                 rows.append(prediction_rows(output, start, stop, poses.batched))
-                _check_shape(rows, start)
+                check_rows(rows[0], rows[-1], start, finite=self.nonfinite == "raise")
+                report(stop)
         return torch.cat(rows)
 
-    def _run(self, group: Group) -> tuple[Ledger, Tensor]:
-        """Send every pose through the model once, past the accumulator. Predictions have shape `(N, *prediction)`."""
-        with group.shadows, group.replay.undone(unless_it_succeeds=True):
-            count = len(group.poses)
-            chunk = Chunk(0, min(self.chunk_size, count), group.replay.take(statistics=True))
-            live = run_guarded(group, chunk)
-            ledger = self.accumulator.open(group, live)
-            differentiable = live.requires_grad
-            rows = [live.detach()]
-            ledger.add(chunk, live)
-            while chunk.stop < count:
-                del live  # the next pose needs the room of its graph
-                with_graph = ledger.keeps_graph or not differentiable
-                size = self.chunk_size if with_graph else self.forward_chunk_size
-                chunk = Chunk(chunk.stop, min(chunk.stop + size, count), group.replay.take())
-                run = group.run if with_graph else group.run_graphless
-                live = run(chunk.start, chunk.stop)
-                differentiable |= live.requires_grad
-                rows.append(live.detach())
-                _check_shape(rows, chunk.start)
-                ledger.add(chunk, live)
-        if not differentiable:
-            raise PredictionError(
-                f"no prediction of the {count} poses requires grad, though the model has parameters that do; does it "
-                "detach its output, or compute it under torch.no_grad()? (To predict only, call it under no_grad.)"
-            )
-        return ledger, torch.cat(rows)
-
-
-def _widened(predictions: Tensor) -> Tensor:
-    return predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+    def _combine(self, predictions: Tensor) -> Tensor:
+        wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+        if self.nonfinite == "drop":
+            finite = wide.isfinite().flatten(1).all(1)
+            if not finite.any():
+                raise PredictionError(f"none of the {len(wide)} predictions of the group is finite: nothing is left")
+            wide = wide[finite]
+        combined: Tensor = self.combination(wide)
+        return combined
 
 
 def _declares_nothing(predictions: Tensor) -> None:
     del predictions
-
-
-def _check_shape(rows: list[Tensor], start: int) -> None:
-    first, last = rows[0].shape[1:], rows[-1].shape[1:]
-    if first != last:
-        raise PredictionError(
-            f"pose {start}: its prediction has shape {tuple(last)}, that of pose 0 {tuple(first)}; all poses of a group "
-            "must give predictions of one shape"
-        )
 
 
 def _at_least_one(name: str, value: int) -> int:

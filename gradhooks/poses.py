@@ -1,7 +1,7 @@
 """Poses in any form, cut into what goes through the model at once."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from gradhooks.errors import PosesError, PredictionError
 from gradhooks.trees import map_tensors
 
 Collate = Callable[[list[Any]], Any]
+Nonfinite = Literal["propagate", "raise", "drop"]
 Call = Callable[[nn.Module, Any], Tensor]
 
 
@@ -22,6 +23,9 @@ class Poses(Protocol):
 
     def between(self, start: int, stop: int) -> Any:
         """What the model gets for the poses `start .. stop - 1`."""
+
+    def cut(self, cut: Callable[[Tensor], Tensor]) -> "Poses":
+        """The same poses, `cut` applied to each tensor."""
 
 
 class StackedPoses:
@@ -38,6 +42,9 @@ class StackedPoses:
 
     def between(self, start: int, stop: int) -> Any:
         return map_tensors(lambda tensor: tensor[start:stop], self._stack)
+
+    def cut(self, cut: Callable[[Tensor], Tensor]) -> "Poses":
+        return StackedPoses(map_tensors(cut, self._stack))
 
 
 class ListedPoses:
@@ -56,14 +63,16 @@ class ListedPoses:
             return self._collate(list(self._poses[start:stop]))
         return self._poses[start]
 
+    def cut(self, cut: Callable[[Tensor], Tensor]) -> "Poses":
+        return ListedPoses([map_tensors(cut, pose) for pose in self._poses], self._collate)
 
-def arrange(poses: Any, collate: Collate | None, cut: Callable[[Tensor], Tensor]) -> Poses:
+
+def arrange(poses: Any, collate: Collate | None) -> Poses:
     """Bring a group into one of the two forms.
 
     Args:
         poses: What the user passed.
         collate: Makes a batch of a list of poses.
-        cut: Applied to each tensor of each pose.
 
     Raises:
         PosesError: `poses` is empty, or neither an iterable nor a stack.
@@ -83,7 +92,7 @@ def arrange(poses: Any, collate: Collate | None, cut: Callable[[Tensor], Tensor]
             f"poses must be an iterable of poses, a tensor or a mapping of tensors, got one {type(poses).__name__}; "
             "pass a list of poses (for a batch of PyTorch Geometric: batch.to_data_list())"
         )
-    listed = [map_tensors(cut, pose) for pose in poses]
+    listed = list(poses)
     if not listed:
         raise PosesError("the group is empty: a group needs at least one pose")
     return ListedPoses(listed, collate)
@@ -121,6 +130,31 @@ def prediction_rows(output: Any, start: int, stop: int, batched: bool) -> Tensor
             "(for a stacked tensor: poses.unbind()) and no collate"
         )
     return output
+
+
+def check_rows(first: Tensor, rows: Tensor, start: int, *, finite: bool) -> None:
+    """Check the rows of a chunk that begins with pose `start`.
+
+    Args:
+        first: The rows of the first chunk.
+        rows: The rows to check.
+        start: The index of their first pose.
+        finite: Whether they must be finite. To find out waits for the device.
+
+    Raises:
+        PredictionError: They have other shapes than the first, or are not finite.
+    """
+    if finite and not rows.isfinite().all():
+        bad = int(rows.isfinite().flatten(1).all(1).logical_not().nonzero()[0])
+        raise PredictionError(
+            f"pose {start + bad}: its prediction is not finite ({rows[bad].flatten().tolist()}); nonfinite='drop' leaves "
+            "such poses out, nonfinite='propagate' lets them through"
+        )
+    if rows.shape[1:] != first.shape[1:]:
+        raise PredictionError(
+            f"pose {start}: its prediction has shape {tuple(rows.shape[1:])}, that of pose 0 {tuple(first.shape[1:])}; "
+            "all poses of a group must give predictions of one shape"
+        )
 
 
 def _stack_length(stack: Tensor | Mapping[str, Tensor]) -> int:

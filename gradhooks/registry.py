@@ -1,7 +1,7 @@
 """Names for combinations and accumulators, found through entry points.
 
-Listing names imports nothing. A plugin is imported when it is asked for, so a broken one breaks nobody else; its failure is
-not remembered, so mending it is enough.
+Listing names imports nothing. A plugin is imported when it is asked for, so a broken one breaks nobody else; a failure
+is not remembered, so mending it is enough.
 """
 
 import difflib
@@ -117,8 +117,8 @@ class Registry:
             ) from fault
         if not callable(loaded):
             raise PluginError(
-                f"{self.kind} {point.name!r} of {_listed([point])} is {loaded!r}, which makes no {self.kind}; its entry "
-                f"point {point.value!r} must name a class or a function"
+                f"{self.kind} {point.name!r} of {_listed([point])} is {loaded!r}, which makes no {self.kind}; its "
+                f"entry point {point.value!r} must name a class or a function"
             )
         return loaded  # type: ignore[no-any-return]
 

@@ -9,13 +9,15 @@ Rules:
        find it as they left it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from gradhooks.randomness import RandomSource, sources_in_use
 
 
 class BufferCopy(NamedTuple):
@@ -27,9 +29,9 @@ class BufferCopy(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """The state before a forward, in the order of a replay's devices and buffers."""
+    """The state before a forward, in the order of a replay's sources and buffers."""
 
-    generators: tuple[Tensor, ...]
+    random: tuple[Any, ...]
     buffers: tuple[BufferCopy | None, ...]
 
 
@@ -37,39 +39,35 @@ class Replay:
     """Takes and restores the state around the forwards of one group.
 
     Args:
-        model: The model whose buffers count. Generators count of its devices, of the CPU, and of the current GPU once
-            anything has used it.
+        model: The model whose buffers count.
+        generators: Random sources beside the default generators of PyTorch.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, generators: Iterable[object] = ()) -> None:
         self._slots = [(module, name) for module in model.modules() for name in module._buffers]
-        self._devices = _devices_in_use(model)
-        self._autocasts = [_autocast_state(kind) for kind in self._kinds()]
-        self._latest = Snapshot((), (None,) * len(self._slots))
-
-    def _kinds(self) -> list[str]:
-        kinds = sorted({device.type for device in self._devices})
-        return [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
+        devices = _devices_in_use(model)
+        self._sources: list[RandomSource] = sources_in_use(devices, generators)
+        kinds = sorted({device.type for device in devices})
+        self._autocasts = [_autocast_state(kind) for kind in kinds if torch.amp.is_autocast_available(kind)]
+        self._latest = Snapshot((None,) * len(self._sources), (None,) * len(self._slots))
 
     def take(self, *, statistics: bool = False) -> Snapshot:
         """The state now, as far as a later forward may depend on it; with `statistics`, all of it."""
-        generators = tuple(_random_state(device) for device in self._devices)
-        known = self._latest.generators
-        if len(known) == len(generators) and all(map(torch.equal, known, generators)):
-            generators = known
+        random = tuple(
+            known if source.is_at(known) else source.get()
+            for source, known in zip(self._sources, self._latest.random, strict=True)
+        )
         buffers = tuple(
             _copy(module, name, latest, statistics)
             for (module, name), latest in zip(self._slots, self._latest.buffers, strict=True)
         )
-        if all(new is old for new, old in zip(buffers, self._latest.buffers, strict=True)):
-            buffers = self._latest.buffers
-        self._latest = Snapshot(generators, buffers)
+        self._latest = Snapshot(_shared(random, self._latest.random), _shared(buffers, self._latest.buffers))
         return self._latest
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Put generators and buffers back to a snapshot."""
-        for device, state in zip(self._devices, snapshot.generators, strict=True):
-            _set_random_state(device, state)
+        """Put random sources and buffers back to a snapshot."""
+        for source, state in zip(self._sources, snapshot.random, strict=True):
+            source.set(state)
         for (module, name), copy in zip(self._slots, snapshot.buffers, strict=True):
             if copy is not None:
                 copy.tensor.data.copy_(copy.value)  # Rule 3
@@ -104,13 +102,14 @@ class Replay:
                     stack.enter_context(torch.autocast(kind, enabled=False))
             yield
 
+    @property
+    def autocasts_to_half(self) -> bool:
+        """Whether the forwards run under autocast to float16."""
+        return any(enabled and dtype == torch.float16 for _, enabled, dtype, _ in self._autocasts)
 
-def _devices_in_use(model: nn.Module) -> list[torch.device]:
-    devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
-    devices.add(torch.device("cpu"))
-    if torch.cuda.is_initialized():
-        devices.add(torch.device("cuda", torch.cuda.current_device()))
-    return sorted(devices - {torch.device("meta")}, key=str)
+
+def _shared(new: tuple[Any, ...], known: tuple[Any, ...]) -> tuple[Any, ...]:
+    return known if all(one is other for one, other in zip(new, known, strict=True)) else new
 
 
 def _copy(module: nn.Module, name: str, latest: BufferCopy | None, statistics: bool) -> BufferCopy | None:
@@ -123,19 +122,14 @@ def _copy(module: nn.Module, name: str, latest: BufferCopy | None, statistics: b
     return BufferCopy(buffer, buffer._version, buffer.detach().clone())
 
 
+def _devices_in_use(model: nn.Module) -> list[torch.device]:
+    devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+    devices.add(torch.device("cpu"))
+    if torch.cuda.is_initialized():
+        devices.add(torch.device("cuda", torch.cuda.current_device()))
+    return sorted(devices - {torch.device("meta")}, key=str)
+
+
 def _autocast_state(kind: str) -> tuple[str, bool, torch.dtype, bool]:
     enabled = torch.is_autocast_enabled(kind)
     return kind, enabled, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
-
-
-def _random_state(device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return torch.get_rng_state()
-    return cast(Tensor, torch.get_device_module(device).get_rng_state(device))
-
-
-def _set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(device).set_rng_state(state, device)

@@ -8,16 +8,23 @@ Rules:
     3. Tied parameters share one shadow. What cached its parameters outside `_parameters` gets the shadows there too.
     4. Pose inputs that require grad are cut the same way: an alias stands in for them while the poses run.
     5. Shadows live for one group: `.to()` and `p.data =` would leave older aliases on the old storage.
+    6. A group may run inside another one's model; its shadows then stand in for shadows. A group in another thread may
+       not: its gradients would end in the wrong shadows.
 """
 
+import threading
 from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import ExitStack
-from typing import cast
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
+from gradhooks.errors import ConcurrentUseError
+
 Receiver = Callable[[int, Tensor], None]
+
+_swapping = threading.Lock()
+_entered_here = threading.local()
 
 
 class ShadowParameters:
@@ -28,31 +35,38 @@ class ShadowParameters:
     Attributes:
         real: Trainable parameters of the model, then pose inputs that require grad.
         leaves: Their stand-ins, in the same order.
+
+    Raises:
+        ConcurrentUseError: On creation and on entry, if another thread has its shadows in the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.real: list[Tensor] = []
         self.leaves: list[Tensor] = []
+        self._token = object()  # on each shadow; not `self`, which would be a cycle
         self._index: dict[int, int] = {}  # id of a real tensor -> its place; `real` keeps the ids valid
-        self._slots: list[tuple[MutableMapping[str, Tensor | None], str, Tensor]] = []
-        self._flat: list[tuple[nn.RNNBase, list[Tensor]]] = []
+        self._slots: list[tuple[MutableMapping[str, Tensor | None], str, int]] = []
+        self._flat: list[tuple[Any, list[Tensor]]] = []
         self._displaced: list[tuple[list[Tensor | None], list[list[Tensor]]]] = []
         for module in model.modules():
             self._shadow(module)
-        self.parameters = len(self.real)
 
     def _shadow(self, module: nn.Module) -> None:
-        slots = cast(MutableMapping[str, Tensor | None], module._parameters)
+        slots = cast("MutableMapping[str, Tensor | None]", module._parameters)
         for name, parameter in slots.items():
             if parameter is not None and parameter.requires_grad:
-                self._slots.append((slots, name, self._stand_in(parameter, _alias_parameter)))
+                owner = _owner(parameter)
+                if owner is not None and owner not in _tokens_here():
+                    raise ConcurrentUseError(_CONCURRENT)
+                self._slots.append((slots, name, self._place(parameter, self._alias_parameter)))
         if isinstance(module, nn.RNNBase):
             # Rule 3: the fused kernels read this list, not `_parameters`.
-            self._flat.append((module, [self.stand_in_for(weight) for weight in module._flat_weights]))
+            weights = cast("list[Tensor]", module._flat_weights)
+            self._flat.append((module, [self.stand_in_for(weight) for weight in weights]))
 
     def cut(self, tensor: Tensor) -> Tensor:
         """Rule 4: the stand-in for a pose input; the tensor itself where nothing flows into it."""
-        return self._stand_in(tensor, _alias_input) if tensor.requires_grad else tensor
+        return self.leaves[self._place(tensor, _alias_input)] if tensor.requires_grad else tensor
 
     def stand_in_for(self, tensor: Tensor) -> Tensor:
         """The stand-in of a tensor that has one, or the tensor."""
@@ -61,14 +75,20 @@ class ShadowParameters:
 
     def real_of(self, leaf: Tensor) -> Tensor:
         """What a stand-in stands for; the tensor itself where it is none."""
-        return next((real for real, stand_in in zip(self.real, self.leaves, strict=True) if stand_in is leaf), leaf)
+        return next((real for real, other in zip(self.real, self.leaves, strict=True) if other is leaf), leaf)
 
-    def _stand_in(self, tensor: Tensor, alias: Callable[[Tensor], Tensor]) -> Tensor:
-        if id(tensor) not in self._index:
-            self._index[id(tensor)] = len(self.real)
+    def _place(self, tensor: Tensor, alias: Callable[[Tensor], Tensor]) -> int:
+        place = self._index.setdefault(id(tensor), len(self.real))
+        if place == len(self.real):
             self.real.append(tensor)
             self.leaves.append(alias(tensor))
-        return self.stand_in_for(tensor)
+        return place
+
+    def _alias_parameter(self, parameter: Tensor) -> Tensor:
+        shadow = nn.Parameter(parameter.detach())
+        shadow.__dict__.update(parameter.__dict__)  # marks that model code reads, as `weight.is_expert`
+        shadow.__dict__["_gradhooks_owner"] = self._token
+        return shadow
 
     def intercept(self, receive: Receiver, places: Iterable[int]) -> ExitStack:
         """Hand each gradient that arrives in the leaves at `places` to `receive(place, gradient)`, then forget it.
@@ -82,22 +102,21 @@ class ShadowParameters:
             hooks.callback(self.leaves[place].register_post_accumulate_grad_hook(hook).remove)
         return hooks
 
-    def take_gradients(self) -> list[Tensor | None]:
-        """The gradients that have gathered in the leaves, which are left without any."""
-        gradients = [leaf.grad for leaf in self.leaves]
-        for leaf in self.leaves:
-            leaf.grad = None
-        return gradients
-
     def __enter__(self) -> None:
-        parameters = [slots[name] for slots, name, _ in self._slots]
-        self._displaced.append((parameters, [module._flat_weights for module, _ in self._flat]))
-        for slots, name, shadow in self._slots:
-            slots[name] = shadow
-        for module, weights in self._flat:
-            module._flat_weights = weights
+        with _swapping:
+            parameters = [slots[name] for slots, name, _ in self._slots]
+            for parameter, (_, _, place) in zip(parameters, self._slots, strict=True):
+                if _owner(parameter) not in (None, self._token) and parameter is not self.real[place]:
+                    raise ConcurrentUseError(_CONCURRENT)
+            self._displaced.append((parameters, [module._flat_weights for module, _ in self._flat]))
+            for slots, name, place in self._slots:
+                slots[name] = self.leaves[place]
+            for module, weights in self._flat:
+                module._flat_weights = weights
+        _tokens_here().append(self._token)
 
     def __exit__(self, *exception: object) -> None:
+        _tokens_here().remove(self._token)
         parameters, flat = self._displaced.pop()
         for (slots, name, _), parameter in zip(self._slots, parameters, strict=True):
             slots[name] = parameter
@@ -105,10 +124,20 @@ class ShadowParameters:
             module._flat_weights = weights
 
 
-def _alias_parameter(parameter: Tensor) -> Tensor:
-    shadow = nn.Parameter(parameter.detach())
-    shadow.__dict__.update(parameter.__dict__)  # marks that model code reads, as `weight.is_expert`
-    return shadow
+_CONCURRENT = (
+    "another thread is running a group through this model; give each thread a copy of the model, or let one wait for "
+    "the other"
+)
+
+
+def _tokens_here() -> list[object]:
+    if not hasattr(_entered_here, "tokens"):
+        _entered_here.tokens = []
+    return cast("list[object]", _entered_here.tokens)
+
+
+def _owner(parameter: Tensor | None) -> object | None:
+    return None if parameter is None else parameter.__dict__.get("_gradhooks_owner")
 
 
 def _alias_input(tensor: Tensor) -> Tensor:

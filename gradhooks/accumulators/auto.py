@@ -20,7 +20,7 @@ FORGETTING = 0.3
 
 
 class Auto(Accumulator):
-    """Streams where the combination declares it, a prediction is one number, and earlier groups show that it is cheaper.
+    """Streams where that can be done and earlier groups show that it is cheaper, recomputes elsewhere.
 
     Of the poses of a group let b be the share whose weight mattered when it came, k the share that mattered in the end,
     and r the share that the loss reads beside the combination. With a graphless forward costing f of a step, streaming
@@ -73,7 +73,7 @@ class Auto(Accumulator):
         declaration = declared(group, predictions)
         if declaration is None:
             return
-        weights = declaration.log_weights.nan_to_num(nan=math.inf)
+        weights = torch.tensor(declaration.log_weights, dtype=torch.float64).nan_to_num(nan=math.inf)
         least = math.log(group.negligible(predictions.dtype) or torch.finfo(torch.float64).tiny)
         came = (weights >= weights.cummax(0).values + least).double().mean().item()
         stayed = (weights >= weights.max() + least).double().mean().item()

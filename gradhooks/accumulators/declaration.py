@@ -1,6 +1,7 @@
-"""A combination's declaration for one chunk, brought to the CPU in float64."""
+"""A combination's declaration for some poses, checked and brought to the host."""
 
-from dataclasses import dataclass
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,31 +10,18 @@ from gradhooks.errors import CombinationError
 from gradhooks.group import Group
 
 
-@dataclass(frozen=True)
-class Declaration:
-    """The claim, filled in.
+class Declaration(NamedTuple):
+    """`StreamWeights` as numbers: torch operators on single numbers would cost more than a small model.
 
     Attributes:
-        log_weights: Shape `(n,)`.
-        features: Shape `(n, K)`.
-        uniform: Whether it weighs all poses alike, whatever they predict.
+        log_weights: One for each of `n` poses.
+        features: `K` for each.
+        uniform: Whether all poses weigh the same, whatever they predict.
     """
 
-    log_weights: Tensor
-    features: Tensor
-    uniform: bool
-
-    def weights(self, top: float, reference: Tensor) -> Tensor:
-        """`e_i (1, phi_i - reference)` with `e_i = exp(l_i - top)`, shape `(n, 1 + K)`; 0 where the claim is no number."""
-        features = torch.cat([torch.ones(len(self.features), 1, dtype=torch.float64), self.features - reference], 1)
-        weights = (self.log_weights - top).exp().unsqueeze(1) * features
-        return torch.where(weights.isfinite(), weights, 0.0)
-
-    def top(self) -> tuple[float, Tensor]:
-        """The largest finite log-weight, and the features of its pose."""
-        finite = torch.where(self.log_weights.isfinite(), self.log_weights, -torch.inf)
-        place = int(finite.argmax())
-        return float(finite[place]), self.features[place]
+    log_weights: list[float]
+    features: list[list[float]]
+    uniform: bool = False
 
 
 def declared(group: Group, predictions: Tensor) -> Declaration | None:
@@ -50,18 +38,27 @@ def declared(group: Group, predictions: Tensor) -> Declaration | None:
     if claim is None:
         return None
     log_weights, features = claim
-    uniform = log_weights is None and features is None
+    if log_weights is None and features is None:
+        return uniform(count)
     log_weights = torch.zeros(count) if log_weights is None else log_weights
     features = torch.zeros(count, 0) if features is None else features
     features = features.unsqueeze(1) if features.dim() == 1 else features
-    if log_weights.shape != (count,) or features.dim() != 2 or len(features) != count:
+    if log_weights.shape != (count,) or features.shape != (count, features[:1].numel()):
         raise CombinationError(
             f"combination {group.combination_name}: stream_weights of {count} predictions must give log_weights of "
             f"shape ({count},) and features of shape ({count},) or ({count}, K), got {tuple(log_weights.shape)} and "
             f"{tuple(features.shape)}"
         )
-    return Declaration(_on_host(log_weights), _on_host(features), uniform)
+    return Declaration(log_weights.tolist(), features.tolist())
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float64)
+def without(declaration: Declaration, excluded: list[bool]) -> Declaration:
+    """The declaration with no weight for the poses that are marked."""
+    claims = zip(*declaration[:2], excluded, strict=True)
+    kept = [(-math.inf, [0.0] * len(features)) if out else (weight, features) for weight, features, out in claims]
+    return Declaration([weight for weight, _ in kept], [features for _, features in kept])
+
+
+def uniform(count: int) -> Declaration:
+    """The declaration that weighs `count` poses alike."""
+    return Declaration([0.0] * count, [[]] * count, uniform=True)

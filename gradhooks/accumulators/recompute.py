@@ -9,6 +9,7 @@ from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger
 from gradhooks.accumulators.sums import Gradients, RunningSums
 from gradhooks.errors import ReplayError
 from gradhooks.group import Chunk, Group
+from gradhooks.progress import reporting
 from gradhooks.shadow import reached_leaves
 
 
@@ -81,9 +82,13 @@ def replayed_gradients(
     chosen = [chunk for chunk in chunks if matters[chunk.start : chunk.stop].any()]
     if not chosen:
         return [None] * len(group.shadows.leaves)
-    sums = RunningSums(group.shadows, count=1)
     drifts = []
-    with group.rerunning():
+    with (
+        group.rerunning(),
+        RunningSums(group.shadows, count=1) as sums,
+        reporting(group.progress, int(matters.sum()), "poses that matter") as report,
+    ):
+        done = 0
         for chunk in reversed(chosen):
             group.replay.restore(chunk.before)
             again = group.run(chunk.start, chunk.stop)
@@ -97,6 +102,8 @@ def replayed_gradients(
             del again
             group.report.backwards += int(wanted.sum())
             group.report.recomputed += int(wanted.sum())
+            done += int(wanted.sum())
+            report(done)
         _refuse_drift(group, list(reversed(chosen)), drifts, predictions)
         return sums.take()[0]
 
@@ -112,10 +119,10 @@ def _refuse_drift(group: Group, chunks: Sequence[Chunk], drifts: Sequence[Tensor
     for chunk, found, drift in zip(chunks, drifted, drifts, strict=True):
         if found:
             raise ReplayError(
-                f"pose {chunk.start} of {len(group.poses)}: its second run differs from its first by {drift.item():.3g}. "
-                "The model depends on something that gradhooks does not restore (Python's or numpy's random numbers, a "
-                "generator of its own, a pose changed in place). Make it repeatable, or use accumulator='store', which "
-                "runs every pose once"
+                f"pose {chunk.start} of {len(group.poses)}: its second run differs from its first by "
+                f"{drift.item():.3g}; the model depends on something that is not restored (Python's or numpy's random "
+                "numbers, a generator of its own, a pose changed in place). Name its generators with "
+                "replay_generators=[...], or use accumulator='store', which runs every pose once"
             )
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger
-from gradhooks.accumulators.recompute import Recompute
-from gradhooks.accumulators.sums import Gradients, accumulate
+from gradhooks.accumulators.recompute import Recompute, replayed_gradients
+from gradhooks.accumulators.sums import Gradients, accumulate, all_finite
 from gradhooks.group import Chunk, Group
 
 
@@ -34,7 +34,7 @@ class Store(Accumulator):
             group.report.reason = "predictions of more than one number are not stored"
             group.report.accumulator = Recompute.name
             return Recompute().open(group, predictions)
-        return StoreLedger(group, self.device, self.dtype)
+        return StoreLedger(group, self.device, self.dtype, group.underflow_guard(predictions))
 
 
 class StoreLedger(Ledger):
@@ -42,58 +42,70 @@ class StoreLedger(Ledger):
 
     keeps_graph = True
 
-    def __init__(self, group: Group, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    def __init__(self, group: Group, device: torch.device | None, dtype: torch.dtype | None, guard: float) -> None:
         self._group = group
         self._device = device
         self._dtype = dtype
+        self._guard = guard
+        self._chunks: list[Chunk] = []
         self._gradients: list[Gradients] = []
         self._hooks = group.shadows.intercept(self._receive, range(len(group.shadows.leaves)))
 
     def _receive(self, place: int, gradient: Tensor) -> None:
         pose = self._gradients[-1]
-        # A leaf used twice by reentrant checkpoints receives twice.
         known = pose[place]
-        pose[place] = self._kept(gradient) if known is None else known + self._kept(gradient)
+        if known is not None:  # a parameter that several reentrant checkpoints use receives from each
+            gradient = gradient + known.to(gradient)
+        pose[place] = self._kept(gradient)
 
     def _kept(self, gradient: Tensor) -> Tensor:
         gradient = gradient.to(self._dtype or gradient.dtype)
         device = self._device or gradient.device
-        if device.type != "cpu" or gradient.device.type == "cpu" or gradient.is_sparse:
+        if device.type != "cpu" or gradient.device.type != "cuda" or gradient.is_sparse:
             return gradient.to(device)
         pinned = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True)
         return pinned.copy_(gradient, non_blocking=True)
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
-        flat = predictions.flatten()
-        for row, one in enumerate(torch.eye(len(flat), dtype=flat.dtype, device=flat.device)):
+        self._chunks.append(chunk)
+        rows = predictions.numel()
+        for row, one in enumerate(torch.eye(rows, dtype=predictions.dtype, device=predictions.device)):
             self._gradients.append([None] * len(self._group.shadows.leaves))
             if predictions.requires_grad:
-                self._group.backward(flat, one, retain_graph=row < len(flat) - 1)
+                cotangent = self._guard * one.view_as(predictions)
+                self._group.backward(predictions, cotangent, retain_graph=row < rows - 1)
                 self._group.report.backwards += 1
 
     def close(self, predictions: Tensor) -> Sequence[Tensor]:
-        del predictions
         self._hooks.close()
-        if self._device is not None and self._device.type == "cpu" and torch.cuda.is_initialized():
+        if self._device is not None and torch.cuda.is_initialized():
             torch.cuda.synchronize()  # the copies run beside the host
         self._present = [[gradient is not None for gradient in pose] for pose in self._gradients]
         kept = [gradient for pose in self._gradients for gradient in pose if gradient is not None]
         self._gradients = []
-        return kept
+        return [predictions, *kept]
 
     def gradients(self, kept: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
         del last
-        totals: Gradients = [None] * len(self._group.shadows.leaves)
-        pending = iter(kept)
-        for present, coefficient in zip(self._present, coefficients.total.flatten().tolist(), strict=True):
-            for place, there in enumerate(present):
-                if there:
-                    gradient = next(pending).to(totals_dtype(self._group, place))
-                    totals[place] = accumulate(totals[place], gradient, coefficient)
+        predictions, *stored = kept
+        totals = self._summed(stored, (coefficients.total.flatten().double() / self._guard).tolist())
+        if self._guard == 1 or all_finite([totals]):
+            return totals
+        # Scaled up, a gradient of float16 left its range: have it again, with the true coefficients alone.
+        every = torch.ones(len(self._group.poses), dtype=torch.bool)
+        return replayed_gradients(self._group, self._chunks, predictions, coefficients.total, every)
+
+    def _summed(self, stored: Sequence[Tensor], coefficients: Sequence[float]) -> Gradients:
         leaves = self._group.shadows.leaves
-        return [None if total is None else total.to(leaf.device) for total, leaf in zip(totals, leaves, strict=True)]
-
-
-def totals_dtype(group: Group, place: int) -> torch.dtype:
-    """Sums are float32 or wider, however narrow what was stored is."""
-    return torch.promote_types(group.shadows.leaves[place].dtype, torch.float32)
+        totals: Gradients = [None] * len(leaves)
+        pending = iter(stored)
+        for present, coefficient in zip(self._present, coefficients, strict=True):
+            for place in (place for place, there in enumerate(present) if there):
+                gradient = next(pending)
+                if coefficient == 0:  # not 0 times the gradient, which may be NaN where a pose was dropped
+                    totals[place] = torch.zeros_like(leaves[place]) if totals[place] is None else totals[place]
+                    continue
+                wide = torch.promote_types(leaves[place].dtype, torch.float32)
+                gradient = gradient.to(leaves[place].device, wide, non_blocking=True)
+                totals[place] = accumulate(totals[place], gradient, coefficient)
+        return totals

@@ -1,6 +1,5 @@
 """Fold each pose's gradient at once into R running sums, from a weight that the combination declares."""
 
-import math
 import warnings
 from collections.abc import Sequence
 
@@ -8,10 +7,11 @@ import torch
 from torch import Tensor
 
 from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger
-from gradhooks.accumulators.declaration import Declaration, declared
+from gradhooks.accumulators.declaration import Declaration, declared, uniform, without
+from gradhooks.accumulators.online import OnlineWeights
 from gradhooks.accumulators.recompute import Recompute, replayed_gradients
-from gradhooks.accumulators.sums import Gradients, RunningSums, add_into, scale_
-from gradhooks.errors import GradhooksWarning
+from gradhooks.accumulators.sums import Gradients, RunningSums, add_into, all_finite, weighted
+from gradhooks.errors import CombinationError, GradhooksWarning
 from gradhooks.group import Chunk, Group
 from gradhooks.shadow import reached_leaves
 
@@ -27,89 +27,78 @@ class Stream(Accumulator):
     def open(self, group: Group, predictions: Tensor) -> Ledger:
         declaration = declared(group, predictions)
         if declaration is None:
-            group.report.reason = f"not streamable: {group.combination_name} or predictions of more than one number"
             group.report.accumulator = Recompute.name
+            group.report.reason = "the combination declares no stream_weights, or a prediction is more than one number"
             return Recompute().open(group, predictions)
-        return StreamLedger(group, features=declaration.features.shape[1])
+        return StreamLedger(group, declaration, group.negligible(predictions.dtype), group.underflow_guard(predictions))
 
 
 class StreamLedger(Ledger):
-    """Online softmax over gradients.
+    """Running sums of gradients, `R = 1 + K`, with the weights of `OnlineWeights`.
 
-    With `l_i` the log-weight and `phi_i` the features of pose `i`, sum 0 holds `sum_i e_i g_i` and sum `k` holds
-    `sum_i e_i (phi_ik - ref_k) g_i`, where `g_i = dy_i/dtheta`, `e_i = exp(l_i - top)`, `top` is the largest log-weight
-    so far and `ref` the features of its pose. A new largest rescales by `exp(old top - new top)` and shifts by
-    `(old ref - new ref)` times sum 0. Uncentred features would cancel: energies are large against the temperature.
+    Once the coefficients are known, numbers `a` are fitted to them, `c_i = sum_k a_k weights[i, k]`. What that leaves
+    of a coefficient, and what the loss reads beside the combination, is had by running the pose again.
     """
 
     keeps_graph = True
 
-    def __init__(self, group: Group, features: int) -> None:
+    def __init__(self, group: Group, first: Declaration, negligible: float, guard: float) -> None:
+        features = len(first.features[0])
         self._group = group
+        self._uniform = first.uniform
+        self._online = OnlineWeights(features, negligible)
+        self._negligible = negligible
         self._sums = RunningSums(group.shadows, count=1 + features)
-        self._top = -math.inf
-        self._reference = torch.zeros(features, dtype=torch.float64)
         self._chunks: list[Chunk] = []
-        self._declarations: list[Declaration] = []
-        self._folded: list[Tensor] = []
-        self._passed_over: set[int] = (
-            set()
-        )  # leaves that some pose reached whose gradient was not, or no longer, wanted
+        self._guard = guard
+        self._passed_over: set[int] = set()  # places of leaves that only poses reach which do not count
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
-        group = self._group
-        declaration = declared(group, predictions)
-        assert declaration is not None  # the same combination declared the first chunk
         self._chunks.append(chunk)
-        self._declarations.append(declaration)
+        rescaling = self._online.advance(self._declared(predictions))
+        if rescaling is not None and rescaling.factor == 0:
+            self._passed_over |= {place for place, total in enumerate(self._sums.sum(0)) if total is not None}
+            self._sums.clear()
+        elif rescaling is not None:
+            self._sums.rescale(*rescaling)
+        weights = self._online.latest(len(predictions))
+        counted = sum(any(row) for row in weights)
         if not predictions.requires_grad:
-            self._folded.append(torch.ones(len(predictions), dtype=torch.bool))  # a constant's gradient is nothing
-            return
-        self._raise_top(declaration, group.negligible(predictions.dtype))
-        weights = declaration.weights(self._top, self._reference)
-        wanted = weights.abs().amax(1) > group.negligible(predictions.dtype)
-        self._folded.append(wanted)
-        if wanted.any():
-            self._fold(predictions, weights * wanted.unsqueeze(1))
-            group.report.backwards += int(wanted.sum())
+            return  # a constant
+        if counted:
+            self._fold(predictions, weights)
+            self._group.report.backwards += counted
         else:
             self._pass_over(predictions)
 
-    def _raise_top(self, declaration: Declaration, negligible: float) -> None:
-        top, reference = declaration.top()
-        if top <= self._top:
-            return
-        factor = math.exp(self._top - top)
-        poses_before = sum(int(folded.sum()) for folded in self._folded)
-        if factor * poses_before < negligible:
-            # Not only cheaper: numbers this small would be denormal, and slow every later addition down.
-            self._passed_over |= {place for place, total in enumerate(self._sums.sum(0)) if total is not None}
-            self._sums.clear()
-            self._folded = [torch.zeros_like(folded) for folded in self._folded]
-        elif poses_before:
-            self._sums.rescale(factor, (self._reference - reference).tolist())
-        self._top, self._reference = top, reference
+    def _declared(self, predictions: Tensor) -> Declaration:
+        declaration = uniform(len(predictions)) if self._uniform else declared(self._group, predictions)
+        if declaration is not None and self._group.nonfinite == "drop":
+            return without(declaration, predictions.isfinite().flatten().logical_not().tolist())
+        if declaration is None:
+            raise CombinationError(
+                f"combination {self._group.combination_name}: stream_weights declared the first pose of a group, and "
+                f"not pose {self._chunks[-1].start}; it must declare all or none"
+            )
+        return declaration
 
-    def _fold(self, predictions: Tensor, weights: Tensor) -> None:
-        flat = predictions.flatten()
-        if len(flat) == 1:
-            # One backward serves all sums: the gradient times e is there, the features are numbers.
-            features = (weights[0] / weights[0, 0]).tolist()
-            self._sums.expect(features)
-            self._group.backward(flat, weights[:, 0])
+    def _fold(self, predictions: Tensor, weights: list[list[float]]) -> None:
+        if len(weights) == 1:
+            # One backward serves all sums: it carries the weight, and the features are numbers.
+            (row,) = weights
+            self._sums.expect([weight / row[0] for weight in row])
+            self._group.backward(predictions, torch.full_like(predictions, row[0] * self._guard))
             return
-        count = weights.shape[1]
-        for k in range(count):
-            self._sums.expect([float(k == other) for other in range(count)])
-            self._group.backward(flat, weights[:, k], retain_graph=k < count - 1)
+        columns = list(zip(*weights, strict=True))
+        for k, column in enumerate(columns):
+            self._sums.expect([float(k == other) for other in range(len(columns))])
+            cotangents = self._guard * torch.tensor(column, dtype=torch.float64).view(predictions.shape)
+            self._group.backward(predictions, cotangents, retain_graph=k < len(columns) - 1)
 
     def _pass_over(self, predictions: Tensor) -> None:
-        missing = {
-            id(leaf): place
-            for place, (leaf, total) in enumerate(zip(self._group.shadows.leaves, self._sums.sum(0), strict=True))
-            if total is None and place not in self._passed_over
-        }
-        if missing:
+        leaves = self._group.shadows.leaves
+        missing = {id(leaves[place]): place for place, total in enumerate(self._sums.sum(0)) if total is None}
+        if set(missing.values()) - self._passed_over:
             reached = reached_leaves(predictions)
             self._passed_over |= {missing[id(leaf)] for leaf in reached if id(leaf) in missing}
 
@@ -122,35 +111,34 @@ class StreamLedger(Ledger):
         predictions, *present = kept
         pending = iter(present)
         sums = [[next(pending) if there else None for there in places] for places in self._present]
-        del present
-        scales, unexplained = self._fit(coefficients, predictions.dtype)
-        totals = _weighted(sums, scales, overwrite=last)
-        extra = unexplained if coefficients.direct is None else unexplained + self._flat(coefficients.direct)
-        again = extra != 0
-        self._group.report.skipped = int((~torch.cat(self._folded) & ~again).sum())
-        if again.any():
-            cotangents = extra.to(predictions).view_as(predictions)
-            add_into(totals, replayed_gradients(self._group, self._chunks, predictions, cotangents, again))
+        through = _on_host(coefficients.through_combination)
+        if self._guard == 1 or all_finite(sums):
+            scales, unexplained = self._fit(through, predictions.dtype)
+        else:
+            # Scaled up, a gradient of float16 left its range: have it again, with the true coefficients alone.
+            sums, scales, unexplained = [[None] * len(sums[0])], [0.0], through
+        if coefficients.direct is not None:
+            unexplained = unexplained + _on_host(coefficients.direct)
+        again = unexplained != 0
+        self._group.report.skipped = int((~self._online.counted & ~again).sum())
+        # Before the sums are overwritten, so that a replay that fails leaves them as they were.
+        cotangents = unexplained.to(predictions).view_as(predictions)
+        totals = replayed_gradients(self._group, self._chunks, predictions, cotangents, again)
+        add_into(totals, weighted(sums, [scale / self._guard for scale in scales], overwrite=last))
         for place in self._passed_over:
             if totals[place] is None:
                 totals[place] = torch.zeros_like(self._group.shadows.leaves[place])
         return totals
 
-    @staticmethod
-    def _flat(coefficients: Tensor) -> Tensor:
-        return coefficients.detach().flatten().to("cpu", torch.float64)
-
-    def _fit(self, coefficients: Coefficients, dtype: torch.dtype) -> tuple[list[float], Tensor]:
-        """Numbers `a` with `c_i = sum_k a_k weights[i, k]`, and what they leave of each `c_i`."""
-        wanted = self._flat(coefficients.through_combination)
-        weights = torch.cat([declaration.weights(self._top, self._reference) for declaration in self._declarations])
-        weights = torch.where(torch.cat(self._folded).unsqueeze(1), weights, 0.0)
-        if not wanted.isfinite().all():
-            return [0.0] * weights.shape[1], wanted  # explained by nothing: every pose is recomputed
-        fitted = torch.linalg.lstsq(weights, wanted.unsqueeze(1), driver="gelsd").solution
-        left = wanted - (weights @ fitted).squeeze(1)
-        terms = wanted.abs() + weights.abs() @ fitted.abs().squeeze(1)
-        left = torch.where(left.abs() > self._noise(terms, dtype), left, 0.0)
+    def _fit(self, coefficients: Tensor, dtype: torch.dtype) -> tuple[list[float], Tensor]:
+        """The numbers `a`, and what they leave of each coefficient, exactly 0 where that is rounding."""
+        weights = self._online.all()
+        if not coefficients.isfinite().all():
+            return [0.0] * weights.shape[1], coefficients  # explained by nothing: every pose is run again
+        fitted = torch.linalg.lstsq(weights, coefficients.unsqueeze(1), driver="gelsd").solution.squeeze(1)
+        terms = coefficients.abs() + weights.abs() @ fitted.abs()
+        left = coefficients - weights @ fitted
+        left = torch.where(left.abs() > self._rounding(terms, dtype), left, 0.0)
         unexplained = int((left != 0).sum())
         if unexplained:
             warnings.warn(
@@ -159,21 +147,14 @@ class StreamLedger(Ledger):
                 GradhooksWarning,
                 stacklevel=2,
             )
-        return fitted.squeeze(1).tolist(), left
+        return fitted.tolist(), left
 
-    def _noise(self, terms: Tensor, dtype: torch.dtype) -> Tensor:
-        """What rounding may leave of each coefficient: the last bits of its terms, and those of its weight's exponent."""
-        exponent = max(float(declaration.log_weights.abs().max()) for declaration in self._declarations)
-        double = torch.finfo(torch.float64).eps
-        floor = max(self._group.negligible(dtype), 4 * double * (64 + (exponent if math.isfinite(exponent) else 0)))
+    def _rounding(self, terms: Tensor, dtype: torch.dtype) -> Tensor:
+        """What rounding may leave of each coefficient: last bits of its terms, and of the exponent of its weight."""
+        exponent = 4 * torch.finfo(torch.float64).eps * (64 + self._online.largest_exponent)
         last_bits = 8 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-        return last_bits * terms + floor * terms.max()
+        return last_bits * terms + max(self._negligible, exponent) * terms.max()
 
 
-def _weighted(sums: list[Gradients], scales: Sequence[float], *, overwrite: bool) -> Gradients:
-    """`sum_k scales[k] * sums[k]`, without a copy of the first where it may be overwritten."""
-    totals = sums[0] if overwrite else [None if total is None else total.clone() for total in sums[0]]
-    scale_(totals, scales[0])
-    for other, scale in zip(sums[1:], scales[1:], strict=True):
-        add_into(totals, other, scale)
-    return totals
+def _on_host(coefficients: Tensor) -> Tensor:
+    return coefficients.detach().flatten().to("cpu", torch.float64)

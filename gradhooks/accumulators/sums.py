@@ -43,6 +43,21 @@ def add_into(totals: Gradients, gradients: Sequence[Tensor | None], factor: floa
             totals[place] = accumulate(totals[place], gradient, factor)
 
 
+def weighted(sums: Sequence[Gradients], scales: Sequence[float], *, overwrite: bool) -> Gradients:
+    """`sum_k scales[k] * sums[k]`, without a copy of the first where it may be overwritten."""
+    totals = sums[0] if overwrite else [None if total is None else total.clone() for total in sums[0]]
+    scale_(totals, scales[0])
+    for other, scale in zip(sums[1:], scales[1:], strict=True):
+        add_into(totals, other, scale)
+    return totals
+
+
+def all_finite(sums: Sequence[Gradients]) -> bool:
+    """Whether there is neither NaN nor infinity in any of them."""
+    present = [total for totals in sums for total in totals if total is not None]
+    return all(bool((total.coalesce().values() if total.is_sparse else total).isfinite().all()) for total in present)
+
+
 class RunningSums:
     """R weighted sums of the gradients that arrive in a group's leaves, R copies of the gradients large.
 
@@ -97,10 +112,15 @@ class RunningSums:
 
     def take(self) -> list[Gradients]:
         """All sums; the leaves are left without them, and without hooks."""
+        with self:
+            return [self.sum(k) for k in range(len(self._sums))]
+
+    def __enter__(self) -> "RunningSums":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self._hooks.close()
-        taken = [self.sum(k) for k in range(len(self._sums))]
         self.clear()
-        return taken
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,7 @@ class Boltzmann(Combination):
     Args:
         temperature: `T > 0`, in the unit of the predictions. The default is `RT` at 298.15 K in kcal/mol, for
             predictions that are free energies in kcal/mol.
-        learnable: Train the temperature with everything else; its logarithm is the parameter, so that it stays positive.
+        learnable: Train the temperature with everything else; the parameter is its logarithm, so it stays positive.
 
     Raises:
         CombinationError: `temperature` is not a positive finite number.

@@ -1,0 +1,62 @@
+"""The way of a group through the model, chunk by chunk, past the accumulator."""
+
+import torch
+from torch import Tensor
+
+from gradhooks.accumulators.base import Accumulator, Ledger
+from gradhooks.errors import PredictionError
+from gradhooks.group import Chunk, Group
+from gradhooks.guard import run_guarded
+from gradhooks.poses import check_rows
+from gradhooks.progress import reporting
+
+
+def send_through(group: Group, accumulator: Accumulator, size: int, graphless_size: int) -> tuple[Ledger, Tensor]:
+    """Run every pose once.
+
+    If anything goes wrong, random sources and buffers are as before.
+
+    Args:
+        group: The group.
+        accumulator: Opens a ledger, which decides chunk by chunk whether a graph is needed.
+        size: Poses in a chunk with a graph.
+        graphless_size: Poses in a chunk without.
+
+    Returns:
+        The ledger, and the predictions, shape `(N, *prediction)`, detached.
+
+    Raises:
+        PredictionError: Nothing that the model predicts requires grad, or the shapes differ.
+        UnregisteredTensorError: A prediction depends on a leaf that cannot be intercepted.
+    """
+    count = len(group.poses)
+    with (
+        group.shadows,
+        group.replay.undone(unless_it_succeeds=True),
+        reporting(group.progress, count, "poses") as report,
+    ):
+        chunk = Chunk(0, min(size, count), group.replay.take(statistics=True))
+        live = run_guarded(group, chunk)
+        ledger = accumulator.open(group, live)
+        check_rows(live, live, chunk.start, finite=group.nonfinite == "raise")
+        differentiable = live.requires_grad
+        rows = [live.detach()]
+        ledger.add(chunk, live)
+        report(chunk.stop)
+        while chunk.stop < count:
+            del live  # the next pose needs the room of its graph
+            with_graph = ledger.keeps_graph or not differentiable
+            stop = min(chunk.stop + (size if with_graph else graphless_size), count)
+            chunk = Chunk(chunk.stop, stop, group.replay.take())
+            live = (group.run if with_graph else group.run_graphless)(chunk.start, chunk.stop)
+            differentiable |= live.requires_grad
+            rows.append(live.detach())
+            check_rows(rows[0], rows[-1], chunk.start, finite=group.nonfinite == "raise")
+            ledger.add(chunk, live)
+            report(chunk.stop)
+        if not differentiable:
+            raise PredictionError(
+                f"no prediction of the {count} poses requires grad, though the model has parameters that do; does it "
+                "detach its output, or compute it under torch.no_grad()? (To predict only, call it under no_grad.)"
+            )
+        return ledger, torch.cat(rows)

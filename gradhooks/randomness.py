@@ -1,0 +1,52 @@
+"""Whatever random numbers can come from, behind one pair of functions."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RandomSource(NamedTuple):
+    """How the state of a random source is read and written."""
+
+    get: Callable[[], Any]
+    set: Callable[[Any], object]
+
+    def is_at(self, state: Any) -> bool:
+        """Whether it stands where it stood when `state` was read; False may also mean that nobody can tell."""
+        return isinstance(state, Tensor) and torch.equal(state, self.get())
+
+
+def sources_in_use(devices: Iterable[torch.device], generators: Iterable[object]) -> list[RandomSource]:
+    """PyTorch's default generators of some devices, then the user's own generators.
+
+    Args:
+        devices: The devices.
+        generators: `torch.Generator`, `numpy.random.Generator` or `RandomState`, `random.Random`, or the modules
+            `random` and `numpy.random` for their global ones.
+
+    Raises:
+        TypeError: Something else is among them.
+    """
+    return [*map(_default_generator, devices), *map(_source, generators)]
+
+
+def _default_generator(device: torch.device) -> RandomSource:
+    if device.type == "cpu":
+        return RandomSource(torch.get_rng_state, torch.set_rng_state)
+    backend = torch.get_device_module(device)
+    return RandomSource(lambda: backend.get_rng_state(device), lambda state: backend.set_rng_state(state, device))
+
+
+def _source(generator: Any) -> RandomSource:
+    if hasattr(generator, "bit_generator"):  # numpy.random.Generator
+        bits = generator.bit_generator
+        return RandomSource(lambda: bits.state, lambda state: setattr(bits, "state", state))
+    for get, put in (("get_state", "set_state"), ("getstate", "setstate")):
+        if hasattr(generator, get) and hasattr(generator, put):
+            return RandomSource(getattr(generator, get), getattr(generator, put))
+    raise TypeError(
+        f"replay_generators takes generators of torch, numpy or random (or the modules random and numpy.random), got "
+        f"{generator!r}"
+    )
