@@ -11,10 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from loguru import logger
 
 from gradhooks import accumulators, combinations, registry
-from gradhooks.combination import Combination, StreamWeights
+from gradhooks.combination import Combination, GradientCombination, StreamWeights
 from gradhooks.decorator import multipose
 from gradhooks.errors import (
     CombinationError,
+    ConcurrentUseError,
     GradhooksError,
     GradhooksWarning,
     HigherOrderError,
@@ -24,14 +25,17 @@ from gradhooks.errors import (
     ReplayError,
     UnregisteredTensorError,
 )
-from gradhooks.multipose import MultiPose, MultiPosePrediction
+from gradhooks.multipose import MultiPose
+from gradhooks.prediction import MultiPosePrediction
 from gradhooks.report import GroupReport
 
 __all__ = [
     "Combination",
     "CombinationError",
+    "ConcurrentUseError",
     "GradhooksError",
     "GradhooksWarning",
+    "GradientCombination",
     "GroupReport",
     "HigherOrderError",
     "MultiPose",

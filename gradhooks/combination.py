@@ -1,6 +1,8 @@
 """The contract of a combination plugin."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,27 +35,107 @@ class Combination(torch.nn.Module):
 
     It is an ordinary module in the user's own graph: autograd derives its coefficients, and parameters of its own
     are trained with everything else. `N` is small, so compute in float64 where digits could be lost.
+
+    Keyword arguments of the user's call (masks, weights of the poses, known energies) reach every method.
     """
 
-    def forward(self, predictions: Tensor) -> Tensor:
+    def forward(self, predictions: Tensor, *_: Any, **arguments: Any) -> Tensor:
         """Combine a group.
 
         Args:
             predictions: Shape `(N, *prediction)`, float32 or wider, in the order of the poses.
+            **arguments: What the user passed beside the poses.
 
         Returns:
             Shape `(*prediction)` by convention, so that loss code for one pose serves a group; anything goes.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(predictions)")
 
-    def stream_weights(self, predictions: Tensor) -> StreamWeights | None:
+    def stream_weights(self, predictions: Tensor, *_: Any, **arguments: Any) -> StreamWeights | None:
         """Declare how the coefficients depend on each prediction, which makes the combination streamable.
 
         Args:
             predictions: Shape `(n,)`, detached, float32 or wider: some poses of a group, not all.
+            **arguments: As for `forward`; of a tensor with `N` rows, the rows of these poses.
 
         Returns:
             The declaration for those poses, or None (the default) where there is none.
         """
-        del predictions
+        del predictions, arguments
         return None
+
+
+class GradientCombination(Combination):
+    """A combination that also decides what becomes of the poses' gradients: clipping, voting, conflict resolution.
+
+    It needs every gradient, so it is served by the accumulator `store`, which `auto` then chooses: N copies of them.
+    """
+
+    def combine_gradients(
+        self, gradients: Mapping[str, Tensor], predictions: Tensor, coefficients: Tensor
+    ) -> Mapping[str, Tensor]:
+        """Make the gradients to deliver.
+
+        Plain training would deliver `einsum("n, n ... -> ...", coefficients, gradient)` for each.
+
+        Args:
+            gradients: `dy_i/dtheta` of each leaf that any pose reaches, shape `(N, *leaf)`, float32 or wider, zeros for
+                the poses that do not reach it. Parameters go by their name in the model, pose inputs that require grad
+                by `"input 0"`, `"input 1"`, ...
+            predictions: Shape `(N,)`.
+            coefficients: `dL/dy_i`, shape `(N,)`, float32 or wider.
+
+        Returns:
+            What to deliver, shape `(*leaf)`, under the same names.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define combine_gradients")
+
+
+@dataclass(frozen=True)
+class BoundCombination:
+    """A combination with the arguments of one call.
+
+    Attributes:
+        combination: A `Combination`, or any callable.
+        count: N.
+        arguments: What the user passed beside the poses.
+    """
+
+    combination: Callable[..., Tensor]
+    count: int
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return getattr(self.combination, "__name__", type(self.combination).__name__)
+
+    @property
+    def combine_gradients(self) -> Callable[..., Mapping[str, Tensor]] | None:
+        """What it makes of the poses' gradients, if it cares."""
+        return getattr(self.combination, "combine_gradients", None)
+
+    def __call__(self, predictions: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Combine the predictions, shape `(N, *prediction)`, or those that are `chosen`, shape `(N,)`, boolean."""
+        wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+        if chosen is None:
+            return self.combination(wide, **self.arguments)
+        return self.combination(wide[chosen], **self._of_poses(chosen))
+
+    def declare(self, predictions: Tensor, start: int) -> StreamWeights | None:
+        """The declaration for the predictions, shape `(n,)`, of the poses from `start` on."""
+        stream_weights = getattr(self.combination, "stream_weights", None)
+        if stream_weights is None:
+            return None
+        wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+        declaration: StreamWeights | None = stream_weights(
+            wide, **self._of_poses(slice(start, start + len(predictions)))
+        )
+        return declaration
+
+    def _of_poses(self, chosen: Tensor | slice) -> dict[str, Any]:
+        return {name: self._rows(argument, chosen) for name, argument in self.arguments.items()}
+
+    def _rows(self, argument: Any, chosen: Tensor | slice) -> Any:
+        for_each_pose = isinstance(argument, Tensor) and argument.dim() > 0 and len(argument) == self.count
+        return argument[chosen] if for_each_pose else argument

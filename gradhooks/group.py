@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradhooks.combination import StreamWeights
+from gradhooks.combination import BoundCombination
 from gradhooks.errors import PosesError
 from gradhooks.poses import Call, Nonfinite, Poses, prediction_rows
 from gradhooks.progress import Progress
@@ -36,8 +36,7 @@ class Group:
         poses: The poses; what requires grad in them is cut from what produced it.
         shadows: The leaves in which the backward of every pose ends.
         replay: Takes and restores what a second forward needs.
-        declare: The combination's declaration for some predictions of shape `(n,)`.
-        combination_name: For messages.
+        combination: The combination, with the arguments of this call.
         tolerance: Weight relative to the largest below which a pose does not matter; None is the default.
         nonfinite: What becomes of predictions that are not finite.
         progress: How to tell the user.
@@ -53,8 +52,7 @@ class Group:
     poses: Poses
     shadows: ShadowParameters
     replay: Replay
-    declare: Callable[[Tensor], StreamWeights | None]
-    combination_name: str
+    combination: BoundCombination
     tolerance: float | None
     nonfinite: Nonfinite
     progress: Progress
@@ -96,6 +94,15 @@ class Group:
                 self.needs_grad_mode = True
         with torch.set_grad_enabled(self.needs_grad_mode):
             return self.run(start, stop).detach()
+
+    def names(self) -> dict[int, str]:
+        """Names by the id of a real leaf: of a parameter its own, the first where it is tied."""
+        real = {id(leaf): id(real) for leaf, real in zip(self.shadows.leaves, self.shadows.real, strict=True)}
+        names = {id(tensor): f"input {place}" for place, tensor in enumerate(self.shadows.inputs)}
+        for path, module in self.model.named_modules():
+            for name, parameter in module._parameters.items():  # real ones, or shadows where those are swapped in
+                names.setdefault(real.get(id(parameter), id(parameter)), f"{path}.{name}" if path else name)
+        return names
 
     @contextmanager
     def rerunning(self) -> Iterator[None]:

@@ -50,23 +50,13 @@ def _strangers(group: Group, predictions: Tensor) -> list[Tensor]:
 def _refuse(leaves: list[Tensor], group: Group) -> None:
     if not leaves:
         return
-    with_names = {id(parameter): name for name, parameter in _real_names(group).items()}
-    found = ", ".join(with_names.get(id(leaf), _described(leaf)) for leaf in leaves)
+    names = group.names()
+    found = ", ".join(names.get(id(leaf), _described(leaf)) for leaf in leaves)
     raise UnregisteredTensorError(
         f"the prediction of pose 0 depends on {found}, which gradhooks cannot intercept: it is neither a registered "
         "parameter of the model nor a tensor found in the pose. Register it (nn.Parameter as a module attribute, or "
         "nn.ParameterList), pass it as part of the pose (tensor, mapping, tuple, dataclass), or detach it"
     )
-
-
-def _real_names(group: Group) -> dict[str, Tensor]:
-    names = {}
-    for path, module in group.model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                real = group.shadows.real_of(parameter)
-                names[f"{path}.{name}" if path else name] = real
-    return names
 
 
 def _described(leaf: Tensor) -> str:

@@ -1,7 +1,7 @@
 """MultiPose: the only place that sequences the steps."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,27 +9,17 @@ from torch import Tensor, nn
 from gradhooks import checkpoints, registry
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.bridge import tied_to_leaves
+from gradhooks.combination import BoundCombination
 from gradhooks.errors import PosesError, PredictionError
 from gradhooks.group import Group
 from gradhooks.lazy import initialise_lazy
 from gradhooks.passage import send_through
 from gradhooks.poses import Call, Collate, Nonfinite, Poses, arrange, call_model, check_rows, prediction_rows
+from gradhooks.prediction import MultiPosePrediction
 from gradhooks.progress import Progress, reporting
 from gradhooks.replay import Replay
 from gradhooks.report import GroupReport
 from gradhooks.shadow import ShadowParameters
-
-
-class MultiPosePrediction(NamedTuple):
-    """What a group predicts.
-
-    Attributes:
-        combined: The combination's result, by convention of the shape `(*prediction)` that one pose has.
-        poses: Shape `(N, *prediction)`, in the order of the poses. Losses may use it, alone or beside `combined`.
-    """
-
-    combined: Tensor
-    poses: Tensor
 
 
 class MultiPose(nn.Module):
@@ -106,12 +96,14 @@ class MultiPose(nn.Module):
                 raise
             return getattr(model, name)
 
-    def forward(self, poses: Any) -> MultiPosePrediction:
+    def forward(self, poses: Any, **arguments: Any) -> MultiPosePrediction:
         """Predict a group.
 
         Args:
             poses: An iterable of poses, or a tensor or mapping of tensors with the poses along axis 0, which the model
                 gets in slices and answers with a row for each.
+            **arguments: Go to the combination: masks, weights of the poses, known energies. A tensor with `N` rows has
+                one for each pose.
 
         Returns:
             `(combined, poses)`, both part of the user's graph.
@@ -129,20 +121,20 @@ class MultiPose(nn.Module):
             )
         initialise_lazy(self.model, lambda: self.call(self.model, arranged.between(0, 1)))
         self.report = GroupReport(poses=len(arranged), accumulator=self.accumulator.name)
+        combination = BoundCombination(self.combination, len(arranged), arguments)
         shadows = ShadowParameters(self.model)
         if torch.is_grad_enabled():
             arranged = arranged.cut(shadows.cut)
         if not (torch.is_grad_enabled() and shadows.real):
             predictions = self._predict(arranged)
-            return MultiPosePrediction(self._combine(predictions), predictions)
+            return self._combined(combination, predictions, predictions)
         group = Group(
             model=self.model,
             call=self.call,
             poses=arranged,
             shadows=shadows,
             replay=Replay(self.model, self.replay_generators),
-            declare=getattr(self.combination, "stream_weights", _declares_nothing),
-            combination_name=type(self.combination).__name__,
+            combination=combination,
             tolerance=self.tolerance,
             nonfinite=self.nonfinite,
             progress=self.progress,
@@ -150,7 +142,7 @@ class MultiPose(nn.Module):
         )
         ledger, predictions = send_through(group, self.accumulator, self.chunk_size, self.forward_chunk_size)
         through_combination, direct = tied_to_leaves(group, ledger, predictions)
-        return MultiPosePrediction(self._combine(through_combination), direct)
+        return self._combined(combination, through_combination, direct)
 
     def _predict(self, poses: Poses) -> Tensor:
         """Nothing to train: nothing is hooked and nothing kept. Shape `(N, *prediction)`."""
@@ -164,19 +156,14 @@ class MultiPose(nn.Module):
                 report(stop)
         return torch.cat(rows)
 
-    def _combine(self, predictions: Tensor) -> Tensor:
-        wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+    def _combined(self, combination: BoundCombination, predictions: Tensor, poses: Tensor) -> MultiPosePrediction:
+        """Combine `predictions`; the user gets `poses`, the same numbers. Both have shape `(N, *prediction)`."""
+        finite = None
         if self.nonfinite == "drop":
-            finite = wide.isfinite().flatten(1).all(1)
+            finite = predictions.isfinite().flatten(1).all(1)
             if not finite.any():
-                raise PredictionError(f"none of the {len(wide)} predictions of the group is finite: nothing is left")
-            wide = wide[finite]
-        combined: Tensor = self.combination(wide)
-        return combined
-
-
-def _declares_nothing(predictions: Tensor) -> None:
-    del predictions
+                raise PredictionError(f"none of the {len(finite)} predictions of the group is finite: nothing is left")
+        return MultiPosePrediction(combination(predictions, finite), poses, combination, finite)
 
 
 def _at_least_one(name: str, value: int) -> int:

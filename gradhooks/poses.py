@@ -147,8 +147,8 @@ def check_rows(first: Tensor, rows: Tensor, start: int, *, finite: bool) -> None
     if finite and not rows.isfinite().all():
         bad = int(rows.isfinite().flatten(1).all(1).logical_not().nonzero()[0])
         raise PredictionError(
-            f"pose {start + bad}: its prediction is not finite ({rows[bad].flatten().tolist()}); nonfinite='drop' leaves "
-            "such poses out, nonfinite='propagate' lets them through"
+            f"pose {start + bad}: its prediction is not finite ({rows[bad].flatten().tolist()}); nonfinite='drop' "
+            "leaves such poses out, nonfinite='propagate' lets them through"
         )
     if rows.shape[1:] != first.shape[1:]:
         raise PredictionError(

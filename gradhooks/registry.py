@@ -10,12 +10,16 @@ from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
+from gradhooks.accumulators.base import Accumulator
+from gradhooks.combination import Combination
 from gradhooks.errors import PluginError
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
+API_VERSION = 1
+"""Of the two contracts. A plugin class may say which one it was written for: `api_version = 1`."""
+
 BUILT_IN = "gradhooks"
-IN_PROCESS = "registered in this process"
 
 
 class Registry:
@@ -24,11 +28,13 @@ class Registry:
     Args:
         kind: What they are, for messages.
         group: Their entry-point group.
+        contract: The class that what they make must belong to.
     """
 
-    def __init__(self, kind: str, group: str) -> None:
+    def __init__(self, kind: str, group: str, contract: type) -> None:
         self.kind = kind
         self.group = group
+        self.contract = contract
         self._registered: dict[str, Callable[..., Any]] = {}
 
     def available(self) -> list[str]:
@@ -86,15 +92,18 @@ class Registry:
         """
         factory = self.load(name)
         try:
-            return factory(**options)
+            made = factory(**options)
         except TypeError as fault:
             raise PluginError(f"{self.kind} {name!r} cannot be made with options {options}: {fault}") from fault
+        if not isinstance(made, self.contract):
+            raise PluginError(f"{self.kind} {name!r} made {made!r}, which is no gradhooks {self.contract.__name__}")
+        return made
 
     def resolve(self, wanted: Any) -> Any:
         """An object for a name; any other callable or object of this kind as it is."""
         if isinstance(wanted, str):
             return self.create(wanted)
-        if isinstance(wanted, type) or not (callable(wanted) or hasattr(wanted, "open")):
+        if isinstance(wanted, type) or not (callable(wanted) or isinstance(wanted, self.contract)):
             raise TypeError(f"{self.kind} must be a name or an object (an instance, not a class), got {wanted!r}")
         return wanted
 
@@ -115,10 +124,16 @@ class Registry:
                 f"{self.kind} {point.name!r} of {_listed([point])} cannot be imported from {point.value!r}: "
                 f"{type(fault).__name__}: {fault}. Mend or uninstall that distribution"
             ) from fault
-        if not callable(loaded):
+        if not callable(loaded) or (isinstance(loaded, type) and not issubclass(loaded, self.contract)):
             raise PluginError(
-                f"{self.kind} {point.name!r} of {_listed([point])} is {loaded!r}, which makes no {self.kind}; its "
-                f"entry point {point.value!r} must name a class or a function"
+                f"{self.kind} {point.name!r} of {_listed([point])} is {loaded!r}; its entry point {point.value!r} must "
+                f"name a subclass of gradhooks' {self.contract.__name__}, or a function that makes such an object"
+            )
+        written_for = getattr(loaded, "api_version", API_VERSION)
+        if written_for != API_VERSION:
+            raise PluginError(
+                f"{self.kind} {point.name!r} of {_listed([point])} was written for version {written_for} of the plugin "
+                f"contract, this gradhooks has version {API_VERSION}; install versions of the two that fit"
             )
         return loaded  # type: ignore[no-any-return]
 
@@ -146,5 +161,5 @@ def _listed(points: list[EntryPoint]) -> str:
     )
 
 
-combinations = Registry("combination", "gradhooks.combinations")
-accumulators = Registry("accumulator", "gradhooks.accumulators")
+combinations = Registry("combination", "gradhooks.combinations", Combination)
+accumulators = Registry("accumulator", "gradhooks.accumulators", Accumulator)

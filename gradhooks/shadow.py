@@ -50,6 +50,12 @@ class ShadowParameters:
         self._displaced: list[tuple[list[Tensor | None], list[list[Tensor]]]] = []
         for module in model.modules():
             self._shadow(module)
+        self._parameters = len(self.real)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The pose inputs among `real`."""
+        return self.real[self._parameters :]
 
     def _shadow(self, module: nn.Module) -> None:
         slots = cast("MutableMapping[str, Tensor | None]", module._parameters)
@@ -72,10 +78,6 @@ class ShadowParameters:
         """The stand-in of a tensor that has one, or the tensor."""
         place = self._index.get(id(tensor))
         return tensor if place is None else self.leaves[place]
-
-    def real_of(self, leaf: Tensor) -> Tensor:
-        """What a stand-in stands for; the tensor itself where it is none."""
-        return next((real for real, other in zip(self.real, self.leaves, strict=True) if other is leaf), leaf)
 
     def _place(self, tensor: Tensor, alias: Callable[[Tensor], Tensor]) -> int:
         place = self._index.setdefault(id(tensor), len(self.real))

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradhooks.multipose import MultiPosePrediction
 from gradhooks.poses import Call, call_model
+from gradhooks.prediction import MultiPosePrediction
 
 
 def full_graph(

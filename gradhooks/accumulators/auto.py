@@ -8,6 +8,7 @@ from torch import Tensor
 from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger
 from gradhooks.accumulators.declaration import declared
 from gradhooks.accumulators.recompute import Recompute
+from gradhooks.accumulators.store import Store
 from gradhooks.accumulators.stream import Stream
 from gradhooks.group import Group
 
@@ -38,6 +39,9 @@ class Auto(Accumulator):
         self._streams = False
 
     def open(self, group: Group, predictions: Tensor) -> Ledger:
+        if group.combination.combine_gradients is not None:
+            group.report.reason = "the combination works on the poses' gradients"
+            return self._chosen(Store(), group, predictions)
         declaration = declared(group, predictions)
         if declaration is None:
             group.report.reason = "the combination declares no stream_weights, or a prediction is more than one number"

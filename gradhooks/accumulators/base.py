@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from gradhooks.errors import CombinationError
 from gradhooks.group import Chunk, Group
 
 
@@ -83,3 +84,16 @@ class Accumulator(ABC):
             group: The group.
             predictions: Live, shape `(n, *prediction)`: the first chunk, which `add` will get next.
         """
+
+
+def refuse_gradient_combination(group: Group, accumulator: str) -> None:
+    """Refuse a group whose combination needs the gradients themselves.
+
+    Raises:
+        CombinationError: It defines `combine_gradients`.
+    """
+    if group.combination.combine_gradients is not None:
+        raise CombinationError(
+            f"combination {group.combination.name} defines combine_gradients, which needs the gradient of every pose; "
+            f"the accumulator {accumulator!r} keeps none of them, use accumulator='store' or 'auto'"
+        )

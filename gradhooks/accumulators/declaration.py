@@ -24,8 +24,8 @@ class Declaration(NamedTuple):
     uniform: bool = False
 
 
-def declared(group: Group, predictions: Tensor) -> Declaration | None:
-    """What the group's combination declares for some predictions, None where it declares nothing.
+def declared(group: Group, predictions: Tensor, start: int = 0) -> Declaration | None:
+    """What the combination declares for the predictions of the poses from `start` on, None where it does not.
 
     Raises:
         CombinationError: The declaration has other shapes than its contract.
@@ -33,8 +33,7 @@ def declared(group: Group, predictions: Tensor) -> Declaration | None:
     count = len(predictions)
     if predictions.numel() != count:
         return None
-    seen = predictions.detach().flatten()
-    claim = group.declare(seen.to(torch.promote_types(seen.dtype, torch.float32)))
+    claim = group.combination.declare(predictions.detach().flatten(), start)
     if claim is None:
         return None
     log_weights, features = claim
@@ -45,7 +44,7 @@ def declared(group: Group, predictions: Tensor) -> Declaration | None:
     features = features.unsqueeze(1) if features.dim() == 1 else features
     if log_weights.shape != (count,) or features.shape != (count, features[:1].numel()):
         raise CombinationError(
-            f"combination {group.combination_name}: stream_weights of {count} predictions must give log_weights of "
+            f"combination {group.combination.name}: stream_weights of {count} predictions must give log_weights of "
             f"shape ({count},) and features of shape ({count},) or ({count}, K), got {tuple(log_weights.shape)} and "
             f"{tuple(features.shape)}"
         )

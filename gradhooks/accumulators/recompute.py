@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger
+from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger, refuse_gradient_combination
 from gradhooks.accumulators.sums import Gradients, RunningSums
 from gradhooks.errors import ReplayError
 from gradhooks.group import Chunk, Group
@@ -24,6 +24,7 @@ class Recompute(Accumulator):
 
     def open(self, group: Group, predictions: Tensor) -> Ledger:
         del predictions
+        refuse_gradient_combination(group, self.name)
         return RecomputeLedger(group)
 
 

@@ -1,6 +1,6 @@
 """Keep every pose's gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger
 from gradhooks.accumulators.recompute import Recompute, replayed_gradients
 from gradhooks.accumulators.sums import Gradients, accumulate, all_finite
+from gradhooks.errors import CombinationError
 from gradhooks.group import Chunk, Group
 
 
@@ -30,7 +31,7 @@ class Store(Accumulator):
         self.dtype = dtype
 
     def open(self, group: Group, predictions: Tensor) -> Ledger:
-        if predictions.numel() != len(predictions):
+        if predictions.numel() != len(predictions) and group.combination.combine_gradients is None:
             group.report.reason = "predictions of more than one number are not stored"
             group.report.accumulator = Recompute.name
             return Recompute().open(group, predictions)
@@ -88,12 +89,45 @@ class StoreLedger(Ledger):
     def gradients(self, kept: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
         del last
         predictions, *stored = kept
+        combine = self._group.combination.combine_gradients
+        if combine is not None:
+            return self._combined(combine, stored, predictions, coefficients.total)
         totals = self._summed(stored, (coefficients.total.flatten().double() / self._guard).tolist())
         if self._guard == 1 or all_finite([totals]):
             return totals
         # Scaled up, a gradient of float16 left its range: have it again, with the true coefficients alone.
         every = torch.ones(len(self._group.poses), dtype=torch.bool)
         return replayed_gradients(self._group, self._chunks, predictions, coefficients.total, every)
+
+    def _combined(
+        self,
+        combine: Callable[..., Mapping[str, Tensor]],
+        stored: Sequence[Tensor],
+        predictions: Tensor,
+        coefficients: Tensor,
+    ) -> Gradients:
+        """What the combination makes of the gradients."""
+        pending = iter(stored)
+        rows = [[next(pending) / self._guard if there else None for there in present] for present in self._present]
+        names = [self._group.names()[id(real)] for real in self._group.shadows.real]
+        stacks = {}
+        for place, (leaf, name) in enumerate(zip(self._group.shadows.leaves, names, strict=True)):
+            column = [row[place] for row in rows]
+            if any(gradient is not None for gradient in column):
+                wide = torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
+                stacks[name] = torch.stack([wide if gradient is None else gradient.to(wide) for gradient in column])
+        delivered = combine(stacks, predictions.flatten(), coefficients.flatten())
+        self._check(stacks, delivered)
+        return [delivered.get(name) for name in names]
+
+    def _check(self, stacks: Mapping[str, Tensor], delivered: Mapping[str, Tensor]) -> None:
+        for name in {*stacks, *delivered}:
+            found = delivered[name].shape if name in delivered else "nothing"
+            if name not in stacks or found != stacks[name].shape[1:]:
+                raise CombinationError(
+                    f"combination {self._group.combination.name}: combine_gradients must return a gradient of shape "
+                    f"{tuple(stacks[name].shape[1:]) if name in stacks else 'nothing'} for {name!r}, got {found}"
+                )
 
     def _summed(self, stored: Sequence[Tensor], coefficients: Sequence[float]) -> Gradients:
         leaves = self._group.shadows.leaves

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger
+from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger, refuse_gradient_combination
 from gradhooks.accumulators.declaration import Declaration, declared, uniform, without
 from gradhooks.accumulators.online import OnlineWeights
 from gradhooks.accumulators.recompute import Recompute, replayed_gradients
@@ -25,6 +25,7 @@ class Stream(Accumulator):
     name = "stream"
 
     def open(self, group: Group, predictions: Tensor) -> Ledger:
+        refuse_gradient_combination(group, self.name)
         declaration = declared(group, predictions)
         if declaration is None:
             group.report.accumulator = Recompute.name
@@ -55,7 +56,7 @@ class StreamLedger(Ledger):
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
         self._chunks.append(chunk)
-        rescaling = self._online.advance(self._declared(predictions))
+        rescaling = self._online.advance(self._declared(chunk, predictions))
         if rescaling is not None and rescaling.factor == 0:
             self._passed_over |= {place for place, total in enumerate(self._sums.sum(0)) if total is not None}
             self._sums.clear()
@@ -71,14 +72,15 @@ class StreamLedger(Ledger):
         else:
             self._pass_over(predictions)
 
-    def _declared(self, predictions: Tensor) -> Declaration:
-        declaration = uniform(len(predictions)) if self._uniform else declared(self._group, predictions)
+    def _declared(self, chunk: Chunk, predictions: Tensor) -> Declaration:
+        count = len(predictions)
+        declaration = uniform(count) if self._uniform else declared(self._group, predictions, chunk.start)
         if declaration is not None and self._group.nonfinite == "drop":
             return without(declaration, predictions.isfinite().flatten().logical_not().tolist())
         if declaration is None:
             raise CombinationError(
-                f"combination {self._group.combination_name}: stream_weights declared the first pose of a group, and "
-                f"not pose {self._chunks[-1].start}; it must declare all or none"
+                f"combination {self._group.combination.name}: stream_weights declared the first pose of a group, and "
+                f"not pose {chunk.start}; it must declare all or none"
             )
         return declaration
 
@@ -142,7 +144,7 @@ class StreamLedger(Ledger):
         unexplained = int((left != 0).sum())
         if unexplained:
             warnings.warn(
-                f"combination {self._group.combination_name}: its stream_weights do not explain the coefficients of "
+                f"combination {self._group.combination.name}: its stream_weights do not explain the coefficients of "
                 f"{unexplained} of {len(left)} poses, which were recomputed; the gradient is right, and slower to have",
                 GradhooksWarning,
                 stacklevel=2,

@@ -1,13 +1,16 @@
 """Arithmetic on gradients, of which some may be missing, sparse or narrow."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from gradhooks.shadow import ShadowParameters
 
 Gradients = list[Tensor | None]
+Sums = TypeVar("Sums", bound="RunningSums")
 
 
 def accumulate(total: Tensor | None, gradient: Tensor, factor: float) -> Tensor:
@@ -115,7 +118,7 @@ class RunningSums:
         with self:
             return [self.sum(k) for k in range(len(self._sums))]
 
-    def __enter__(self) -> "RunningSums":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

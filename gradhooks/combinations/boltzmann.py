@@ -4,14 +4,16 @@ import torch
 from torch import Tensor
 
 from gradhooks.combination import Combination, StreamWeights
-from gradhooks.combinations.precision import widest
+from gradhooks.combinations.precision import log_weights, widest
 from gradhooks.errors import CombinationError
 
 ROOM_TEMPERATURE = 0.592484  # R * 298.15 K in kcal/mol, R = 1.987204e-3 kcal/(mol K) (CODATA 2018)
 
 
 class Boltzmann(Combination):
-    """Thermal average `h = sum_i w_i y_i`, `w_i = exp(-y_i/T - Q)`, `Q = ln sum_j exp(-y_j/T)`.
+    """Thermal average `h = sum_i w_i y_i`, `w_i = g_i exp(-y_i/T - Q)`, `Q = ln sum_j g_j exp(-y_j/T)`.
+
+    All degeneracies `g_i` are 1 unless the call says `weights=`.
 
     Args:
         temperature: `T > 0`, in the unit of the predictions. The default is `RT` at 298.15 K in kcal/mol, for
@@ -37,16 +39,16 @@ class Boltzmann(Combination):
         """`T`, in the unit of the predictions; a tensor of shape `()` where it is learnable."""
         return widest(self.log_temperature).exp() if self.learnable else self._temperature
 
-    def forward(self, predictions: Tensor) -> Tensor:
+    def forward(self, predictions: Tensor, weights: Tensor | None = None) -> Tensor:
         energies = widest(predictions)
-        weights = torch.softmax(-energies / self.temperature, dim=0)
-        return (weights * energies).sum(0).to(predictions.dtype)
+        occupations = torch.softmax(log_weights(weights, predictions) - energies / self.temperature, dim=0)
+        return (occupations * energies).sum(0).to(predictions.dtype)
 
     @torch.no_grad()
-    def stream_weights(self, predictions: Tensor) -> StreamWeights:
+    def stream_weights(self, predictions: Tensor, weights: Tensor | None = None) -> StreamWeights:
         # dh/dy_i = w_i (1 - (y_i - h)/T) = exp(-y_i/T) e^-Q ((1 + h/T) - y_i/T): one weight, two numbers, one feature.
         reduced = widest(predictions) / self.temperature
-        return StreamWeights(log_weights=-reduced, features=reduced)
+        return StreamWeights(log_weights(weights, predictions) - reduced, features=reduced)
 
     def extra_repr(self) -> str:
         return f"temperature={float(self.temperature):g}, learnable={self.learnable}"

@@ -5,17 +5,20 @@ import torch
 from torch import Tensor
 
 from gradhooks.combination import Combination, StreamWeights
-from gradhooks.combinations.precision import widest
+from gradhooks.combinations.precision import log_weights, widest
 from gradhooks.errors import CombinationError
 
 
 class SmoothExtremum(Combination):
-    """What `Max` and `Min` share: `h = (n/t) ln sum_i exp(n t y_i)`, with `n` the sign and `t` the scale.
+    """What `Max` and `Min` share: `h = (n/t) ln sum_i w_i exp(n t y_i)`, with `n` the sign and `t` the scale.
+
+    All `w_i` are 1 unless the call says `weights=`.
 
     Args:
         scale: `t > 0`, in the inverse unit of the predictions. The larger, the closer to the hard extremum, and the
             fewer poses matter; the distance from it is at most `ln(N) / t`.
-        normalize: Take the mean of the exponentials instead of their sum, so that the result does not depend on `N`.
+        normalize: Take the mean of the exponentials instead of their sum, so that the result does not depend on `N`:
+            subtract `(n/t) ln sum_i w_i`.
 
     Raises:
         CombinationError: `scale` is not a positive finite number.
@@ -30,16 +33,17 @@ class SmoothExtremum(Combination):
         self.scale = float(scale)
         self.normalize = normalize
 
-    def forward(self, predictions: Tensor) -> Tensor:
+    def forward(self, predictions: Tensor, weights: Tensor | None = None) -> Tensor:
         steepness = self.sign * self.scale
-        combined = torch.logsumexp(steepness * widest(predictions), dim=0)
+        logarithms = log_weights(weights, predictions)
+        combined = torch.logsumexp(steepness * widest(predictions) + logarithms, dim=0)
         if self.normalize:
-            combined = combined - math.log(len(predictions))
+            combined = combined - torch.logsumexp(logarithms.expand_as(predictions), dim=0)
         return (combined / steepness).to(predictions.dtype)
 
-    def stream_weights(self, predictions: Tensor) -> StreamWeights:
-        # dh/dy_i = exp(n t y_i - Q) with Q = ln sum_j exp(n t y_j): one weight, times a number that all poses share.
-        return StreamWeights(log_weights=self.sign * self.scale * widest(predictions))
+    def stream_weights(self, predictions: Tensor, weights: Tensor | None = None) -> StreamWeights:
+        # dh/dy_i = w_i exp(n t y_i - Q) with Q = ln sum_j w_j exp(n t y_j): one weight, times a number that all share.
+        return StreamWeights(self.sign * self.scale * widest(predictions) + log_weights(weights, predictions))
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}, normalize={self.normalize}"

@@ -1,0 +1,51 @@
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradhooks.combination import BoundCombination
+
+
+class _Predictions(NamedTuple):
+    combined: Tensor
+    poses: Tensor
+
+
+class MultiPosePrediction(_Predictions):
+    """What a group predicts; unpacks into `combined, poses`.
+
+    Attributes:
+        combined: The combination's result, by convention of the shape `(*prediction)` that one pose has.
+        poses: Shape `(N, *prediction)`, in the order of the poses. Losses may use it, alone or beside `combined`.
+    """
+
+    _combination: BoundCombination | None
+    _chosen: Tensor | None
+
+    def __new__(  # noqa: PYI034 - typing.Self needs Python 3.11
+        cls,
+        combined: Tensor,
+        poses: Tensor,
+        combination: BoundCombination | None = None,
+        chosen: Tensor | None = None,
+    ) -> "MultiPosePrediction":
+        self = super().__new__(cls, combined, poses)
+        self._combination, self._chosen = combination, chosen
+        return self
+
+    @property
+    def weights(self) -> Tensor:
+        """`d combined / d pose prediction`, detached, shape `(N, *prediction)`: which poses made the prediction.
+
+        Combines the predictions once more; no pose is run. A result of several numbers is summed first.
+
+        Raises:
+            AttributeError: This is a copy that has lost its combination (after pickling, or in another process).
+        """
+        if self._combination is None:
+            raise AttributeError("this prediction has lost its combination; read weights where the group was run")
+        with torch.enable_grad():
+            predictions = self.poses.detach().requires_grad_()
+            combined = self._combination(predictions, self._chosen)
+            (weights,) = torch.autograd.grad(combined.sum(), predictions)
+        return weights
