@@ -1,5 +1,7 @@
 """One group on its way through the model: everything an accumulator may ask for."""
 
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +18,8 @@ from gradhooks.replay import Replay, Snapshot
 from gradhooks.report import GroupReport
 from gradhooks.shadow import ShadowParameters
 from gradhooks.trees import tensors_in
+
+_WANTS_GRAD = ".*(does not require grad|None of the inputs have requires_grad)"
 
 
 class Chunk(NamedTuple):
@@ -83,13 +87,14 @@ class Group:
         """The same, without a graph that outlives the call."""
         if self.needs_grad_mode is None:
             try:
-                with torch.no_grad(), self.replay.undone(unless_it_succeeds=True):
+                with torch.no_grad(), self.replay.undone(unless_it_succeeds=True), warnings.catch_warnings():
+                    warnings.filterwarnings("error", message=_WANTS_GRAD)
                     predictions = self.run(start, stop)
                 self.needs_grad_mode = False
                 return predictions
-            except RuntimeError as fault:
-                # Forces and other derivatives inside the forward; every other fault is the model's own.
-                if "does not require grad" not in str(fault):
+            except (RuntimeError, UserWarning) as fault:
+                # Forces in the forward, or reentrant checkpoints; every other fault is the model's own.
+                if not re.search(_WANTS_GRAD, str(fault)):
                     raise
                 self.needs_grad_mode = True
         with torch.set_grad_enabled(self.needs_grad_mode):

@@ -40,8 +40,8 @@ def _default_generator(device: torch.device) -> RandomSource:
 
 
 def _source(generator: Any) -> RandomSource:
-    if hasattr(generator, "bit_generator"):  # numpy.random.Generator
-        bits = generator.bit_generator
+    bits = getattr(generator, "bit_generator", None)
+    if hasattr(bits, "state"):  # numpy.random.Generator
         return RandomSource(lambda: bits.state, lambda state: setattr(bits, "state", state))
     for get, put in (("get_state", "set_state"), ("getstate", "setstate")):
         if hasattr(generator, get) and hasattr(generator, put):
