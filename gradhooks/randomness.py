@@ -41,7 +41,7 @@ def _default_generator(device: torch.device) -> RandomSource:
 
 def _source(generator: Any) -> RandomSource:
     bits = getattr(generator, "bit_generator", None)
-    if hasattr(bits, "state"):  # numpy.random.Generator
+    if bits is not None and hasattr(bits, "state"):  # numpy.random.Generator
         return RandomSource(lambda: bits.state, lambda state: setattr(bits, "state", state))
     for get, put in (("get_state", "set_state"), ("getstate", "setstate")):
         if hasattr(generator, get) and hasattr(generator, put):

@@ -1,29 +1,27 @@
-"""The slow, obviously right oracle that tests compare with."""
+"""What tests of a plugin, or of training with gradhooks, need: the oracle and the conformance kit."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from gradhooks.conformance import (
+    ACCUMULATOR_CHECKS,
+    COMBINATION_CHECKS,
+    CheckResult,
+    ConformanceError,
+    check_accumulator,
+    check_combination,
+    checks_for,
+    full_graph,
+    parametrize_with_checks,
+    results,
+)
 
-import torch
-from torch import Tensor, nn
-
-from gradhooks.poses import Call, call_model
-from gradhooks.prediction import MultiPosePrediction
-
-
-def full_graph(
-    model: nn.Module, poses: Iterable[Any], combination: Callable[[Tensor], Tensor], *, call: Call = call_model
-) -> MultiPosePrediction:
-    """What `MultiPose` stands for, in plain PyTorch: N forwards, one graph, all of it in memory.
-
-    Args:
-        model: The bare model.
-        poses: The group, pose by pose.
-        combination: From predictions of shape `(N, *prediction)` to the combined one.
-        call: How a pose reaches the model.
-
-    Returns:
-        The combined prediction and the pose predictions, in one graph.
-    """
-    predictions = torch.stack([call(model, pose) for pose in poses])
-    wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
-    return MultiPosePrediction(combination(wide), predictions)
+__all__ = [
+    "ACCUMULATOR_CHECKS",
+    "COMBINATION_CHECKS",
+    "CheckResult",
+    "ConformanceError",
+    "check_accumulator",
+    "check_combination",
+    "checks_for",
+    "full_graph",
+    "parametrize_with_checks",
+    "results",
+]

@@ -74,11 +74,6 @@ class OnlineWeights:
         return torch.tensor(self.latest(len(self._counted)), dtype=torch.float64)
 
     @property
-    def counted(self) -> Tensor:
-        """Which poses count, shape `(N,)`, boolean, on the CPU."""
-        return torch.tensor(self._counted)
-
-    @property
     def largest_exponent(self) -> float:
         """The largest `|l_i|`, whose last bits the weights cannot know."""
         return max((abs(claim) for claim in self._seen.log_weights if math.isfinite(claim)), default=0.0)

@@ -51,6 +51,7 @@ class StreamLedger(Ledger):
         self._negligible = negligible
         self._sums = RunningSums(group.shadows, count=1 + features)
         self._chunks: list[Chunk] = []
+        self._had_backward: list[bool] = []
         self._guard = guard
         self._passed_over: set[int] = set()  # places of leaves that only poses reach which do not count
 
@@ -63,13 +64,12 @@ class StreamLedger(Ledger):
         elif rescaling is not None:
             self._sums.rescale(*rescaling)
         weights = self._online.latest(len(predictions))
-        counted = sum(any(row) for row in weights)
-        if not predictions.requires_grad:
-            return  # a constant
-        if counted:
+        counted = [predictions.requires_grad and any(row) for row in weights]  # a constant has no backward
+        self._had_backward.extend(counted)
+        self._group.report.backwards += sum(counted)
+        if any(counted):
             self._fold(predictions, weights)
-            self._group.report.backwards += counted
-        else:
+        elif predictions.requires_grad:
             self._pass_over(predictions)
 
     def _declared(self, chunk: Chunk, predictions: Tensor) -> Declaration:
@@ -122,7 +122,7 @@ class StreamLedger(Ledger):
         if coefficients.direct is not None:
             unexplained = unexplained + _on_host(coefficients.direct)
         again = unexplained != 0
-        self._group.report.skipped = int((~self._online.counted & ~again).sum())
+        self._group.report.skipped = int((~torch.tensor(self._had_backward) & ~again).sum())
         # Before the sums are overwritten, so that a replay that fails leaves them as they were.
         cotangents = unexplained.to(predictions).view_as(predictions)
         totals = replayed_gradients(self._group, self._chunks, predictions, cotangents, again)
