@@ -47,6 +47,7 @@ class ShadowParameters:
         self._index: dict[int, int] = {}  # id of a real tensor -> its place; `real` keeps the ids valid
         self._slots: list[tuple[MutableMapping[str, Tensor | None], str, int]] = []
         self._flat: list[tuple[Any, list[Tensor]]] = []
+        self._hooks: list[ExitStack] = []
         self._displaced: list[tuple[list[Tensor | None], list[list[Tensor]]]] = []
         for module in model.modules():
             self._shadow(module)
@@ -96,9 +97,11 @@ class ShadowParameters:
         """Hand each gradient that arrives in the leaves at `places` to `receive(place, gradient)`, then forget it.
 
         Returns:
-            The hooks; `close()` takes them off.
+            The hooks; `close()` takes them off. So does an exception that leaves the shadows: leaf, hook and receiver
+            are a cycle that the collector cannot see through.
         """
         hooks = ExitStack()
+        self._hooks.append(hooks)
         for place in places:
             hook = _handing_over(receive, place)
             hooks.callback(self.leaves[place].register_post_accumulate_grad_hook(hook).remove)
@@ -118,6 +121,9 @@ class ShadowParameters:
         _tokens_here().append(self._token)
 
     def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None:
+            for hooks in self._hooks:
+                hooks.close()
         _tokens_here().remove(self._token)
         parameters, flat = self._displaced.pop()
         for (slots, name, _), parameter in zip(self._slots, parameters, strict=True):
