@@ -25,6 +25,7 @@ from gradhooks.errors import (
     ReplayError,
     UnregisteredTensorError,
 )
+from gradhooks.measuring import check, compare, plan
 from gradhooks.multipose import MultiPose
 from gradhooks.prediction import MultiPosePrediction
 from gradhooks.report import GroupReport
@@ -47,8 +48,11 @@ __all__ = [
     "StreamWeights",
     "UnregisteredTensorError",
     "accumulators",
+    "check",
     "combinations",
+    "compare",
     "multipose",
+    "plan",
     "registry",
 ]
 

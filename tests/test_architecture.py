@@ -32,6 +32,11 @@ FLOORS = [
     ["bridge", "prediction", "passage"],
     ["multipose"],
     ["decorator"],
+    ["testing", "measuring.table", "measuring.undisturbed"],
+    ["measuring.ways"],
+    ["measuring.compare", "measuring.plan"],
+    ["measuring.check"],
+    ["measuring"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

@@ -1,0 +1,94 @@
+"""compare, plan and check tell the truth about small models, and leave them as they were."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradhooks
+from gradhooks.memory import PeakMemory
+
+
+class Wide(nn.Module):
+    """Its graph outweighs its parameters, as graphs do where gradhooks is needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, pose: Tensor) -> Tensor:
+        return self.inner(self.norm(pose)).mean(0)
+
+
+def random_poses(count: int) -> list[Tensor]:
+    return [torch.randn(256, 16) for _ in range(count)]
+
+
+@pytest.mark.parametrize("combination", ["mean", "boltzmann"])
+def test_compare(combination: str, tmp_path: Path) -> None:
+    model, poses = Wide(), random_poses(6)
+    for leaf in model.parameters():
+        leaf.grad = torch.ones_like(leaf)
+    before = torch.get_rng_state()
+    found = gradhooks.compare(
+        model, poses, combination, accumulators=["store", "stream", "recompute", "auto"], repeats=1
+    )
+    assert [row.way.split(" (")[0] for row in found.rows[2:]] == ["store", "stream", "recompute", "auto"]
+    assert found.rows[0].time_ratio == 1
+    assert all(row.error < 1e-5 for row in found.rows)
+    assert found.rows[3].peak_bytes < 0.5 * found.rows[0].peak_bytes
+    assert all(leaf.grad is not None and (leaf.grad == 1).all() for leaf in model.parameters())
+    assert model.norm.num_batches_tracked == 0
+    assert torch.equal(before, torch.get_rng_state())
+    assert "checkpoint per pose" in str(found)
+    found.save(tmp_path / "comparison.json")
+    assert json.loads((tmp_path / "comparison.json").read_text())["rows"][0]["way"] == "full graph"
+    pytest.importorskip("matplotlib")
+    found.plot(tmp_path / "comparison.png")
+    assert (tmp_path / "comparison.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("combination", ["mean", "min", "boltzmann"])
+@pytest.mark.parametrize("accumulator", ["store", "stream", "recompute"])
+@pytest.mark.parametrize("count", [4, 16])
+def test_plan_predicts_the_peak_within_ten_percent(combination: str, accumulator: str, count: int) -> None:
+    model, poses = Wide(), random_poses(count)
+    predicted = gradhooks.plan(model, poses[:2], combination, count=count)
+    combiner = gradhooks.registry.combinations.create(combination)
+    scorer = gradhooks.MultiPose(model, combiner, accumulator=accumulator, tolerance=0)
+    with PeakMemory() as memory:
+        scorer(poses).combined.sum().backward()
+    assert predicted.peaks[accumulator] == pytest.approx(memory.peak, rel=0.1)
+    assert predicted.fits(accumulator)
+    assert accumulator in str(predicted)
+    assert all(leaf.grad is not None for leaf in model.parameters())
+
+
+def test_check_passes_a_good_model_and_names_unreached_parameters() -> None:
+    model = Wide()
+    model.unused = nn.Linear(2, 2)
+    proof = gradhooks.check(model, random_poses(3), "boltzmann")
+    assert proof.passed
+    assert proof.unreached == ("unused.weight", "unused.bias")
+    assert "no pose reaches unused.weight" in str(proof)
+    assert all(leaf.dtype == torch.float32 and leaf.grad is None for leaf in model.parameters())
+
+
+class Drifting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(16, 1), 0
+
+    def forward(self, pose: Tensor) -> Tensor:
+        self.calls += 1
+        return self.linear(pose * self.calls).mean(0)
+
+
+def test_check_fails_a_model_that_cannot_be_repeated() -> None:
+    proof = gradhooks.check(Drifting(), random_poses(3), "boltzmann")
+    assert not proof.passed
+    assert not proof.replays
+    assert "ANOTHER prediction" in str(proof)
