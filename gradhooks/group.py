@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,14 +12,20 @@ from torch import Tensor, nn
 
 from gradhooks.combination import BoundCombination
 from gradhooks.errors import PosesError
+from gradhooks.modes import Modes, in_modes
 from gradhooks.poses import Call, Nonfinite, Poses, prediction_rows
 from gradhooks.progress import Progress
+from gradhooks.reach import reached_inside, reached_leaves
 from gradhooks.replay import Replay, Snapshot
 from gradhooks.report import GroupReport
 from gradhooks.shadow import ShadowParameters
-from gradhooks.trees import tensors_in
+from gradhooks.trees import map_tensors, tensors_in
 
 _WANTS_GRAD = ".*(does not require grad|None of the inputs have requires_grad)"
+
+
+class NeedsGradModeError(Exception):
+    """Inside gradhooks only: a forward without grad mode cannot serve this model."""
 
 
 class Chunk(NamedTuple):
@@ -45,9 +51,10 @@ class Group:
         nonfinite: What becomes of predictions that are not finite.
         progress: How to tell the user.
         report: What became of the poses.
-        only_leaves: Whether backwards must be kept out of every other leaf.
-        needs_grad_mode: Whether the model cannot run without grad mode, since it differentiates in its forward; None
-            until that was tried.
+        modes: Training flags, which the user may have changed when the backward comes.
+        makes_leaves: Whether the model makes leaves of its own, or of its inputs, to differentiate by.
+        needs_grad_mode: Whether the model cannot run without grad mode.
+        tried_graphless: Whether that was tried.
         finished: Called with the group, its predictions and its coefficients after each outer backward.
     """
 
@@ -61,13 +68,17 @@ class Group:
     nonfinite: Nonfinite
     progress: Progress
     report: GroupReport
-    only_leaves: bool = False
-    needs_grad_mode: bool | None = None
+    modes: Modes
+    makes_leaves: bool = False
+    needs_grad_mode: bool = False
+    tried_graphless: bool = False
     finished: list[Callable[..., None]] = field(default_factory=list)
 
     def run(self, start: int, stop: int) -> Tensor:
         """The predictions of some poses, shape `(stop - start, *prediction)`, in the present grad mode and state."""
         inputs = self.poses.between(start, stop)
+        if self.makes_leaves:
+            inputs = map_tensors(self._lent, inputs)
         before = [(tensor, path, tensor._version) for path, tensor in tensors_in(inputs)]
         try:
             output = self.call(self.model, inputs)
@@ -84,21 +95,41 @@ class Group:
         return prediction_rows(output, start, stop, self.poses.batched)
 
     def run_graphless(self, start: int, stop: int) -> Tensor:
-        """The same, without a graph that outlives the call."""
-        if self.needs_grad_mode is None:
+        """The same, without a graph that outlives the call.
+
+        Raises:
+            NeedsGradModeError: The model differentiates in its forward (forces, reentrant checkpoints), and the whole
+                group must be run with grad mode.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(self.needs_grad_mode))
+            if not self.tried_graphless:  # each time would make Python forget which warnings it has shown
+                self.tried_graphless = True
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("error", message=_WANTS_GRAD)
             try:
-                with torch.no_grad(), self.replay.undone(unless_it_succeeds=True), warnings.catch_warnings():
-                    warnings.filterwarnings("error", message=_WANTS_GRAD)
-                    predictions = self.run(start, stop)
-                self.needs_grad_mode = False
-                return predictions
+                return self.run(start, stop).detach()
             except (RuntimeError, UserWarning) as fault:
-                # Forces in the forward, or reentrant checkpoints; every other fault is the model's own.
-                if not re.search(_WANTS_GRAD, str(fault)):
+                if self.needs_grad_mode or not re.search(_WANTS_GRAD, str(fault)):
                     raise
-                self.needs_grad_mode = True
-        with torch.set_grad_enabled(self.needs_grad_mode):
-            return self.run(start, stop).detach()
+                raise NeedsGradModeError from fault
+
+    def _lent(self, tensor: Tensor) -> Tensor:
+        """An alias that the model may mark as requiring grad, and get gradients in, without the user's own doing so."""
+        return tensor if tensor.grad_fn is not None or self.shadows.owns(tensor) else tensor.detach()
+
+    def reached(self, predictions: Tensor, *, inside_checkpoints: bool) -> list[Tensor]:
+        """The leaves that some predictions depend on; those inside reentrant checkpoints cost one more forward."""
+        leaves, checkpoints = reached_leaves(predictions)
+        if inside_checkpoints and checkpoints:
+            with self.replay.undone():
+                leaves += [leaf for checkpoint in checkpoints for leaf in reached_inside(checkpoint)]
+        return leaves
+
+    def known_storages(self) -> set[int]:
+        """Addresses of what the model holds anyway."""
+        held = (*self.shadows.leaves, *self.model.parameters(), *self.model.buffers())
+        return {tensor.untyped_storage().data_ptr() for tensor in held}
 
     def names(self) -> dict[int, str]:
         """Names by the id of a real leaf: of a parameter its own, the first where it is tied."""
@@ -112,15 +143,14 @@ class Group:
     @contextmanager
     def rerunning(self) -> Iterator[None]:
         """Shadows in, grad mode and autocast as in the forward; everything as before at the end."""
-        with self.shadows, self.replay.undone(), torch.enable_grad(), self.replay.autocast():
+        with self.shadows, self.replay.undone(), in_modes(self.modes), torch.enable_grad(), self.replay.autocast():
             yield
 
     def backward(self, predictions: Tensor, cotangents: Tensor, *, retain_graph: bool = False) -> None:
         """Send `cotangents`, of the shape of `predictions`, down to the leaves."""
-        leaves = self.shadows.leaves if self.only_leaves else None
         cotangents = cotangents.to(predictions, non_blocking=True)
-        with self.replay.no_autocast():
-            torch.autograd.backward(predictions, cotangents, retain_graph=retain_graph, inputs=leaves)
+        with self.replay.no_autocast(), self.shadows.receiving():
+            torch.autograd.backward(predictions, cotangents, retain_graph=retain_graph)
 
     def negligible(self, dtype: torch.dtype) -> float:
         """Weight relative to the largest below which a pose does not matter.

@@ -1,11 +1,9 @@
-"""Finds, in the first pose of a group, leaves that no stand-in covers, and refuses them by name."""
+"""Finds, in the graph of each pose, leaves that no stand-in covers, and refuses them by name."""
 
 from torch import Tensor, nn
 
 from gradhooks.errors import PredictionError, UnregisteredTensorError
 from gradhooks.group import Chunk, Group
-from gradhooks.shadow import reached_leaves
-from gradhooks.trees import tensors_in
 
 
 def run_guarded(group: Group, chunk: Chunk) -> Tensor:
@@ -16,46 +14,48 @@ def run_guarded(group: Group, chunk: Chunk) -> Tensor:
 
     Raises:
         UnregisteredTensorError: The predictions depend on a parameter, or a lasting tensor, that has no stand-in.
+        PredictionError: The model called `backward()`.
     """
-    predictions = group.run(chunk.start, chunk.stop)
-    _refuse_gradients(group)
-    strangers = _strangers(group, predictions)
-    _refuse([leaf for leaf in strangers if isinstance(leaf, nn.Parameter)], group)
-    if strangers:
+    predictions = _run(group, chunk)
+    strangers = _strangers(group, chunk, predictions)
+    _refuse([leaf for leaf in strangers if isinstance(leaf, nn.Parameter)], group, chunk)
+    if strangers and not group.makes_leaves:
         del predictions
+        group.makes_leaves = True
         group.replay.restore(chunk.before)
-        predictions = group.run(chunk.start, chunk.stop)
-        inputs = {id(tensor) for _, tensor in tensors_in(group.poses.between(chunk.start, chunk.stop))}
+        predictions = _run(group, chunk)
         known = {id(leaf) for leaf in strangers}
-        lasting = [leaf for leaf in _strangers(group, predictions) if id(leaf) in known]
-        _refuse([leaf for leaf in lasting if id(leaf) not in inputs], group)
-        # What is left are inputs that the model itself marked; the poses' backwards must leave their `.grad` alone.
-        group.only_leaves = bool(lasting)
+        _refuse([leaf for leaf in _strangers(group, chunk, predictions) if id(leaf) in known], group, chunk)
     return predictions
 
 
-def _refuse_gradients(group: Group) -> None:
-    if any(leaf.grad is not None for leaf in group.shadows.leaves):
+def _run(group: Group, chunk: Chunk) -> Tensor:
+    before = group.shadows.gathered(everywhere=chunk.start == 0)
+    predictions = group.run(chunk.start, chunk.stop)
+    if group.shadows.gathered(everywhere=chunk.start == 0) != before:
         raise PredictionError(
-            "pose 0: the model calls backward() in its forward, which adds to the gradients of its parameters for each "
-            "pose; let it use torch.autograd.grad(..., create_graph=True) for derivatives that the prediction needs"
+            f"pose {chunk.start}: the model calls backward() in its forward, which adds to the gradients of its "
+            "parameters at every call; let it use torch.autograd.grad(..., create_graph=True) for derivatives that the "
+            "prediction needs"
         )
+    return predictions
 
 
-def _strangers(group: Group, predictions: Tensor) -> list[Tensor]:
-    known = {id(leaf) for leaf in group.shadows.leaves}
-    return [leaf for leaf in reached_leaves(predictions) if id(leaf) not in known]
+def _strangers(group: Group, chunk: Chunk, predictions: Tensor) -> list[Tensor]:
+    # A look into reentrant checkpoints costs a forward: once a group.
+    reached = group.reached(predictions, inside_checkpoints=chunk.start == 0)
+    return [leaf for leaf in reached if not group.shadows.owns(leaf)]
 
 
-def _refuse(leaves: list[Tensor], group: Group) -> None:
+def _refuse(leaves: list[Tensor], group: Group, chunk: Chunk) -> None:
     if not leaves:
         return
     names = group.names()
     found = ", ".join(names.get(id(leaf), _described(leaf)) for leaf in leaves)
     raise UnregisteredTensorError(
-        f"the prediction of pose 0 depends on {found}, which gradhooks cannot intercept: it is neither a registered "
-        "parameter of the model nor a tensor found in the pose. Register it (nn.Parameter as a module attribute, or "
-        "nn.ParameterList), pass it as part of the pose (tensor, mapping, tuple, dataclass), or detach it"
+        f"the prediction of pose {chunk.start} depends on {found}, which gradhooks cannot intercept: it is neither a "
+        "registered parameter of the model nor a tensor found in the pose. Register it (nn.Parameter as a module "
+        "attribute, or nn.ParameterList), pass it as part of the pose (tensor, mapping, tuple, dataclass), or detach it"
     )
 
 

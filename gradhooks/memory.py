@@ -1,5 +1,6 @@
 """PeakMemory: how much memory a piece of code needs, on a CPU counted to the byte."""
 
+import os
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -10,6 +11,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import Self
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a device has left: of a GPU as its driver says, of the CPU as the operating system says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class PeakMemory:

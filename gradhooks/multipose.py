@@ -12,9 +12,19 @@ from gradhooks.bridge import tied_to_leaves
 from gradhooks.combination import BoundCombination
 from gradhooks.errors import PosesError, PredictionError
 from gradhooks.group import Group
-from gradhooks.lazy import initialise_lazy
+from gradhooks.modes import initialise_lazy, modes_of
 from gradhooks.passage import send_through
-from gradhooks.poses import Call, Collate, Nonfinite, Poses, arrange, call_model, check_rows, prediction_rows
+from gradhooks.poses import (
+    Call,
+    Collate,
+    Nonfinite,
+    Poses,
+    arrange,
+    call_model,
+    check_rows,
+    finite_rows,
+    prediction_rows,
+)
 from gradhooks.prediction import MultiPosePrediction
 from gradhooks.progress import Progress, reporting
 from gradhooks.replay import Replay
@@ -139,6 +149,7 @@ class MultiPose(nn.Module):
             nonfinite=self.nonfinite,
             progress=self.progress,
             report=self.report,
+            modes=modes_of(self.model),
         )
         ledger, predictions = send_through(group, self.accumulator, self.chunk_size, self.forward_chunk_size)
         through_combination, direct = tied_to_leaves(group, ledger, predictions)
@@ -160,7 +171,7 @@ class MultiPose(nn.Module):
         """Combine `predictions`; the user gets `poses`, the same numbers. Both have shape `(N, *prediction)`."""
         finite = None
         if self.nonfinite == "drop":
-            finite = predictions.isfinite().flatten(1).all(1)
+            finite = finite_rows(predictions)
             if not finite.any():
                 raise PredictionError(f"none of the {len(finite)} predictions of the group is finite: nothing is left")
         return MultiPosePrediction(combination(predictions, finite), poses, combination, finite)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from gradhooks.accumulators.base import Accumulator, Ledger
 from gradhooks.errors import PredictionError
-from gradhooks.group import Chunk, Group
+from gradhooks.group import Chunk, Group, NeedsGradModeError
 from gradhooks.guard import run_guarded
 from gradhooks.poses import check_rows
 from gradhooks.progress import reporting
@@ -29,6 +29,14 @@ def send_through(group: Group, accumulator: Accumulator, size: int, graphless_si
         PredictionError: Nothing that the model predicts requires grad, or the shapes differ.
         UnregisteredTensorError: A prediction depends on a leaf that cannot be intercepted.
     """
+    try:
+        return _send_through(group, accumulator, size, graphless_size)
+    except NeedsGradModeError:
+        group.needs_grad_mode = True
+        return _send_through(group, accumulator, size, graphless_size)
+
+
+def _send_through(group: Group, accumulator: Accumulator, size: int, graphless_size: int) -> tuple[Ledger, Tensor]:
     count = len(group.poses)
     with (
         group.shadows,
@@ -48,7 +56,8 @@ def send_through(group: Group, accumulator: Accumulator, size: int, graphless_si
             with_graph = ledger.keeps_graph or not differentiable
             stop = min(chunk.stop + (size if with_graph else graphless_size), count)
             chunk = Chunk(chunk.stop, stop, group.replay.take())
-            live = (group.run if with_graph else group.run_graphless)(chunk.start, chunk.stop)
+            with ledger.watching():
+                live = run_guarded(group, chunk) if with_graph else group.run_graphless(chunk.start, chunk.stop)
             differentiable |= live.requires_grad
             rows.append(live.detach())
             check_rows(rows[0], rows[-1], chunk.start, finite=group.nonfinite == "raise")

@@ -132,6 +132,11 @@ def prediction_rows(output: Any, start: int, stop: int, batched: bool) -> Tensor
     return output
 
 
+def finite_rows(rows: Tensor) -> Tensor:
+    """Which of the predictions, shape `(n, *prediction)`, are finite in all their numbers; shape `(n,)`, boolean."""
+    return rows.isfinite().reshape(len(rows), -1).all(1)
+
+
 def check_rows(first: Tensor, rows: Tensor, start: int, *, finite: bool) -> None:
     """Check the rows of a chunk that begins with pose `start`.
 
@@ -145,7 +150,7 @@ def check_rows(first: Tensor, rows: Tensor, start: int, *, finite: bool) -> None
         PredictionError: They have other shapes than the first, or are not finite.
     """
     if finite and not rows.isfinite().all():
-        bad = int(rows.isfinite().flatten(1).all(1).logical_not().nonzero()[0])
+        bad = int(finite_rows(rows).logical_not().nonzero()[0])
         raise PredictionError(
             f"pose {start + bad}: its prediction is not finite ({rows[bad].flatten().tolist()}); nonfinite='drop' "
             "leaves such poses out, nonfinite='propagate' lets them through"

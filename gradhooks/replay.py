@@ -44,7 +44,7 @@ class Replay:
     """
 
     def __init__(self, model: nn.Module, generators: Iterable[object] = ()) -> None:
-        self._slots = [(module, name) for module in model.modules() for name in module._buffers]
+        self._slots = [(module, name) for module in model.modules() for name in module._buffers.keys()]  # noqa: SIM118 - TorchScript's has no other
         devices = _devices_in_use(model)
         self._sources: list[RandomSource] = sources_in_use(devices, generators)
         kinds = sorted({device.type for device in devices})

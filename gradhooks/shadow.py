@@ -13,8 +13,8 @@ Rules:
 """
 
 import threading
-from collections.abc import Callable, Iterable, MutableMapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ class ShadowParameters:
         self._index: dict[int, int] = {}  # id of a real tensor -> its place; `real` keeps the ids valid
         self._slots: list[tuple[MutableMapping[str, Tensor | None], str, int]] = []
         self._flat: list[tuple[Any, list[Tensor]]] = []
+        self._known: set[int] = set()  # ids of the leaves
+        self._receives = False
         self._hooks: list[ExitStack] = []
         self._displaced: list[tuple[list[Tensor | None], list[list[Tensor]]]] = []
         for module in model.modules():
@@ -85,6 +87,7 @@ class ShadowParameters:
         if place == len(self.real):
             self.real.append(tensor)
             self.leaves.append(alias(tensor))
+            self._known.add(id(self.leaves[-1]))
         return place
 
     def _alias_parameter(self, parameter: Tensor) -> Tensor:
@@ -92,6 +95,24 @@ class ShadowParameters:
         shadow.__dict__.update(parameter.__dict__)  # marks that model code reads, as `weight.is_expert`
         shadow.__dict__["_gradhooks_owner"] = self._token
         return shadow
+
+    def owns(self, leaf: Tensor) -> bool:
+        """Whether a leaf is one of the stand-ins."""
+        return id(leaf) in self._known
+
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Let the hooks take what arrives in the leaves. A backward that the model calls itself leaves it there."""
+        self._receives = True
+        try:
+            yield
+        finally:
+            self._receives = False
+
+    def gathered(self, *, everywhere: bool) -> list[tuple[int, int] | None]:
+        """A fingerprint of the gradients in the leaves; else of the first and the last parameter's, which is cheap."""
+        leaves = self.leaves if everywhere else self.leaves[: self._parameters : max(1, self._parameters - 1)]
+        return [None if leaf.grad is None else (id(leaf.grad), leaf.grad._version) for leaf in leaves]
 
     def intercept(self, receive: Receiver, places: Iterable[int]) -> ExitStack:
         """Hand each gradient that arrives in the leaves at `places` to `receive(place, gradient)`, then forget it.
@@ -103,9 +124,17 @@ class ShadowParameters:
         hooks = ExitStack()
         self._hooks.append(hooks)
         for place in places:
-            hook = _handing_over(receive, place)
+            hook = self._handing_over(receive, place)
             hooks.callback(self.leaves[place].register_post_accumulate_grad_hook(hook).remove)
         return hooks
+
+    def _handing_over(self, receive: Receiver, place: int) -> Callable[[Tensor], None]:
+        def hook(leaf: Tensor) -> None:
+            if self._receives and leaf.grad is not None:
+                gradient, leaf.grad = leaf.grad, None
+                receive(place, gradient)
+
+        return hook
 
     def __enter__(self) -> None:
         with _swapping:
@@ -150,30 +179,3 @@ def _owner(parameter: Tensor | None) -> object | None:
 
 def _alias_input(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
-
-
-def _handing_over(receive: Receiver, place: int) -> Callable[[Tensor], None]:
-    def hook(leaf: Tensor) -> None:
-        gradient, leaf.grad = leaf.grad, None
-        if gradient is not None:
-            receive(place, gradient)
-
-    return hook
-
-
-def reached_leaves(root: Tensor) -> list[Tensor]:
-    """The leaves of autograd's graph below `root`, each once. Takes about 1 us a node."""
-    leaves: list[Tensor] = []
-    pending = [root.grad_fn]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        if node is None:
-            continue
-        if hasattr(node, "variable"):  # AccumulateGrad
-            leaves.append(node.variable)
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append(following)
-    return leaves

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,6 +48,10 @@ class Ledger(ABC):
             predictions: Shape `(n, *prediction)`, with its graph wherever `keeps_graph` was true. A ledger that wants
                 the graph used must do so now.
         """
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Entered around the forward of each chunk but the first."""
+        return nullcontext()
 
     @abstractmethod
     def close(self, predictions: Tensor) -> Sequence[Tensor]:

@@ -1,16 +1,21 @@
 """Run every pose twice: without a graph, and where it matters once more when its coefficient is known."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 
 import torch
+from einops import einsum, reduce
 from torch import Tensor
 
 from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger, refuse_gradient_combination
+from gradhooks.accumulators.declaration import declared
+from gradhooks.accumulators.retained import RetainedGraphs, budget_in_bytes
 from gradhooks.accumulators.sums import Gradients, RunningSums
 from gradhooks.errors import ReplayError
 from gradhooks.group import Chunk, Group
+from gradhooks.guard import run_guarded
 from gradhooks.progress import reporting
-from gradhooks.shadow import reached_leaves
 
 
 class Recompute(Accumulator):
@@ -18,38 +23,60 @@ class Recompute(Accumulator):
 
     The outer backward re-runs the poses that matter, last to first, each with its coefficient as cotangent. In this
     order, which is autograd's own, the sums agree bit for bit with the full graph.
+
+    Args:
+        retain: Memory for graphs that are kept, so that their poses need no second forward: bytes (`"2GiB"`, an int) or
+            a fraction of what is free when a group begins (a float). The poses that weigh most are kept where the
+            combination declares weights, the first ones elsewhere.
+
+    Raises:
+        ValueError: `retain` is none of these.
     """
 
     name = "recompute"
 
+    def __init__(self, retain: str | float | None = None) -> None:
+        budget_in_bytes(retain, torch.device("cpu"))
+        self.retain = retain
+
     def open(self, group: Group, predictions: Tensor) -> Ledger:
-        del predictions
         refuse_gradient_combination(group, self.name)
-        return RecomputeLedger(group)
+        budget = budget_in_bytes(self.retain, predictions.device)
+        return RecomputeLedger(group, RetainedGraphs(budget, group.known_storages()) if budget else None)
 
 
 class RecomputeLedger(Ledger):
-    """Keeps nothing but what a second run needs."""
+    """Keeps what a second run needs, and as many graphs as it may."""
 
-    keeps_graph = False
-
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, retained: RetainedGraphs | None) -> None:
         self._group = group
         self._chunks: list[Chunk] = []
+        self._retained = retained
+        self.keeps_graph = retained is not None
+
+    def watching(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._retained is None else self._retained.measuring()
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
-        del predictions
         self._chunks.append(chunk)
+        if self._retained is not None and predictions.requires_grad and chunk.start > 0:  # nobody measured the first
+            claim = declared(self._group, predictions, chunk.start)
+            uniform = claim is None or claim.uniform
+            kept = self._retained.offer(chunk.start, predictions, 0.0 if claim is None else max(claim.log_weights))
+            self.keeps_graph = kept or not uniform  # where all weigh alike, what does not fit now never will
+            self._group.report.retained = len(self._retained)
 
     def close(self, predictions: Tensor) -> Sequence[Tensor]:
         return [predictions]
 
     def gradients(self, kept: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
-        del last
         (predictions,) = kept
         group = self._group
         matters = mattering(coefficients.total, group.negligible(predictions.dtype))
-        gradients = replayed_gradients(group, self._chunks, predictions, coefficients.total, matters)
+        retained = {} if self._retained is None else self._retained.live(forget=last)
+        gradients = replayed_gradients(
+            group, self._chunks, predictions, coefficients.total, matters, retained=retained, retain_graph=not last
+        )
         group.report.skipped = len(group.poses) - int(matters.sum())
         unreached = [place for place, gradient in enumerate(gradients) if gradient is None]
         skipped = [chunk for chunk in self._chunks if not matters[chunk.start : chunk.stop].any()]
@@ -60,13 +87,20 @@ class RecomputeLedger(Ledger):
 
 def mattering(coefficients: Tensor, negligible: float) -> Tensor:
     """Which poses have a coefficient worth a backward, shape `(N,)`, on the CPU. NaN is."""
-    size = coefficients.detach().abs().flatten(1).amax(1).to("cpu", torch.float64)
+    size = reduce(coefficients.detach().abs(), "n ... -> n", "max").to("cpu", torch.float64)
     largest = size[size.isfinite()].max() if size.isfinite().any() else size.new_zeros(())
     return ~(size <= largest * negligible) & (size != 0)
 
 
 def replayed_gradients(
-    group: Group, chunks: Sequence[Chunk], predictions: Tensor, cotangents: Tensor, matters: Tensor
+    group: Group,
+    chunks: Sequence[Chunk],
+    predictions: Tensor,
+    cotangents: Tensor,
+    matters: Tensor,
+    *,
+    retained: Mapping[int, Tensor] = MappingProxyType({}),
+    retain_graph: bool = False,
 ) -> Gradients:
     """`sum_i cotangents[i] dy_i/dtheta` over the poses that matter, by running them again.
 
@@ -76,36 +110,38 @@ def replayed_gradients(
         predictions: Shape `(N, *prediction)`: what came out then.
         cotangents: Shape `(N, *prediction)`.
         matters: Shape `(N,)`, boolean.
+        retained: Live predictions of chunks that need no second run, by their first pose.
+        retain_graph: Whether those will be needed again.
 
     Raises:
         ReplayError: A second run gave other predictions than the first.
     """
-    chosen = [chunk for chunk in chunks if matters[chunk.start : chunk.stop].any()]
+    chosen = [chunk for chunk in reversed(chunks) if matters[chunk.start : chunk.stop].any()]
     if not chosen:
         return [None] * len(group.shadows.leaves)
-    drifts = []
+    drifts: list[tuple[Chunk, Tensor]] = []
     with (
         group.rerunning(),
         RunningSums(group.shadows, count=1) as sums,
         reporting(group.progress, int(matters.sum()), "poses that matter") as report,
     ):
         done = 0
-        for chunk in reversed(chosen):
-            group.replay.restore(chunk.before)
-            again = group.run(chunk.start, chunk.stop)
-            drifts.append(_drift(again, predictions[chunk.start : chunk.stop]))
+        for chunk in chosen:
             wanted = matters[chunk.start : chunk.stop]
-            cotangent = cotangents[chunk.start : chunk.stop]
-            if not wanted.all():
-                cotangent = cotangent * wanted.to(cotangent).view(-1, *[1] * (cotangent.dim() - 1))
-            if again.requires_grad:
-                group.backward(again, cotangent)
-            del again
-            group.report.backwards += int(wanted.sum())
-            group.report.recomputed += int(wanted.sum())
+            live = retained.get(chunk.start)
+            if live is None:
+                group.replay.restore(chunk.before)
+                live = run_guarded(group, chunk)
+                drifts.append((chunk, _drift(live, predictions[chunk.start : chunk.stop])))
+                group.report.recomputed += int(wanted.sum())
+            if live.requires_grad:
+                cotangent = einsum(cotangents[chunk.start : chunk.stop], wanted.to(cotangents), "n ..., n -> n ...")
+                group.backward(live, cotangent, retain_graph=retain_graph and chunk.start in retained)
+            del live
             done += int(wanted.sum())
+            group.report.backwards += int(wanted.sum())
             report(done)
-        _refuse_drift(group, list(reversed(chosen)), drifts, predictions)
+        _refuse_drift(group, drifts, predictions)
         return sums.take()[0]
 
 
@@ -113,11 +149,15 @@ def _drift(again: Tensor, before: Tensor) -> Tensor:
     return (again.detach() - before).abs().max().nan_to_num(nan=0.0)
 
 
-def _refuse_drift(group: Group, chunks: Sequence[Chunk], drifts: Sequence[Tensor], predictions: Tensor) -> None:
+def _refuse_drift(group: Group, drifts: Sequence[tuple[Chunk, Tensor]], predictions: Tensor) -> None:
+    if not drifts:
+        return
     # Half the digits: kernels that add in varying order lose a few, a model that draws from elsewhere loses all.
     allowed = torch.finfo(predictions.dtype).eps ** 0.5 * predictions.abs().nan_to_num(0, 0, 0).max()
-    drifted = (torch.stack(list(drifts)) > allowed).tolist()  # one synchronisation for the whole group
-    for chunk, found, drift in zip(chunks, drifted, drifts, strict=True):
+    drifted = (
+        torch.stack([drift for _, drift in drifts]) > allowed
+    ).tolist()  # one synchronisation for the whole group
+    for (chunk, drift), found in zip(drifts, drifted, strict=True):
         if found:
             raise ReplayError(
                 f"pose {chunk.start} of {len(group.poses)}: its second run differs from its first by "
@@ -133,7 +173,8 @@ def _zero_where_reached(group: Group, skipped: Sequence[Chunk], gradients: Gradi
     with group.rerunning():
         for chunk in skipped:
             group.replay.restore(chunk.before)
-            for leaf in reached_leaves(group.run(chunk.start, chunk.stop)):
+            predictions = group.run(chunk.start, chunk.stop)
+            for leaf in group.reached(predictions, inside_checkpoints=True):
                 if id(leaf) in places:
                     gradients[places.pop(id(leaf))] = torch.zeros_like(leaf)
             if not places:

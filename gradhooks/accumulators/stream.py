@@ -13,7 +13,6 @@ from gradhooks.accumulators.recompute import Recompute, replayed_gradients
 from gradhooks.accumulators.sums import Gradients, RunningSums, add_into, all_finite, weighted
 from gradhooks.errors import CombinationError, GradhooksWarning
 from gradhooks.group import Chunk, Group
-from gradhooks.shadow import reached_leaves
 
 
 class Stream(Accumulator):
@@ -101,7 +100,7 @@ class StreamLedger(Ledger):
         leaves = self._group.shadows.leaves
         missing = {id(leaves[place]): place for place, total in enumerate(self._sums.sum(0)) if total is None}
         if set(missing.values()) - self._passed_over:
-            reached = reached_leaves(predictions)
+            reached = self._group.reached(predictions, inside_checkpoints=True)
             self._passed_over |= {missing[id(leaf)] for leaf in reached if id(leaf) in missing}
 
     def close(self, predictions: Tensor) -> Sequence[Tensor]:

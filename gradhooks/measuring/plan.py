@@ -1,6 +1,5 @@
 """plan: what each accumulator will need, from one probe pose."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from gradhooks.combination import BoundCombination
 from gradhooks.measuring.table import table
 from gradhooks.measuring.undisturbed import undisturbed
-from gradhooks.memory import PeakMemory
+from gradhooks.memory import PeakMemory, free_bytes
 from gradhooks.multipose import MultiPose
 from gradhooks.trees import tensors_in
 
@@ -84,7 +83,9 @@ def plan(
     if sums is not None:
         peaks["stream"] = later + (sums - 1) * gradients
     peaks["store"] = max((count - 1) * gradients + first, (count + 1) * gradients)
-    return Plan(count, gradients, graph, later, peaks, _free(device), scorer.report.accumulator, scorer.report.reason)
+    return Plan(
+        count, gradients, graph, later, peaks, free_bytes(device), scorer.report.accumulator, scorer.report.reason
+    )
 
 
 def _probed(scorer: MultiPose, probe: Any, device: torch.device) -> tuple[int, int, int, int]:
@@ -110,9 +111,3 @@ def _running_sums(combination: BoundCombination, prediction: Tensor) -> int | No
         return None
     features = declaration.features
     return 1 if features is None else 1 + features.reshape(1, -1).shape[1]
-
-
-def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,52 @@
+"""Where the suite runs, and from which seed.
+
+GRADHOOKS_TEST_DEVICE chooses the device (`cpu` by default, `cuda`, `cuda:1` ...).
+"""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+# Assertions of helpers are explained as those of the tests are.
+pytest.register_assert_rewrite("oracle", "witness")
+
+from zoo import Place  # noqa: E402
+
+hypothesis.settings.register_profile("gradhooks", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("gradhooks")
+
+DEVICE = torch.device(os.environ.get("GRADHOOKS_TEST_DEVICE", "cpu"))
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)  # pytest-xdist has a process for each core
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch.cuda finds none here"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture
+def double(device: torch.device) -> Place:
+    return Place(device, torch.float64)
+
+
+@pytest.fixture
+def single(device: torch.device) -> Place:
+    return Place(device, torch.float32)
