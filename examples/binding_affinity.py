@@ -1,0 +1,231 @@
+"""Train SchNet on the binding free energies of real ligands, N conformers a ligand, with the memory of one.
+
+    python examples/binding_affinity.py                     # two minutes on two cores
+    python examples/binding_affinity.py --combination min --poses 8
+    python examples/binding_affinity.py --ligands cmet      # posed in the binding site; 24 are too few to learn from
+
+The data comes with the rdkit wheel; nothing is downloaded. On a CPU every run of a command gives the same numbers, but
+for the times.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from conformers import SOURCES, Ligand, Pose, ligands, split
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from step_costs import StepCost, step_costs
+from torch import Tensor
+from torch_geometric.nn import SchNet
+from tqdm import tqdm
+
+import gradhooks
+
+BATCH = 4  # ligands a step of the optimizer
+LEARNING_RATE = 5e-3
+CUTOFF = 5.0  # Angstrom
+LARGER = 8  # how many times more poses the second group has whose step is measured
+
+
+class Result(NamedTuple):
+    """What the tables and the plot show.
+
+    Attributes:
+        baseline: What the training mean predicts, for the training and the held-out ligands.
+        predictions: What the model predicts for them.
+        targets: What was measured. All in kcal/mol, of shape `(ligands,)`.
+        curve: Of each epoch the error (RMSE) while training and then on the held-out ligands.
+        costs: Of a training step.
+    """
+
+    baseline: tuple[Tensor, Tensor]
+    predictions: tuple[Tensor, Tensor]
+    targets: tuple[Tensor, Tensor]
+    curve: list[tuple[float, float]]
+    costs: list[StepCost]
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        description="SchNet on groups of conformers.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--ligands", choices=list(SOURCES), default="sulfonamides", help="which measured ligands")
+    parser.add_argument("--molecules", type=int, default=320, help="how many of them at most; every fourth is held out")
+    parser.add_argument("--poses", type=int, default=4, help="conformers a molecule")
+    parser.add_argument("--epochs", type=int, default=12, help="passes over the training molecules")
+    combinations = gradhooks.registry.combinations.available()
+    parser.add_argument("--combination", choices=combinations, default="boltzmann", help="of the conformers' energies")
+    accumulators = gradhooks.registry.accumulators.available()
+    parser.add_argument("--accumulator", choices=accumulators, default="auto", help="how their gradients are summed")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample, the conformers, the weights and the order")
+    parser.add_argument("--output", type=Path, default=Path("binding_affinity.png"), help="where the plot goes")
+    parser.add_argument(
+        "--cache", type=Path, default=Path(__file__).parents[1] / ".cache" / "conformers", help="keeps the conformers"
+    )
+    options = parser.parse_args(argv)
+    for name, least in {"molecules": 4, "poses": 1, "epochs": 1, "seed": 0}.items():
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be at least {least}")
+    return options
+
+
+def radius_graph(positions: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """The edges `(2, E)` between atoms of a molecule closer than the cutoff, and their lengths `(E,)`."""
+    distances = (positions.unsqueeze(1) - positions).norm(dim=-1)
+    near = (distances < CUTOFF) & (batch.unsqueeze(1) == batch)
+    near.fill_diagonal_(False)
+    return near.nonzero().t(), distances[near]
+
+
+def load(options: argparse.Namespace) -> tuple[list[Ligand], list[Ligand]]:
+    """Training and held-out ligands with their conformers."""
+    training, held_out = split(SOURCES[options.ligands](), options.molecules, options.seed)
+    everything = training + held_out
+    arriving = ligands(everything, options.poses, options.seed, options.cache, options.device)
+    loaded = list(tqdm(arriving, total=len(everything), desc="conformers", unit="ligand"))
+    return loaded[: len(training)], loaded[len(training) :]
+
+
+def train(
+    scorer: gradhooks.MultiPose, training: list[Ligand], held_out: list[Ligand], epochs: int
+) -> list[tuple[float, float]]:
+    """The learning curve: of each epoch the error (RMSE) while training and then on the held-out ligands."""
+    optimizer = torch.optim.Adam(scorer.parameters(), lr=LEARNING_RATE)
+    steps = epochs * len(range(0, len(training), BATCH))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, steps=steps))
+    curve = []
+    with tqdm(total=epochs * len(training), desc="training", unit="ligand") as progress:
+        for _ in range(epochs):
+            squares = []
+            for batch in torch.randperm(len(training)).split(BATCH):
+                optimizer.zero_grad()
+                for place in batch.tolist():
+                    poses, target = training[place]
+                    square = (scorer(poses).combined - target).square().sum()
+                    (square / len(batch)).backward()  # `.grad` adds up over the batch, as ever
+                    squares.append(square.detach())
+                    progress.update()
+                optimizer.step()
+                schedule.step()
+            predicted, measured = predict(scorer, held_out)
+            curve.append((torch.stack(squares).mean().sqrt().item(), rmse(predicted - measured)))
+            progress.set_postfix({"RMSE": f"{curve[-1][0]:.2f}", "held out": f"{curve[-1][1]:.2f} kcal/mol"})
+    return curve
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Relative to its peak: up in the first fifth of the steps, down to 0 at their end."""
+    return min(1.0, 5 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+@torch.no_grad()
+def predict(scorer: gradhooks.MultiPose, some: list[Ligand]) -> tuple[Tensor, Tensor]:
+    """Predicted and measured free energies, shape `(ligands,)`."""
+    predicted = torch.cat([scorer(ligand.poses).combined for ligand in some])
+    return predicted.flatten().cpu(), torch.cat([ligand.free_energy for ligand in some]).flatten().cpu()
+
+
+def rmse(errors: Tensor) -> float:
+    """Root mean square."""
+    return errors.square().mean().sqrt().item()
+
+
+def run(options: argparse.Namespace) -> Result:
+    """The whole job."""
+    # Kernels as small as these gain nothing from a second thread, and so every machine adds in the same order.
+    torch.set_num_threads(1)
+    torch.manual_seed(options.seed)
+    training, held_out = load(options)
+    measured = torch.cat([ligand.free_energy for ligand in training])
+    mean, deviation = measured.mean().item(), measured.std().item()
+    schnet = SchNet(32, 32, 3, 25, CUTOFF, radius_graph, readout="mean", mean=mean, std=deviation)
+    scorer = gradhooks.MultiPose(schnet, options.combination, accumulator=options.accumulator).to(options.device)
+    curve = train(scorer, training, held_out, options.epochs)
+    fitted, unseen = predict(scorer, training), predict(scorer, held_out)
+    poses, target = held_out[0]
+    return Result(
+        baseline=(torch.full_like(fitted[0], mean), torch.full_like(unseen[0], mean)),
+        predictions=(fitted[0], unseen[0]),
+        targets=(fitted[1], unseen[1]),
+        curve=curve,
+        costs=step_costs(scorer, [poses, jittered(poses, LARGER)], target),
+    )
+
+
+def jittered(poses: list[Pose], times: int) -> list[Pose]:
+    """More poses to measure with: these, and copies moved by a tenth of an Angstrom."""
+    return poses + [
+        (numbers, positions + 0.1 * torch.randn_like(positions))
+        for _ in range(times - 1)
+        for numbers, positions in poses
+    ]
+
+
+def tables(options: argparse.Namespace, result: Result) -> str:
+    """Errors and costs, as text."""
+    seen, new = map(len, result.targets)
+    rows = [
+        f"{options.ligands}: {seen} to train on, {new} held out; {options.poses} poses each, {options.epochs} epochs",
+        "",
+        f"{'error, kcal/mol':32}{'train RMSE':>12}{'MAE':>8}{'held-out RMSE':>16}{'MAE':>8}",
+    ]
+    models = {"training mean": result.baseline, f"SchNet, {options.combination}": result.predictions}
+    for name, predictions in models.items():
+        fitted, unseen = (predicted - target for predicted, target in zip(predictions, result.targets, strict=True))
+        rows.append(
+            f"{name:32}{rmse(fitted):12.3f}{fitted.abs().mean():8.3f}{rmse(unseen):16.3f}{unseen.abs().mean():8.3f}"
+        )
+    rows += ["", f"{'one step':32}{'poses':>6}{'peak memory':>14}{'':8}{'time':>12}{'':8}{'gradient off by':>17}"]
+    full = result.costs[0]
+    for cost in result.costs:
+        full = cost if cost.way == "full graph" else full
+        rows.append(
+            f"{cost.way:32}{cost.poses:6}{cost.memory / 2**20:10.2f} MiB{cost.memory / full.memory:7.2f}x"
+            f"{cost.seconds * 1e3:9.1f} ms{cost.seconds / full.seconds:7.2f}x{cost.deviation:17.1e}"
+        )
+    return "\n".join(rows)
+
+
+def plot(result: Result, path: Path) -> None:
+    """Predicted against measured, and the learning curve."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    scatter, curve = figure.subplots(1, 2)
+    _plot_predictions(scatter, result)
+    epochs = range(1, len(result.curve) + 1)
+    for errors, label in zip(zip(*result.curve, strict=True), ("while training", "held out"), strict=True):
+        curve.plot(epochs, errors, marker="o", markersize=3, label=label)
+    baseline = rmse(result.baseline[1] - result.targets[1])
+    curve.axhline(baseline, color="gray", linestyle="--", label="training mean, held out")
+    curve.set(xlabel="epoch", ylabel="RMSE, kcal/mol", title="learning curve")
+    curve.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _plot_predictions(axes: Axes, result: Result) -> None:
+    for predicted, measured, label in zip(result.predictions, result.targets, ("training", "held out"), strict=True):
+        axes.scatter(measured, predicted, s=10, alpha=0.6, label=label)
+    everything = torch.cat([*result.predictions, *result.targets])
+    ends = [everything.min().item(), everything.max().item()]
+    axes.plot(ends, ends, color="gray", linewidth=0.8)
+    axes.set(xlabel="measured, kcal/mol", ylabel="predicted, kcal/mol", title="binding free energy", aspect="equal")
+    axes.legend()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run, print and plot."""
+    options = arguments(argv)
+    result = run(options)
+    plot(result, options.output)
+    print(f"\n{tables(options, result)}\n\nplot: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""examples/binding_affinity.py, on few molecules."""
+
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+import pytest
+import torch
+
+for _extra in ("matplotlib", "rdkit", "tqdm"):
+    pytest.importorskip(_extra)
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "binding_affinity.py"
+TINY = ["--molecules", "8", "--poses", "2", "--epochs", "1"]
+
+# torch_geometric calls torch.jit.script when it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    pytest.importorskip("torch_geometric")
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng():
+        yield importlib.import_module("binding_affinity")
+    torch.set_num_threads(threads)
+
+
+def _without_times(text: str) -> str:
+    return re.sub(r" *[\d.]+ ms +[\d.]+x +", "", text)
+
+
+def _refuse(*_: object) -> NoReturn:
+    raise AssertionError("embedded again, although the cache has the conformers")
+
+
+def test_the_command_gives_the_same_numbers_twice_the_second_time_from_the_cache(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "plot.png"
+    options = [*TINY, "--cache", str(tmp_path / "cache"), "--output", str(plot)]
+    command = [sys.executable, str(EXAMPLE), *options]
+    first = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "training: 100%" in first.stderr
+    rows = ["training mean", "SchNet, boltzmann", "full graph", "checkpoint per pose", "gradhooks (stream)"]
+    assert [row for row in rows if f"\n{row} " not in first.stdout] == []
+
+    monkeypatch.setattr(sys.modules["conformers"], "_conformers", _refuse)
+    example.main(options)
+    assert _without_times(capsys.readouterr().out) == _without_times(first.stdout)
+
+
+def test_a_step_costs_the_memory_of_one_pose_and_gives_the_gradient_of_all(example: ModuleType) -> None:
+    numbers = torch.full((12,), 6)
+    poses = [(numbers, 3 * torch.rand(12, 3, generator=torch.Generator().manual_seed(seed))) for seed in range(16)]
+    torch.manual_seed(0)
+    scorer = example.gradhooks.MultiPose(example.SchNet(8, 8, 2, 8, 5.0, example.radius_graph, readout="mean"), "min")
+    full, checkpointed, ours, *_ = example.step_costs(scorer, [poses], torch.zeros(1, 1))
+    assert full.deviation == 0
+    assert max(checkpointed.deviation, ours.deviation) < 1e-5
+    assert max(checkpointed.memory, ours.memory) < full.memory / 4
+    assert min(full.seconds, checkpointed.seconds, ours.seconds) > 0
+    assert all(parameter.grad is None for parameter in scorer.parameters())
+
+
+def test_the_split_is_by_molecule_and_repeatable(example: ModuleType) -> None:
+    measured = example.SOURCES["sulfonamides"]()
+    training, held_out = example.split(measured, 40, seed=3)
+    assert (len(measured), len(training), len(held_out)) == (1017, 30, 10)
+    assert len({one.name for one in training + held_out}) == 40
+    again = example.split(measured, 40, seed=3)
+    assert [one.name for one in training] == [one.name for one in again[0]]
+    assert {one.name for one in training} != {one.name for one in example.split(measured, 40, seed=4)[0]}
+
+
+def test_cmet_ligands_bring_their_pose(example: ModuleType, tmp_path: Path) -> None:
+    measured = example.SOURCES["cmet"]()[:1]
+    (ligand,) = example.ligands(measured, 3, 0, tmp_path, torch.device("cpu"))
+    (numbers, posed), (_, embedded), _ = ligand.poses
+    assert ligand.free_energy.item() == pytest.approx(-9.13905)
+    assert 1 not in numbers
+    molecule = measured[0].molecule
+    heavy = [atom.GetIdx() for atom in molecule.GetAtoms() if atom.GetAtomicNum() > 1]
+    given = torch.tensor(molecule.GetConformer().GetPositions()[heavy], dtype=torch.float32)
+    torch.testing.assert_close(posed, given, rtol=0, atol=0)
+    bonds = [
+        (heavy.index(bond.GetBeginAtomIdx()), heavy.index(bond.GetEndAtomIdx()))
+        for bond in molecule.GetBonds()
+        if {bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()} <= set(heavy)
+    ]
+    lengths = torch.stack([(embedded[i] - embedded[j]).norm() for i, j in bonds])
+    assert lengths.max() < 2  # the embedded atoms are in the order of the given ones
+
+
+def test_nonsense_is_refused(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        example.arguments(["--poses", "0"])
+    assert "--poses must be at least 1" in capsys.readouterr().err
