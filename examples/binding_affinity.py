@@ -19,12 +19,12 @@ import torch
 from conformers import SOURCES, Ligand, Pose, ligands, split
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from step_costs import StepCost, step_costs
 from torch import Tensor
 from torch_geometric.nn import SchNet
 from tqdm import tqdm
 
 import gradhooks
+from gradhooks.measuring import Comparison, table
 
 BATCH = 4  # ligands a step of the optimizer
 LEARNING_RATE = 5e-3
@@ -40,14 +40,14 @@ class Result(NamedTuple):
         predictions: What the model predicts for them.
         targets: What was measured. All in kcal/mol, of shape `(ligands,)`.
         curve: Of each epoch the error (RMSE) while training and then on the held-out ligands.
-        costs: Of a training step.
+        costs: Of a training step, beside the full graph and a checkpoint for each pose.
     """
 
     baseline: tuple[Tensor, Tensor]
     predictions: tuple[Tensor, Tensor]
     targets: tuple[Tensor, Tensor]
     curve: list[tuple[float, float]]
-    costs: list[StepCost]
+    costs: list[Comparison]
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -155,7 +155,18 @@ def run(options: argparse.Namespace) -> Result:
         predictions=(fitted[0], unseen[0]),
         targets=(fitted[1], unseen[1]),
         curve=curve,
-        costs=step_costs(scorer, [poses, jittered(poses, LARGER)], target),
+        costs=[step_costs(scorer, group, target) for group in (poses, jittered(poses, LARGER))],
+    )
+
+
+def step_costs(scorer: gradhooks.MultiPose, poses: list[Pose], target: Tensor) -> Comparison:
+    """What a training step on some poses costs."""
+    return gradhooks.compare(
+        scorer.model,
+        poses,
+        scorer.combination,
+        accumulators=[scorer.accumulator],
+        loss=lambda prediction: (prediction.combined - target).square().sum(),
     )
 
 
@@ -174,22 +185,16 @@ def tables(options: argparse.Namespace, result: Result) -> str:
     rows = [
         f"{options.ligands}: {seen} to train on, {new} held out; {options.poses} poses each, {options.epochs} epochs",
         "",
-        f"{'error, kcal/mol':32}{'train RMSE':>12}{'MAE':>8}{'held-out RMSE':>16}{'MAE':>8}",
     ]
+    errors = []
     models = {"training mean": result.baseline, f"SchNet, {options.combination}": result.predictions}
     for name, predictions in models.items():
         fitted, unseen = (predicted - target for predicted, target in zip(predictions, result.targets, strict=True))
-        rows.append(
-            f"{name:32}{rmse(fitted):12.3f}{fitted.abs().mean():8.3f}{rmse(unseen):16.3f}{unseen.abs().mean():8.3f}"
-        )
-    rows += ["", f"{'one step':32}{'poses':>6}{'peak memory':>14}{'':8}{'time':>12}{'':8}{'gradient off by':>17}"]
-    full = result.costs[0]
+        measures = (rmse(fitted), fitted.abs().mean(), rmse(unseen), unseen.abs().mean())
+        errors.append([name, *(f"{measure:.3f}" for measure in measures)])
+    rows.append(table(["error, kcal/mol", "train RMSE", "train MAE", "held-out RMSE", "held-out MAE"], errors))
     for cost in result.costs:
-        full = cost if cost.way == "full graph" else full
-        rows.append(
-            f"{cost.way:32}{cost.poses:6}{cost.memory / 2**20:10.2f} MiB{cost.memory / full.memory:7.2f}x"
-            f"{cost.seconds * 1e3:9.1f} ms{cost.seconds / full.seconds:7.2f}x{cost.deviation:17.1e}"
-        )
+        rows += ["", f"a training step ({cost.setting})", str(cost)]
     return "\n".join(rows)
 
 

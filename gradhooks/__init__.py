@@ -16,6 +16,7 @@ from gradhooks.decorator import multipose
 from gradhooks.errors import (
     CombinationError,
     ConcurrentUseError,
+    DistributedError,
     GradhooksError,
     GradhooksWarning,
     HigherOrderError,
@@ -34,6 +35,7 @@ __all__ = [
     "Combination",
     "CombinationError",
     "ConcurrentUseError",
+    "DistributedError",
     "GradhooksError",
     "GradhooksWarning",
     "GradientCombination",

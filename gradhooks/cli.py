@@ -9,10 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any, NamedTuple
 
+import torch
+
 from gradhooks import registry
 from gradhooks.conformance import results
 from gradhooks.conformance.derivatives import declares_stream
 from gradhooks.errors import GradhooksError
+from gradhooks.measuring.bench import benchmark, save
+from gradhooks.measuring.reference import REFERENCES
 from gradhooks.registry import Registry
 
 Subparsers = Any  # argparse's own type is private
@@ -20,7 +24,7 @@ Subparsers = Any  # argparse's own type is private
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m gradhooks", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m gradhooks", description="What is installed, and whether it holds.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in COMMANDS:
         add(subparsers)
@@ -57,14 +61,15 @@ def _run_plugins(chosen: argparse.Namespace) -> int:
 
 
 def _rows(plugins: Registry) -> Iterator[Row]:
-    for short, points in sorted(plugins._claims().items()):
+    listed = plugins.available()
+    for short, points in sorted(plugins.claims().items()):
         for point in points:
             distribution, version = _origin(point)
-            name = short if len(points) == 1 else f"{distribution}:{short}"
+            name = f"{distribution}:{short}" if f"{distribution}:{short}" in listed else short
             others = ", ".join(_origin(other)[0] for other in points if other is not point)
             streamable, state = _state(plugins, name)
             if others and state == "ok":
-                state = f"ok under this name; {short!r} alone is also claimed by {others}"
+                state = f"ok under this name; {short!r} is also claimed by {others}"
             yield Row(name, plugins.kind, distribution, version, streamable, state)
 
 
@@ -77,8 +82,9 @@ def _state(plugins: Registry, name: str) -> tuple[str, str]:
     try:
         made = plugins.create(name)
         streamable = "-" if plugins is registry.accumulators else "yes" if declares_stream(made) else "no"
-    except Exception as fault:  # noqa: BLE001 - whatever a plugin does, the others are listed
-        return "?", " ".join(str(fault).split())
+    except Exception as fault:  # whatever one plugin does, the others are listed
+        message = str(fault) if isinstance(fault, GradhooksError) else f"{type(fault).__name__}: {fault}"
+        return "?", " ".join(message.split())
     return streamable, "ok"
 
 
@@ -112,4 +118,30 @@ def _run_check(chosen: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_plugins, _add_check)
+def _add_bench(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser("bench", help="measure time and memory on reference models (the README's figures)")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(REFERENCES)}; all by default")
+    parser.add_argument("--poses", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--save", metavar="FILE", help="write the figures as JSON")
+    parser.set_defaults(run=_run_bench)
+
+
+def _run_bench(chosen: argparse.Namespace) -> int:
+    unknown = set(chosen.models) - set(REFERENCES)
+    if unknown:
+        _say(f"unknown model {', '.join(sorted(unknown))}: available are {', '.join(REFERENCES)}")
+        return 2
+    torch.set_num_threads(chosen.threads)
+    found = []
+    for title, comparison in benchmark(chosen.models or list(REFERENCES), chosen.poses, chosen.repeats, chosen.device):
+        _say(f"{title} ({comparison.setting})", "", str(comparison), "")
+        found.append((title, comparison))
+    if chosen.save:
+        save(found, chosen.save)
+    return 0
+
+
+COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_plugins, _add_check, _add_bench)

@@ -36,7 +36,11 @@ class Combination(torch.nn.Module):
     It is an ordinary module in the user's own graph: autograd derives its coefficients, and parameters of its own
     are trained with everything else. `N` is small, so compute in float64 where digits could be lost.
 
-    Keyword arguments of the user's call (masks, weights of the poses, known energies) reach every method.
+    Keyword arguments of the user's call (masks, weights of the poses, known energies) reach both methods.
+
+    A class may say more of itself. `api_version = 1` is the version of this contract that it was written for. The
+    conformance kit reads `expected_failures`, a mapping from a check's name to the reason why the promise is not made,
+    and `example(count)`, which returns predictions, where any real numbers will not do.
     """
 
     def forward(self, predictions: Tensor, *_: Any, **arguments: Any) -> Tensor:

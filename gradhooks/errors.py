@@ -28,6 +28,10 @@ class ConcurrentUseError(GradhooksError, RuntimeError):
     """Give each thread a model of its own: two groups cannot be in one model at once."""
 
 
+class DistributedError(GradhooksError, RuntimeError):
+    """Wrap the other way round: what synchronises gradients belongs outside MultiPose."""
+
+
 class HigherOrderError(GradhooksError, RuntimeError):
     """Use the full graph for this step: derivatives of the delivered gradient do not exist."""
 

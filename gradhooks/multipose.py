@@ -10,6 +10,7 @@ from gradhooks import checkpoints, registry
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.bridge import tied_to_leaves
 from gradhooks.combination import BoundCombination
+from gradhooks.distributed import refuse_synchronised
 from gradhooks.errors import PosesError, PredictionError
 from gradhooks.group import Group
 from gradhooks.modes import initialise_lazy, modes_of
@@ -123,12 +124,15 @@ class MultiPose(nn.Module):
             PredictionError: What the model returned is no floating-point tensor of one shape for all poses, is not
                 finite though it must be, or does not require grad although something could be trained.
             UnregisteredTensorError: It depends on a leaf that cannot be intercepted.
+            DistributedError: The model holds a data-parallel wrapper, or is sharded.
+            ConcurrentUseError: Another thread is running a group through the model.
         """
         arranged = arrange(poses, self.collate)
         if max(self.chunk_size, self.forward_chunk_size) > 1 and not arranged.batched:
             raise PosesError(
                 "chunks of more than one pose need collate= to make a batch of a list, or poses stacked in a tensor"
             )
+        refuse_synchronised(self.model)
         initialise_lazy(self.model, lambda: self.call(self.model, arranged.between(0, 1)))
         self.report = GroupReport(poses=len(arranged), accumulator=self.accumulator.name)
         combination = BoundCombination(self.combination, len(arranged), arguments)

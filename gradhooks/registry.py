@@ -6,13 +6,14 @@ is not remembered, so mending it is enough.
 
 import difflib
 import os
-from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint, distributions, entry_points
 from typing import Any, TypeVar
 
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.combination import Combination
-from gradhooks.errors import PluginError
+from gradhooks.errors import GradhooksWarning, PluginError
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
@@ -38,11 +39,15 @@ class Registry:
         self._registered: dict[str, Callable[..., Any]] = {}
 
     def available(self) -> list[str]:
-        """Every name, sorted. A name that several distributions claim is given as `distribution:name`."""
-        claims = self._claims()
+        """Every name, sorted. A name that several distributions claim is given as `distribution:name`.
+
+        A built-in keeps its own: what strangers call so too is had as `distribution:name` only.
+        """
         names = {*self._registered}
-        for name, points in claims.items():
-            names.update([name] if len(points) == 1 else [f"{_distribution(point)}:{name}" for point in points])
+        for name, points in self.claims().items():
+            own = [point for point in points if _distribution(point) == BUILT_IN] or points
+            names.update([name] if len(own) == 1 else [])
+            names.update(f"{_distribution(point)}:{name}" for point in points if len(points) > 1 and own != [point])
         return sorted(names)
 
     def register(self, name: str) -> Callable[[Factory], Factory]:
@@ -53,9 +58,9 @@ class Registry:
         """
 
         def decorate(factory: Factory) -> Factory:
-            if name in self._claims():
+            if name in self.claims():
                 raise PluginError(
-                    f"{self.kind} {name!r} is already provided by {_listed(self._claims()[name])}; choose another name"
+                    f"{self.kind} {name!r} is already provided by {_listed(self.claims()[name])}; choose another name"
                 )
             self._registered[name] = factory
             return factory
@@ -74,9 +79,10 @@ class Registry:
         distribution, _, short = name.rpartition(":")
         if not distribution and short in self._registered:
             return self._registered[short]
-        points = self._claims().get(short, [])
-        if distribution:
-            points = [point for point in points if _same(_distribution(point), distribution)]
+        points = self.claims().get(short, [])
+        wanted = distribution or (BUILT_IN if any(_distribution(point) == BUILT_IN for point in points) else "")
+        if wanted:
+            points = [point for point in points if _same(_distribution(point), wanted)]
         if not points:
             raise PluginError(self._unknown(name))
         if len(points) > 1:
@@ -107,9 +113,10 @@ class Registry:
             raise TypeError(f"{self.kind} must be a name or an object (an instance, not a class), got {wanted!r}")
         return wanted
 
-    def _claims(self) -> dict[str, list[EntryPoint]]:
+    def claims(self) -> dict[str, list[EntryPoint]]:
+        """The entry points by name; nothing is imported."""
         claims: dict[str, list[EntryPoint]] = {}
-        for point in entry_points(group=self.group):
+        for point in _points(self.group):
             if _distribution(point) == BUILT_IN or os.environ.get("GRADHOOKS_DISABLE_PLUGINS", "0") in ("", "0"):
                 known = claims.setdefault(point.name, [])
                 if all((other.value, _distribution(other)) != (point.value, _distribution(point)) for other in known):
@@ -118,6 +125,8 @@ class Registry:
 
     def _import(self, point: EntryPoint) -> Callable[..., Any]:
         try:
+            if not point.pattern.match(point.value):
+                raise ValueError(f"an entry point's value must be 'module:object', not {point.value!r}")
             loaded = point.load()
         except Exception as fault:
             raise PluginError(
@@ -144,6 +153,31 @@ class Registry:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"unknown {self.kind} {name!r}: {hint}available are {', '.join(names)}"
+
+
+def _points(group: str) -> list[EntryPoint]:
+    try:
+        return list(entry_points(group=group))
+    except Exception:  # one unreadable entry_points.txt, of whatever package, spoils the listing of all
+        return list(_readable_points(group))
+
+
+def _readable_points(group: str) -> Iterator[EntryPoint]:
+    seen = set()
+    for distribution in distributions():
+        name = (distribution.metadata["Name"] or "?").lower().replace("_", "-")
+        if name in seen:  # the first one along sys.path is the one that is imported
+            continue
+        seen.add(name)
+        try:
+            yield from distribution.entry_points.select(group=group)
+        except Exception as fault:
+            warnings.warn(
+                f"the entry_points.txt of {name} {distribution.version} cannot be read ({type(fault).__name__}: "
+                f"{fault}), so its plugins are left out; mend or uninstall that distribution",
+                GradhooksWarning,
+                stacklevel=2,
+            )
 
 
 def _distribution(point: EntryPoint) -> str:

@@ -15,7 +15,7 @@ PACKAGE = Path(gradhooks.__file__).parent
 FLOORS = [
     ["errors"],
     ["combination"],
-    ["randomness", "report", "shadow", "trees", "progress", "modes", "reach", "checkpoints", "memory"],
+    ["randomness", "report", "shadow", "trees", "progress", "modes", "reach", "distributed", "checkpoints", "memory"],
     ["poses", "replay"],
     ["group"],
     ["guard"],
@@ -32,11 +32,20 @@ FLOORS = [
     ["bridge", "prediction", "passage"],
     ["multipose"],
     ["decorator"],
+    ["conformance.failure", "conformance.oracle"],
+    ["conformance.sample"],
+    ["conformance.values", "conformance.derivatives"],
+    ["conformance.training"],
+    ["conformance.accumulators"],
+    ["conformance.kit"],
+    ["conformance"],
     ["testing", "measuring.table", "measuring.undisturbed"],
-    ["measuring.ways"],
+    ["measuring.ways", "measuring.reference"],
     ["measuring.compare", "measuring.plan"],
-    ["measuring.check"],
+    ["measuring.check", "measuring.bench"],
     ["measuring"],
+    ["cli"],
+    ["__main__"],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
@@ -106,6 +115,8 @@ def test_all_is_sorted_and_complete() -> None:
 
 
 def test_importing_gradhooks_imports_no_plugin_and_prints_nothing() -> None:
-    script = "import sys, gradhooks; print([name for name in ('rdkit', 'pytest', 'torch_geometric') if name in sys.modules])"
+    script = (
+        "import sys, gradhooks; print([name for name in ('rdkit', 'pytest', 'torch_geometric') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")

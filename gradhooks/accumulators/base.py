@@ -81,6 +81,9 @@ class Accumulator(ABC):
 
     name: ClassVar[str]
 
+    def __str__(self) -> str:
+        return self.name
+
     @abstractmethod
     def open(self, group: Group, predictions: Tensor) -> Ledger:
         """Begin a group whose first chunk has just run.

@@ -39,6 +39,9 @@ class Recompute(Accumulator):
         budget_in_bytes(retain, torch.device("cpu"))
         self.retain = retain
 
+    def __str__(self) -> str:
+        return self.name if self.retain is None else f"{self.name}, retain={self.retain}"
+
     def open(self, group: Group, predictions: Tensor) -> Ledger:
         refuse_gradient_combination(group, self.name)
         budget = budget_in_bytes(self.retain, predictions.device)

@@ -136,7 +136,10 @@ class StreamLedger(Ledger):
         weights = self._online.all()
         if not coefficients.isfinite().all():
             return [0.0] * weights.shape[1], coefficients  # explained by nothing: every pose is run again
-        fitted = torch.linalg.lstsq(weights, coefficients.unsqueeze(1), driver="gelsd").solution.squeeze(1)
+        # Columns of one size: else the solver takes features that are all small (probabilities) for rounding errors.
+        sizes = weights.abs().amax(0).clamp_min(torch.finfo(torch.float64).tiny)
+        scaled = torch.linalg.lstsq(weights / sizes, coefficients.unsqueeze(1), driver="gelsd").solution.squeeze(1)
+        fitted = scaled / sizes
         terms = coefficients.abs() + weights.abs() @ fitted.abs()
         left = coefficients - weights @ fitted
         left = torch.where(left.abs() > self._rounding(terms, dtype), left, 0.0)

@@ -59,7 +59,7 @@ class Comparison:
             [
                 row.way,
                 f"{row.time_ratio:.2f}",
-                f"{row.seconds * 1e3:.1f} ms",
+                f"{row.seconds * 1e3:.0f} ms",
                 f"{row.peak_bytes / 2**20:.2f} MiB",
                 f"{row.peak_bytes / self.rows[0].peak_bytes:.3f}",
                 str(self.poses if row.backwards is None else row.backwards),
@@ -122,7 +122,7 @@ def compare(
         reports = [way.report() for way in ways]
     rows = [
         Row(
-            way=way.name if report is None or report.accumulator == way.name else f"{way.name} ({report.accumulator})",
+            way=f"{way.name} ({report.accumulator})" if report and report.accumulator not in way.name else way.name,
             seconds=statistics.median(times[place] for times in rounds),
             time_ratio=statistics.median(times[place] / times[0] for times in rounds),
             peak_bytes=peaks[place],

@@ -56,7 +56,7 @@ def all_ways(
     ]
     for accumulator in accumulators:
         scorer = MultiPose(model, shared, accumulator=accumulator, **options)
-        name = scorer.accumulator.name
+        name = str(scorer.accumulator)
         ways.append(Way(name, lambda scorer=scorer: scorer(poses), lambda scorer=scorer: scorer.report))  # type: ignore[misc]
     return ways
 

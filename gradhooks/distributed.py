@@ -1,0 +1,30 @@
+"""What gradhooks cannot sit outside of: wrappers that synchronise gradients at each backward."""
+
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from gradhooks.errors import DistributedError
+
+_WRAPPERS = (DataParallel, DistributedDataParallel, FullyShardedDataParallel)
+
+
+def refuse_synchronised(model: nn.Module) -> None:
+    """Refuse a model that is, or holds, a data-parallel wrapper, or whose parameters are sharded.
+
+    Raises:
+        DistributedError: Its gradients would be synchronised once for each pose, or not at all.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, _WRAPPERS):
+            where = f"module {path!r} of the model" if path else "the model"
+            raise DistributedError(
+                f"{where} is a {type(module).__name__}, which would synchronise gradients once for each pose; wrap the "
+                "bare model in MultiPose, and what synchronises around that: DistributedDataParallel(MultiPose(model))"
+            )
+        for name, parameter in module._parameters.items():
+            if hasattr(parameter, "device_mesh"):  # a DTensor, as fully_shard makes
+                raise DistributedError(
+                    f"parameter {f'{path}.{name}' if path else name} is sharded (a DTensor); groups on sharded models "
+                    "are not supported yet, use DistributedDataParallel(MultiPose(model))"
+                )

@@ -1,0 +1,93 @@
+from collections.abc import Callable
+from typing import Any
+
+import gradhooks_mil
+import pytest
+import torch
+
+from gradhooks import Combination, CombinationError, MultiPose
+from gradhooks.testing import parametrize_with_checks
+
+torch.set_num_threads(1)
+
+Y = torch.tensor([-2.0, 0.5, 1.0, -0.3], dtype=torch.float64)
+P = Y.sigmoid()
+
+
+@parametrize_with_checks(
+    [
+        "noisy_or",
+        "generalized_mean",
+        "linear_softmax",
+        "power_pooling",
+        "top_k_mean",
+        "log_mean_exp",
+        "attention",
+        "gated_attention",
+        gradhooks_mil.GatedAttention(features=3, hidden=5),
+        gradhooks_mil.GeneralizedMean(0.5),
+        gradhooks_mil.LogMeanExp(-20.0),
+    ]
+)
+def test_conformance(plugin: Any, check: Callable[[Any], None]) -> None:
+    check(plugin)
+
+
+@pytest.mark.parametrize(
+    ("combination", "expected"),
+    [
+        (gradhooks_mil.NoisyOr(), (1 - (1 - P).prod()).logit()),
+        (gradhooks_mil.GeneralizedMean(1.0), P.mean().logit()),
+        (gradhooks_mil.GeneralizedMean(3.0), (P**3).mean().pow(1 / 3).logit()),
+        (gradhooks_mil.LinearSoftmax(), (P.square().sum() / P.sum()).logit()),
+        (gradhooks_mil.PowerPooling(2.5), ((P**3.5).sum() / (P**2.5).sum()).logit()),
+        (gradhooks_mil.TopKMean(2), torch.tensor(0.75, dtype=torch.float64)),
+        (gradhooks_mil.TopKMean(9), Y.mean()),
+        (gradhooks_mil.LogMeanExp(2.0), (2 * Y).exp().mean().log() / 2),
+    ],
+    ids=lambda value: str(value) if isinstance(value, torch.nn.Module) else "",
+)
+def test_the_formula(combination: Combination, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(combination.double()(Y), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("make", [gradhooks_mil.NoisyOr, gradhooks_mil.GeneralizedMean, gradhooks_mil.LinearSoftmax])
+@pytest.mark.parametrize("logit", [-700.0, -45.0, -35.0, -0.1, 20.0, 35.0, 45.0, 700.0])
+def test_one_instance_is_its_own_bag(make: Callable[[], Combination], logit: float) -> None:
+    y = torch.tensor([logit], dtype=torch.float64, requires_grad=True)
+    combined = make()(y)
+    combined.backward()
+    torch.testing.assert_close(combined, y[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(y.grad, torch.ones_like(y), rtol=1e-12, atol=0)
+
+
+def test_attention_of_equal_scores_is_the_mean() -> None:
+    attention = gradhooks_mil.GatedAttention(features=3)
+    torch.nn.init.zeros_(attention.score.weight)
+    embeddings = torch.randn(7, 3)
+    torch.testing.assert_close(attention(embeddings), embeddings.mean(0))
+
+
+def test_attention_says_what_it_was_made_for() -> None:
+    with pytest.raises(CombinationError, match=r"say Attention\(features=4\)"):
+        gradhooks_mil.Attention()(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: gradhooks_mil.TopKMean(0),
+        lambda: gradhooks_mil.LogMeanExp(0.0),
+        lambda: gradhooks_mil.GeneralizedMean(-1.0),
+        lambda: gradhooks_mil.PowerPooling(0.0),
+    ],
+)
+def test_impossible_options(make: Callable[[], Combination]) -> None:
+    with pytest.raises(CombinationError, match="must be"):
+        make()
+
+
+def test_top_k_runs_only_what_matters_again() -> None:
+    scorer = MultiPose(torch.nn.Linear(2, 1), gradhooks_mil.TopKMean(2))
+    scorer(torch.randn(20, 2).unbind()).combined.sum().backward()
+    assert scorer.report.recomputed == 2

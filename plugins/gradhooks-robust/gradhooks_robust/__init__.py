@@ -1,0 +1,7 @@
+"""Combinations for gradhooks that work on the gradients of the poses."""
+
+from gradhooks_robust.clipped_gradients import ClippedGradients
+from gradhooks_robust.conflict_free_gradient import ConflictFreeGradient
+from gradhooks_robust.median_gradient import MedianGradient
+
+__all__ = ["ClippedGradients", "ConflictFreeGradient", "MedianGradient"]

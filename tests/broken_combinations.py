@@ -1,0 +1,163 @@
+"""Combinations that break one promise each, by the check that must refuse them and what it must say."""
+# ruff: noqa: ARG002
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradhooks import Combination, GradientCombination, StreamWeights
+
+
+class KeepsAxis(Combination):
+    def forward(self, predictions: Tensor) -> Tensor:
+        return predictions.mean(0, keepdim=True)
+
+
+class SampleVariance(Combination):
+    def forward(self, predictions: Tensor) -> Tensor:
+        return predictions.square().sum(0) / (len(predictions) - 1)
+
+
+class FirstPose(Combination):
+    def forward(self, predictions: Tensor) -> Tensor:
+        return predictions[0] + 0 * predictions.sum(0)
+
+
+class RunningMean(Combination):
+    def __init__(self) -> None:
+        super().__init__()
+        self.momentum = torch.zeros(())
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        self.momentum = self.momentum + predictions.detach().mean()
+        return predictions.mean(0) + self.momentum
+
+
+class ChangesInPlace(Combination):
+    def forward(self, predictions: Tensor) -> Tensor:
+        with torch.no_grad():
+            predictions -= predictions.mean(0)
+        return predictions.exp().mean(0)
+
+
+class Exponentials(Combination):
+    def forward(self, predictions: Tensor) -> Tensor:
+        return predictions.exp().sum(0).log()
+
+
+class AlwaysDouble(Combination):
+    def forward(self, predictions: Tensor) -> Tensor:
+        return predictions.double().mean(0)
+
+
+class HoldsLock(Combination):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HoldsLock":
+        return type(self)()
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        return predictions.mean(0)
+
+
+class DetachesWeights(Combination):
+    def forward(self, predictions: Tensor) -> Tensor:
+        return (predictions.detach().softmax(0) * predictions).sum(0)
+
+
+class CutsGraph(Combination):
+    def forward(self, predictions: Tensor) -> Tensor:
+        return predictions.detach().mean(0)
+
+
+class UnusedParameter(Combination):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        return (predictions * self.temperature.item()).mean(0)
+
+
+class WrongSign(Combination):
+    """The plugin whose declaration is wrong, and which trains right all the same."""
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        return -torch.logsumexp(-predictions.double(), 0).to(predictions.dtype)
+
+    def stream_weights(self, predictions: Tensor) -> StreamWeights:
+        return StreamWeights(predictions.double())
+
+
+class DeclaresByGroup(Combination):
+    def forward(self, predictions: Tensor) -> Tensor:
+        return torch.logsumexp(predictions, 0)
+
+    def stream_weights(self, predictions: Tensor) -> StreamWeights:
+        return StreamWeights(predictions - predictions.mean())
+
+
+class DeclaresWrongShape(Combination):
+    def forward(self, predictions: Tensor) -> Tensor:
+        return predictions.mean(0)
+
+    def stream_weights(self, predictions: Tensor) -> StreamWeights:
+        return StreamWeights(predictions.sum())
+
+
+class DeclaresSome(Combination):
+    """Declares the first pose, then loses interest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        return torch.logsumexp(predictions, 0)
+
+    def stream_weights(self, predictions: Tensor) -> StreamWeights | None:
+        self.asked += 1
+        return StreamWeights(predictions) if self.asked < 3 else None
+
+
+class LosesNames(GradientCombination):
+    def forward(self, predictions: Tensor) -> Tensor:
+        return predictions.mean(0)
+
+    def combine_gradients(
+        self, gradients: Mapping[str, Tensor], predictions: Tensor, coefficients: Tensor
+    ) -> Mapping[str, Tensor]:
+        return {name: rows.mean(0) for name, rows in gradients.items() if "bias" not in name}
+
+
+class DividesByNorm(LosesNames):
+    def combine_gradients(
+        self, gradients: Mapping[str, Tensor], predictions: Tensor, coefficients: Tensor
+    ) -> Mapping[str, Tensor]:
+        return {name: rows.mean(0) / rows.norm() for name, rows in gradients.items()}
+
+
+BROKEN_COMBINATIONS: list[tuple[type[Combination], str, str]] = [
+    (KeepsAxis, "check_result_shape", r"made shape \(1,\) .* reduce axis 0"),
+    (SampleVariance, "check_one_pose", "divide by N - 1"),
+    (FirstPose, "check_order_of_poses", "depends on the order of the poses"),
+    (RunningMean, "check_repeatable", "keep no state in forward"),
+    (ChangesInPlace, "check_repeatable", "changed the predictions in place"),
+    (Exponentials, "check_extreme_values", "all 1e4; work with logarithms"),
+    (AlwaysDouble, "check_dtype_and_device", r"torch.float64 on cpu of predictions in torch.float32"),
+    (HoldsLock, "check_copies", "cannot be copied by pickle"),
+    (DetachesWeights, "check_coefficients", "does it detach a part"),
+    (CutsGraph, "check_coefficients", "cut the graph"),
+    (UnusedParameter, "check_learnable_parameters", "gives its parameter 'temperature' no gradient"),
+    (WrongSign, "check_stream_declaration", "do not explain its coefficients: pose .* mend it, or return None"),
+    (DeclaresByGroup, "check_stream_declaration", "row i may depend on prediction i only"),
+    (DeclaresWrongShape, "check_stream_declaration", r"log_weights of shape \(\)"),
+    (DeclaresSome, "check_training", "declared the first pose of a group, and not pose"),
+    (LosesNames, "check_combined_gradients", "keep the names"),
+    (DividesByNorm, "check_combined_gradients", "divide by a norm that can be 0"),
+]

@@ -1,0 +1,180 @@
+"""Group after group, nothing is left over."""
+
+import copy
+import gc
+import io
+import pickle
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from oracle import ACCUMULATORS, COMBINATIONS, of_both, of_combined
+from torch import Tensor
+from witness import HOOKS, hooks_of, same_structure
+from zoo import Place, Specimen, build
+
+import gradhooks
+
+GROUPS = 200
+# Plain; random; with buffers; with leaves outside; of several gradients for a leaf; with a graph inside the forward.
+MODELS = [
+    "plain_mlp",
+    "dropout",
+    "batch_norm_in_training",
+    "shared_encoder_output",
+    "tied_in_reentrant_checkpoints",
+    "forces_by_a_copy_that_the_model_marks",
+]
+
+
+def tensors_alive() -> int:
+    return sum(type(thing) in {Tensor, torch.nn.Parameter} for thing in gc.get_objects())
+
+
+def objects_alive() -> Counter[str]:
+    gc.collect()
+    return Counter(type(thing).__name__ for thing in gc.get_objects())
+
+
+def hooks_on(specimen: Specimen) -> list[Any]:
+    modules = [[len(getattr(module, name, ())) for name in HOOKS] for module in specimen.model.modules()]
+    leaves = [hooks_of(leaf) for leaf in [*specimen.model.parameters(), *specimen.outside.values()]]
+    return [modules, leaves]
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("name", ["plain_mlp", "shared_encoder_output"])
+def test_two_hundred_groups(name: str, accumulator: str, double: Place) -> None:
+    specimen = build(name, double)
+    scorer = gradhooks.MultiPose(specimen.model, "boltzmann", accumulator=accumulator, call=specimen.call)
+
+    def train(groups: int) -> None:
+        for group in range(groups):
+            prediction = scorer(specimen.make_poses(2))
+            if group % 4 != 0:  # some are dropped
+                (of_both if group % 4 == 1 else of_combined)(prediction).backward()
+
+    train(20)
+    before, hooks = objects_alive(), hooks_on(specimen)
+    train(GROUPS)
+    grown = objects_alive() - before
+    assert sum(grown.values()) < GROUPS // 10, grown
+    assert hooks_on(specimen) == hooks
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["dropped", "trained"])
+@pytest.mark.parametrize("combination", ["min", "boltzmann learnable", "attention"])
+@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_result_dies_with_its_last_reference(
+    name: str, accumulator: str, combination: str, backward: bool, double: Place
+) -> None:
+    specimen = build(name, double)
+    made = COMBINATIONS[combination]().to(double.device)
+    scorer = gradhooks.MultiPose(specimen.model, made, accumulator=accumulator, call=specimen.call)
+    of_both(scorer(specimen.make_poses(4))).backward()  # gradients, and whatever is made once
+    with without_collector():
+        before = tensors_alive()
+        prediction = scorer(specimen.make_poses(4))
+        if backward:
+            of_both(prediction).backward()
+        assert tensors_alive() > before
+        del prediction
+        assert tensors_alive() == before
+
+
+@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+def test_what_a_group_keeps_goes_with_its_backward(accumulator: str, double: Place) -> None:
+    specimen = build("plain_mlp", double)
+    scorer = gradhooks.MultiPose(specimen.model, "boltzmann", accumulator=accumulator)
+
+    def bytes_kept() -> int:
+        known = {id(leaf) for leaf in specimen.model.parameters()}
+        kept = [thing for thing in gc.get_objects() if type(thing) is Tensor and id(thing) not in known]
+        return sum(tensor.nbytes for tensor in kept)
+
+    poses = specimen.make_poses(4)
+    of_combined(scorer(poses)).backward()
+    with without_collector():
+        before = bytes_kept()
+        combined, predictions = scorer(poses)
+        loss = combined.square().sum()
+        loss.backward()
+        own = combined.nbytes + predictions.nbytes + loss.nbytes
+        # The results are still there, with their node of the graph and a copy of the predictions for it.
+        assert bytes_kept() - before <= own + 2 * predictions.nbytes
+
+
+@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+def test_a_group_that_fails_dies_at_once(accumulator: str, double: Place) -> None:
+    specimen = build("plain_mlp", double)
+
+    def call(model: Any, pose: Tensor) -> Tensor:
+        if pose[0] > 1e6:
+            raise ArithmeticError("too high")
+        return specimen.call(model, pose)
+
+    scorer = gradhooks.MultiPose(specimen.model, "boltzmann", accumulator=accumulator, call=call)
+    poses = specimen.make_poses(4)
+    of_both(scorer(poses)).backward()
+    poses[3][0] = 1e9
+
+    def fail() -> None:
+        with pytest.raises(ArithmeticError, match="too high"):
+            scorer(poses)
+
+    fail()
+    objects_alive()
+    before = tensors_alive()
+    for _ in range(5):
+        fail()
+    gc.collect()  # pytest's report of the fault is a cycle
+    assert tensors_alive() == before
+    assert hooks_on(specimen) == hooks_on(build("plain_mlp", double))
+
+
+@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("name", MODELS)
+def test_copies_and_pickles_after_groups(name: str, accumulator: str, double: Place) -> None:
+    specimen = build(name, double)
+    scorer = gradhooks.MultiPose(specimen.model, "boltzmann", accumulator=accumulator, call=specimen.call)
+    with same_structure(specimen.model):
+        for count in (2, 4, 3):
+            of_both(scorer(specimen.make_poses(count))).backward()
+        pending = scorer(specimen.make_poses(4))
+        copies = [copy.deepcopy(specimen.model), pickle.loads(pickle.dumps(specimen.model))]  # noqa: S301  # our own
+        of_both(pending).backward()
+    whole = io.BytesIO()
+    torch.save(specimen.model, whole)
+    whole.seek(0)
+    copies.append(torch.load(whole, weights_only=False))
+    for twin in copies:
+        assert list(twin.state_dict()) == list(specimen.model.state_dict())
+        assert hooks_on(Specimen(twin, specimen.make_poses))[0] == hooks_on(specimen)[0]
+        assert all(hooks_of(leaf) == (0, 0) for leaf in twin.parameters())
+        assert all(type(leaf) is torch.nn.Parameter for leaf in twin.parameters())
+        assert not any(vars(leaf) for leaf in twin.parameters())
+
+
+@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+def test_a_scorer_dies_with_its_last_reference(accumulator: str, double: Place) -> None:
+    with without_collector():
+        before = tensors_alive()
+        specimen = build("plain_mlp", double)
+        scorer = gradhooks.MultiPose(specimen.model, "boltzmann", accumulator=accumulator)
+        of_both(scorer(specimen.make_poses(3))).backward()
+        del scorer, specimen
+        assert tensors_alive() == before
