@@ -127,6 +127,11 @@ class MultiPose(nn.Module):
             DistributedError: The model holds a data-parallel wrapper, or is sharded.
             ConcurrentUseError: Another thread is running a group through the model.
         """
+        # A compiler could only break at every step of what follows; models that are compiled themselves stay so.
+        run = _outside_compiler if torch.compiler.is_compiling() else MultiPose._run
+        return run(self, poses, arguments)
+
+    def _run(self, poses: Any, arguments: dict[str, Any]) -> MultiPosePrediction:
         arranged = arrange(poses, self.collate)
         if max(self.chunk_size, self.forward_chunk_size) > 1 and not arranged.batched:
             raise PosesError(
@@ -179,6 +184,11 @@ class MultiPose(nn.Module):
             if not finite.any():
                 raise PredictionError(f"none of the {len(finite)} predictions of the group is finite: nothing is left")
         return MultiPosePrediction(combination(predictions, finite), poses, combination, finite)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _outside_compiler(scorer: MultiPose, poses: Any, arguments: dict[str, Any]) -> MultiPosePrediction:
+    return scorer._run(poses, arguments)
 
 
 def _at_least_one(name: str, value: int) -> int:

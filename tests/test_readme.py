@@ -44,3 +44,20 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
 def test_relative_paths_in_the_prose_exist() -> None:
     for path in re.findall(r"`((?:gradhooks|plugins|examples|tests)/[\w./-]+)`", README):
         assert (ROOT / path).exists(), path
+
+
+def test_every_trait_names_tests_that_exist() -> None:
+    from zoo import ZOO  # noqa: PLC0415 - beside this file
+
+    section = README.split("## What holds, and what is refused")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    functions = {
+        name
+        for path in Path(__file__).parent.glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert len(rows) > 25
+    for row in rows:
+        named = re.findall(r"`(\w+)`", row[2])
+        assert named, row
+        assert set(named) <= functions | set(ZOO), row
