@@ -3,6 +3,7 @@
 import math
 
 import torch
+from loguru import logger
 from torch import Tensor
 
 from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger
@@ -54,6 +55,7 @@ class Auto(Accumulator):
     @staticmethod
     def _chosen(accumulator: Accumulator, group: Group, predictions: Tensor) -> Ledger:
         group.report.accumulator = accumulator.name
+        logger.debug("{} poses by {}: {}", group.report.poses, accumulator, group.report.reason)
         return accumulator.open(group, predictions)
 
     def _decide(self, uniform: bool) -> None:
