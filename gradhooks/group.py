@@ -149,8 +149,12 @@ class Group:
     def backward(self, predictions: Tensor, cotangents: Tensor, *, retain_graph: bool = False) -> None:
         """Send `cotangents`, of the shape of `predictions`, down to the leaves."""
         cotangents = cotangents.to(predictions, non_blocking=True)
-        with self.replay.no_autocast(), self.shadows.receiving():
-            torch.autograd.backward(predictions, cotangents, retain_graph=retain_graph)
+        self.shadows.receives = True
+        try:
+            with self.replay.no_autocast():
+                torch.autograd.backward(predictions, cotangents, retain_graph=retain_graph)
+        finally:
+            self.shadows.receives = False
 
     def negligible(self, dtype: torch.dtype) -> float:
         """Weight relative to the largest below which a pose does not matter.

@@ -10,7 +10,7 @@ Rules:
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -93,14 +93,14 @@ class Replay:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cached))
             yield
 
-    @contextmanager
-    def no_autocast(self) -> Iterator[None]:
+    def no_autocast(self) -> AbstractContextManager[object]:
         """Plain arithmetic, as in a backward that the user calls outside autocast."""
-        with ExitStack() as stack:
-            for kind, enabled, _, _ in self._autocasts:
-                if enabled:
-                    stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
+        if not any(enabled for _, enabled, _, _ in self._autocasts):
+            return nullcontext()
+        stack = ExitStack()
+        for kind, _, _, _ in self._autocasts:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        return stack
 
     @property
     def autocasts_to_half(self) -> bool:

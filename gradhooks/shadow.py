@@ -13,8 +13,8 @@ Rules:
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, MutableMapping
+from contextlib import ExitStack
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class ShadowParameters:
     Attributes:
         real: Trainable parameters of the model, then pose inputs that require grad.
         leaves: Their stand-ins, in the same order.
+        receives: Whether hooks take what arrives in the leaves. A backward that the model calls itself leaves it there.
 
     Raises:
         ConcurrentUseError: On creation and on entry, if another thread has its shadows in the model.
@@ -48,7 +49,7 @@ class ShadowParameters:
         self._slots: list[tuple[MutableMapping[str, Tensor | None], str, int]] = []
         self._flat: list[tuple[Any, list[Tensor]]] = []
         self._known: set[int] = set()  # ids of the leaves
-        self._receives = False
+        self.receives = False
         self._hooks: list[ExitStack] = []
         self._displaced: list[tuple[list[Tensor | None], list[list[Tensor]]]] = []
         for module in model.modules():
@@ -100,15 +101,6 @@ class ShadowParameters:
         """Whether a leaf is one of the stand-ins."""
         return id(leaf) in self._known
 
-    @contextmanager
-    def receiving(self) -> Iterator[None]:
-        """Let the hooks take what arrives in the leaves. A backward that the model calls itself leaves it there."""
-        self._receives = True
-        try:
-            yield
-        finally:
-            self._receives = False
-
     def gathered(self, *, everywhere: bool) -> list[tuple[int, int] | None]:
         """A fingerprint of the gradients in the leaves; else of the first and the last parameter's, which is cheap."""
         leaves = self.leaves if everywhere else self.leaves[: self._parameters : max(1, self._parameters - 1)]
@@ -130,7 +122,7 @@ class ShadowParameters:
 
     def _handing_over(self, receive: Receiver, place: int) -> Callable[[Tensor], None]:
         def hook(leaf: Tensor) -> None:
-            if self._receives and leaf.grad is not None:
+            if self.receives and leaf.grad is not None:
                 gradient, leaf.grad = leaf.grad, None
                 receive(place, gradient)
 

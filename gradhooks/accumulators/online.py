@@ -63,6 +63,14 @@ class OnlineWeights:
         self._counting += sum(counted)
         return rescaling
 
+    def advance_alike(self, count: int) -> None:
+        """Take note of poses that weigh like all others, without a look at any."""
+        self._top = 0.0
+        self._seen.log_weights.extend([0.0] * count)
+        self._seen.features.extend([[]] * count)
+        self._counted.extend([True] * count)
+        self._counting += count
+
     def latest(self, count: int) -> list[list[float]]:
         """The weights of the `count` poses that came last, zero for those that do not count."""
         latest = Declaration(self._seen.log_weights[-count:], self._seen.features[-count:])

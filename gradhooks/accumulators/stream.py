@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger, refuse_gradient_combination
-from gradhooks.accumulators.declaration import Declaration, declared, uniform, without
+from gradhooks.accumulators.declaration import Declaration, declared, without
 from gradhooks.accumulators.online import OnlineWeights
 from gradhooks.accumulators.recompute import Recompute, replayed_gradients
 from gradhooks.accumulators.sums import Gradients, RunningSums, add_into, all_finite, weighted
@@ -56,13 +56,7 @@ class StreamLedger(Ledger):
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
         self._chunks.append(chunk)
-        rescaling = self._online.advance(self._declared(chunk, predictions))
-        if rescaling is not None and rescaling.factor == 0:
-            self._passed_over |= {place for place, total in enumerate(self._sums.sum(0)) if total is not None}
-            self._sums.clear()
-        elif rescaling is not None:
-            self._sums.rescale(*rescaling)
-        weights = self._online.latest(len(predictions))
+        weights = self._weights(chunk, predictions)
         counted = [predictions.requires_grad and any(row) for row in weights]  # a constant has no backward
         self._had_backward.extend(counted)
         self._group.report.backwards += sum(counted)
@@ -71,9 +65,22 @@ class StreamLedger(Ledger):
         elif predictions.requires_grad:
             self._pass_over(predictions)
 
-    def _declared(self, chunk: Chunk, predictions: Tensor) -> Declaration:
+    def _weights(self, chunk: Chunk, predictions: Tensor) -> list[list[float]]:
+        """The weights of a chunk, `1 + K` for each pose, after the sums of the earlier poses were brought to scale."""
         count = len(predictions)
-        declaration = uniform(count) if self._uniform else declared(self._group, predictions, chunk.start)
+        if self._uniform and self._group.nonfinite != "drop":
+            self._online.advance_alike(count)
+            return [[1.0]] * count
+        rescaling = self._online.advance(self._declared(chunk, predictions))
+        if rescaling is not None and rescaling.factor == 0:
+            self._passed_over |= {place for place, total in enumerate(self._sums.sum(0)) if total is not None}
+            self._sums.clear()
+        elif rescaling is not None:
+            self._sums.rescale(*rescaling)
+        return self._online.latest(count)
+
+    def _declared(self, chunk: Chunk, predictions: Tensor) -> Declaration:
+        declaration = declared(self._group, predictions, chunk.start)
         if declaration is not None and self._group.nonfinite == "drop":
             return without(declaration, predictions.isfinite().flatten().logical_not().tolist())
         if declaration is None:

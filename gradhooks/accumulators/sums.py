@@ -21,11 +21,11 @@ def accumulate(total: Tensor | None, gradient: Tensor, factor: float) -> Tensor:
     if total is None:
         wide = gradient.to(_wide(gradient.dtype))
         return wide if factor == 1 else wide * factor
-    if gradient.is_sparse and total.is_sparse:
+    if not total.is_sparse:
+        return total.add_(gradient, alpha=factor)
+    if gradient.is_sparse:
         return (total + factor * gradient.to(total.dtype)).coalesce()  # uncoalesced sums would grow with every pose
-    if total.is_sparse:
-        return gradient.to(total.dtype).mul(factor).add_(total)
-    return total.add_(gradient, alpha=factor)
+    return gradient.to(total.dtype).mul(factor).add_(total)
 
 
 def scale_(gradients: Sequence[Tensor | None], factor: float) -> None:
@@ -76,7 +76,7 @@ class RunningSums:
     def __init__(self, shadows: ShadowParameters, count: int) -> None:
         self._leaves = shadows.leaves
         self._sums: list[Gradients] = [[None] * len(self._leaves) for _ in range(count)]
-        self._factors: Sequence[float] = (1.0,) * count
+        self.expect((1.0,) * count)
         folded = [place for place, leaf in enumerate(self._leaves) if count > 1 or _wide(leaf.dtype) != leaf.dtype]
         in_place = set(folded)
         self._in_leaf = [place for place in range(len(self._leaves)) if place not in in_place]
@@ -84,13 +84,13 @@ class RunningSums:
 
     def expect(self, factors: Sequence[float]) -> None:
         """What the gradients of the next backward count in each sum."""
-        self._factors = factors
+        # The sum that takes the first gradient over must come last, or the others would change with it.
+        targets = reversed(list(zip(self._sums, factors, strict=True)))
+        self._targets = [(sums, factor) for sums, factor in targets if factor != 0]
 
     def _fold(self, place: int, gradient: Tensor) -> None:
-        # The sum that takes the first gradient over must come last, or the others would change with it.
-        for sums, factor in reversed(list(zip(self._sums, self._factors, strict=True))):
-            if factor != 0:
-                sums[place] = accumulate(sums[place], gradient, factor)
+        for sums, factor in self._targets:
+            sums[place] = accumulate(sums[place], gradient, factor)
 
     def rescale(self, factor: float, shifts: Sequence[float]) -> None:
         """Multiply every sum by `factor`, after adding `shifts[k]` times sum 0 to sum `k + 1`."""
@@ -104,7 +104,8 @@ class RunningSums:
         """Forget everything."""
         for leaf in self._leaves:
             leaf.grad = None
-        self._sums = [[None] * len(self._leaves) for _ in self._sums]
+        for sums in self._sums:
+            sums[:] = [None] * len(self._leaves)
 
     def sum(self, k: int) -> Gradients:
         """The present sum `k`, leaf by leaf."""
@@ -116,7 +117,7 @@ class RunningSums:
     def take(self) -> list[Gradients]:
         """All sums; the leaves are left without them, and without hooks."""
         with self:
-            return [self.sum(k) for k in range(len(self._sums))]
+            return [list(self.sum(k)) for k in range(len(self._sums))]
 
     def __enter__(self) -> Self:
         return self
