@@ -43,8 +43,8 @@ class StreamLedger(Ledger):
     keeps_graph = True
 
     def __init__(self, group: Group, first: Declaration, negligible: float, guard: float) -> None:
-        features = len(first.features[0])
         self._group = group
+        self._features = features = len(first.features[0])
         self._uniform = first.uniform
         self._online = OnlineWeights(features, negligible)
         self._negligible = negligible
@@ -81,13 +81,15 @@ class StreamLedger(Ledger):
 
     def _declared(self, chunk: Chunk, predictions: Tensor) -> Declaration:
         declaration = declared(self._group, predictions, chunk.start)
-        if declaration is not None and self._group.nonfinite == "drop":
-            return without(declaration, predictions.isfinite().flatten().logical_not().tolist())
-        if declaration is None:
+        found = None if declaration is None else len(declaration.features[0])
+        if declaration is None or found != self._features:
             raise CombinationError(
-                f"combination {self._group.combination.name}: stream_weights declared the first pose of a group, and "
-                f"not pose {chunk.start}; it must declare all or none"
+                f"combination {self._group.combination.name}: stream_weights declared the first pose of a group with "
+                f"{self._features} features, and pose {chunk.start} "
+                f"{'not at all' if found is None else f'with {found}'}; it must declare all or none, and alike"
             )
+        if self._group.nonfinite == "drop":
+            return without(declaration, predictions.isfinite().flatten().logical_not().tolist())
         return declaration
 
     def _fold(self, predictions: Tensor, weights: list[list[float]]) -> None:
