@@ -35,19 +35,22 @@ class PosePredictions(torch.autograd.Function):
                 "create_graph=True asks for derivatives of a gradient that gradhooks has accumulated, and whose graph "
                 "is gone; use the full graph for this step (call the bare model on each pose), or drop create_graph"
             )
-        kept = ctx.saved_tensors[ctx.leaves :]
+        kept = ctx.saved_tensors[ctx.leaves :]  # raises if they are freed, or changed in place
         nothing = (None,) * (3 + ctx.leaves)
         if through_combination is None:
             if direct is None:
                 return nothing
             through_combination = torch.zeros_like(direct)
         coefficients = Coefficients(through_combination, None if direct is None else direct.to(through_combination))
-        gradients = ctx.ledger.gradients(kept, coefficients, last=not _keeps_graph())
-        for listener in ctx.group.finished:
-            listener(ctx.group, ctx.predictions, coefficients)
+        group, last = ctx.group, not _keeps_graph()
+        gradients = ctx.ledger.gradients(kept, coefficients, last=last)
+        for listener in group.finished:
+            listener(group, ctx.predictions, coefficients)
+        if last:
+            ctx.group = ctx.ledger = None  # the user may keep the loss, and need not keep the poses with it
         typed = (
             None if gradient is None else gradient.to(real.dtype)
-            for gradient, real in zip(gradients, ctx.group.shadows.real, strict=True)
+            for gradient, real in zip(gradients, group.shadows.real, strict=True)
         )
         return (None, None, None, *typed)
 

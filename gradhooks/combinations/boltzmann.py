@@ -7,7 +7,7 @@ from gradhooks.combination import Combination, StreamWeights
 from gradhooks.combinations.precision import log_weights, widest
 from gradhooks.errors import CombinationError
 
-ROOM_TEMPERATURE = 0.592484  # R * 298.15 K in kcal/mol, R = 1.987204e-3 kcal/(mol K) (CODATA 2018)
+ROOM_TEMPERATURE = 0.592485  # R * 298.15 K in kcal/mol, R = 1.987204e-3 kcal/(mol K) (CODATA 2018)
 
 
 class Boltzmann(Combination):
@@ -51,4 +51,5 @@ class Boltzmann(Combination):
         return StreamWeights(log_weights(weights, predictions) - reduced, features=reduced)
 
     def extra_repr(self) -> str:
-        return f"temperature={float(self.temperature):g}, learnable={self.learnable}"
+        temperature = self.log_temperature.detach().exp().item() if self.learnable else self._temperature
+        return f"temperature={temperature:g}, learnable={self.learnable}"

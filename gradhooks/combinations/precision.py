@@ -23,7 +23,7 @@ def log_weights(weights: Tensor | None, predictions: Tensor) -> Tensor:
         CombinationError: The weights have another shape, or one is negative or NaN.
     """
     if weights is None:
-        return torch.zeros((), device=predictions.device)
+        return widest(torch.zeros((), device=predictions.device))
     if weights.shape != predictions.shape[:1]:
         raise CombinationError(
             f"weights must have shape ({len(predictions)},), one for each pose, got {tuple(weights.shape)}"

@@ -1,0 +1,538 @@
+"""Checkpoints are the bare model's, models change between groups, and a decorated class stays a class."""
+
+import abc
+import copy
+import inspect
+import io
+import pickle
+import pydoc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import ACCUMULATORS, COMBINATIONS, assert_same_gradients, gradients_of, of_both
+from torch import Tensor, nn
+from zoo import Place, build, mlp
+
+import gradhooks
+from gradhooks import MultiPose
+from gradhooks.testing import full_graph
+
+STATEFUL = ["plain_mlp", "batch_norm_in_training", "tied_weights", "spectral_norm_by_parametrization", "lstm"]
+
+
+def of_temperature(value: float) -> gradhooks.combinations.Boltzmann:
+    return gradhooks.combinations.Boltzmann(value, learnable=True)
+
+
+def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert sorted(one) == sorted(other)
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def through_a_file(thing: Any, **options: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, **options)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda thing: pickle.loads(pickle.dumps(thing)),  # noqa: S301  # our own
+    "torch.save": lambda thing: through_a_file(thing, weights_only=False),
+}
+
+
+# -- state_dict -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_the_keys_are_those_of_the_bare_model(name: str, double: Place) -> None:
+    model = build(name, double).model
+    bare = model.state_dict()
+    scorer = MultiPose(model, "min")
+    state = scorer.state_dict()
+    assert list(state) == list(bare)
+    assert_same_state(state, bare)
+    assert list(model.state_dict()) == list(bare)
+    learnable = MultiPose(model, of_temperature(0.5)).state_dict()
+    assert list(learnable) == [*bare, "combination.log_temperature"]
+
+
+def test_the_metadata_are_those_of_the_bare_model(double: Place) -> None:
+    # Versions of the layers, by which old checkpoints are converted.
+    model = build("batch_norm_in_training", double).model
+    bare, wrapped = (module.state_dict()._metadata for module in (model, MultiPose(model, "min")))
+    assert bare.items() <= wrapped.items()
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("combination", ["min", "learnable"])
+def test_a_checkpoint_goes_both_ways(name: str, combination: str, double: Place) -> None:
+    def fresh() -> MultiPose:
+        made = of_temperature(0.5) if combination == "learnable" else "min"
+        return MultiPose(_scrambled(build(name, double).model), made)
+
+    trained = MultiPose(build(name, double).model, of_temperature(0.7) if combination == "learnable" else "min")
+    state = through_a_file(trained.state_dict(), weights_only=True)
+    keys = list(state)
+
+    bare = _scrambled(build(name, double).model)
+    bare.load_state_dict(state, strict=combination != "learnable")
+    assert_same_state(bare.state_dict(), trained.model.state_dict())
+
+    wrapped = fresh()
+    wrapped.load_state_dict(state)
+    assert_same_state(wrapped.state_dict(), state)
+
+    of_bare = fresh()
+    left_out = of_bare.load_state_dict(trained.model.state_dict(), strict=combination != "learnable")
+    assert_same_state(of_bare.model.state_dict(), trained.model.state_dict())
+    assert left_out.missing_keys == (["combination.log_temperature"] if combination == "learnable" else [])
+    assert left_out.unexpected_keys == []
+
+    assigned = fresh()
+    assigned.load_state_dict(state, assign=True)
+    assert_same_state(assigned.state_dict(), state)
+    assert list(state) == keys
+
+
+def _scrambled(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    return model
+
+
+class Pipeline(nn.Module):
+    """Something larger that has a scorer, or a bare model, in the middle."""
+
+    def __init__(self, scorer: nn.Module) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(4, 4)
+        self.scorer = scorer
+        self.readout = nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize("combination", ["min", "learnable"])
+def test_a_checkpoint_of_something_larger(combination: str) -> None:
+    def wrapped() -> Pipeline:
+        return Pipeline(MultiPose(mlp(4, 6, 1), of_temperature(0.5) if combination == "learnable" else "min"))
+
+    one, other, bare = wrapped(), wrapped(), Pipeline(mlp(4, 6, 1))
+    state = one.state_dict()
+    extra = {"scorer.combination.log_temperature"} if combination == "learnable" else set()
+    assert set(state) == {*bare.state_dict(), *extra}
+    other.load_state_dict(state)
+    assert_same_state(other.state_dict(), state)
+    bare.load_state_dict(state, strict=not extra)
+    assert_same_state(bare.state_dict(), {name: value for name, value in state.items() if name not in extra})
+    third = wrapped()
+    third.load_state_dict(bare.state_dict(), strict=not extra)
+    assert_same_state(third.encoder.state_dict(), bare.encoder.state_dict())
+    assert isinstance(third.scorer, MultiPose)
+    assert_same_state(third.scorer.model.state_dict(), bare.scorer.state_dict())
+    assert_same_state(one.state_dict(prefix="all."), {f"all.{name}": value for name, value in state.items()})
+
+
+class Awkward(nn.Module):
+    """Names its children as `MultiPose` names its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Linear(4, 4)
+        self.combination = nn.Linear(4, 1)
+        self.accumulator = nn.Linear(4, 1)
+
+    def forward(self, pose: Tensor) -> Tensor:
+        hidden = self.model(pose).tanh()
+        return self.combination(hidden) + self.accumulator(hidden)
+
+
+def test_children_with_the_names_of_ours() -> None:
+    scorer, other, bare = MultiPose(Awkward(), "min"), MultiPose(Awkward(), "min"), Awkward()
+    state = scorer.state_dict()
+    assert list(state) == list(bare.state_dict())
+    other.load_state_dict(state)
+    bare.load_state_dict(state)
+    for same in (other, bare):
+        assert_same_state(same.state_dict(), state)
+
+
+def test_missing_and_unexpected_keys_are_an_error() -> None:
+    scorer = MultiPose(mlp(4, 6, 1), "min")
+    state = scorer.state_dict()
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*0\.bias"):
+        scorer.load_state_dict({name: value for name, value in state.items() if name != "0.bias"})
+    with pytest.raises(RuntimeError, match=r"(?s)Unexpected key.*another"):
+        scorer.load_state_dict({**state, "another": torch.ones(1)})
+
+
+def test_a_group_inside_of_a_group() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.group = MultiPose(mlp(4, 6, 1), of_temperature(0.5))
+
+        def forward(self, poses: Tensor) -> Tensor:
+            return self.group(poses).combined
+
+    scorer, other = (MultiPose(Ensemble(), of_temperature(0.7)) for _ in range(2))
+    state = scorer.state_dict()
+    assert set(state) == {
+        *(f"group.{name}" for name in mlp(4, 6, 1).state_dict()),
+        "group.combination.log_temperature",
+        "combination.log_temperature",
+    }
+    other.load_state_dict(state)
+    assert_same_state(other.state_dict(), state)
+
+
+# -- copies ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("name", ["plain_mlp", "batch_norm_in_training", "tied_weights", "lstm"])
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_of_a_scorer_train_alike(how: str, name: str, accumulator: str, double: Place) -> None:
+    specimen = build(name, double)
+    scorer = MultiPose(specimen.model, of_temperature(0.7), accumulator=accumulator)
+    of_both(scorer(specimen.make_poses(4))).backward()
+    twin = COPIES[how](scorer)
+    assert twin.model is not scorer.model
+    assert_same_state(twin.state_dict(), scorer.state_dict())
+    for module in (scorer, twin):
+        module.zero_grad()
+        of_both(module(specimen.make_poses(5))).backward()
+    assert_same_gradients(
+        gradients_of(dict(twin.named_parameters())), gradients_of(dict(scorer.named_parameters())), tolerance=0.0
+    )
+
+
+def test_a_copied_prediction_has_lost_its_graph_and_not_its_numbers(double: Place) -> None:
+    specimen = build("plain_mlp", double)
+    with torch.no_grad():
+        prediction = MultiPose(specimen.model, "min")(specimen.make_poses(3))
+    twin = gradhooks.MultiPosePrediction(*pickle.loads(pickle.dumps(tuple(prediction))))  # noqa: S301  # our own
+    assert torch.equal(twin.combined, prediction.combined)
+    assert torch.equal(twin.poses, prediction.poses)
+
+
+# -- a model that changes between groups ----------------------------------------------------------------------------
+
+
+class LowRank(nn.Module):
+    """An adapter beside a frozen layer, as LoRA adds it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Parameter(torch.ones(2, layer.in_features).to(layer.weight) / 3)
+        self.up = nn.Parameter(torch.ones(layer.out_features, 2).to(layer.weight) / 5)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.layer(hidden) + self.up @ (self.down @ hidden)
+
+
+def _adapt(model: nn.Sequential) -> None:
+    model.requires_grad_(False)
+    model[0] = LowRank(model[0])
+
+
+def _replace_parameter(model: nn.Sequential) -> None:
+    model[0].weight = nn.Parameter(model[0].weight.detach() * 2)
+
+
+def _load(model: nn.Sequential) -> None:
+    model.load_state_dict({name: value + 0.5 for name, value in model.state_dict().items()})
+
+
+def _load_by_assignment(model: nn.Sequential) -> None:
+    model.load_state_dict({name: value + 0.5 for name, value in model.state_dict().items()}, assign=True)
+
+
+def _set_data(model: nn.Sequential) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.5
+
+
+def _drop_bias(model: nn.Sequential) -> None:
+    model[0].bias = None
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "narrower": lambda model: model.to(torch.float32),
+    "there and back": lambda model: model.float().double(),
+    "a checkpoint": _load,
+    "a checkpoint, assigned": _load_by_assignment,
+    "data": _set_data,
+    "an adapter": _adapt,
+    "another parameter": _replace_parameter,
+    "another layer": lambda model: model.__setitem__(2, nn.Linear(8, 1).to(model[0].weight)),
+    "one layer more": lambda model: model.append(nn.Linear(1, 1).to(model[0].weight)),
+    "no bias": _drop_bias,
+    "tied": lambda model: setattr(model[0], "bias", model[0].bias),
+    "frozen": lambda model: model[0].requires_grad_(False),
+    "weight norm": lambda model: nn.utils.parametrizations.weight_norm(model[0]),
+    "evaluation": lambda model: model.eval(),
+}
+
+
+@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_between_groups(change: str, accumulator: str, double: Place) -> None:
+    gradients = []
+    for of_group in (True, False):
+        torch.manual_seed(3)
+        specimen = build("plain_mlp", double)
+        model, combination = specimen.model, COMBINATIONS["boltzmann"]()
+        scorer = MultiPose(model, combination, accumulator=accumulator)
+        poses = specimen.make_poses(5)
+        for changed in (False, True):
+            if changed:
+                CHANGES[change](model)
+                poses = [pose.to(next(model.parameters()).dtype) for pose in poses]
+            prediction = scorer(poses) if of_group else full_graph(model, poses, combination)
+            of_both(prediction).backward()
+        gradients.append(gradients_of(dict(model.named_parameters())))
+    assert_same_gradients(*gradients, tolerance=1e-5 if change == "narrower" else 1e-12)
+
+
+@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+def test_a_parameter_that_is_thawed_and_frozen(accumulator: str, double: Place) -> None:
+    specimen = build("plain_mlp", double)
+    scorer = MultiPose(specimen.model, "boltzmann", accumulator=accumulator)
+    first = specimen.model.get_parameter("0.weight")
+    for trained in (False, True, False):
+        first.requires_grad_(trained)
+        scorer.zero_grad()
+        of_both(scorer(specimen.make_poses(3))).backward()
+        assert (first.grad is not None) == trained
+
+
+@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+def test_the_scorer_moves_as_one(accumulator: str) -> None:
+    scorer = MultiPose(mlp(4, 6, 1), of_temperature(0.7), accumulator=accumulator).to(torch.float64)
+    assert {parameter.dtype for parameter in scorer.parameters()} == {torch.float64}
+    assert scorer.eval().model.training is False
+    assert scorer.train().model.training is True
+    of_both(scorer(torch.randn(3, 4, dtype=torch.float64).unbind())).backward()
+    assert all(parameter.grad is not None for parameter in scorer.requires_grad_().parameters())
+
+
+# -- decorated classes ----------------------------------------------------------------------------------------------
+
+
+@gradhooks.multipose("boltzmann", accumulator="recompute")
+class Scorer(nn.Module):
+    """Scores a pose."""
+
+    def __init__(self, width: int, *, depth: int = 1) -> None:
+        super().__init__()
+        self.net = mlp(4, *[width] * depth, 1)
+        self.cutoff = 5.0
+
+    def forward(self, pose: Tensor) -> Tensor:
+        return self.net(pose)
+
+    def doubled(self) -> float:
+        return 2 * self.cutoff
+
+    @property
+    def width(self) -> int:
+        layer = self.net[0]
+        assert isinstance(layer, nn.Linear)
+        return layer.out_features
+
+    @classmethod
+    def small(cls) -> Any:
+        return cls(2)
+
+    @staticmethod
+    def unit() -> str:
+        return "kcal/mol"
+
+
+class Shifted(Scorer):
+    """Scores a pose, and adds what it has learned."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, depth=2)
+        self.shift = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, pose: Tensor) -> Tensor:
+        return super().forward(pose) + self.shift
+
+
+class Scaled(Shifted):
+    def forward(self, pose: Tensor) -> Tensor:
+        return 2 * super().forward(pose)
+
+
+@gradhooks.multipose("min")
+class Abstract(nn.Module, abc.ABC):
+    @abc.abstractmethod
+    def forward(self, pose: Tensor) -> Tensor: ...
+
+
+class Concrete(Abstract):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(4, 6, 1)
+
+    def forward(self, pose: Tensor) -> Tensor:
+        return self.net(pose)
+
+
+@gradhooks.multipose("mean")
+class Named(nn.Module):
+    """Calls `super` by its own name."""
+
+    def __init__(self) -> None:
+        super(Named, self).__init__()  # noqa: UP008  # as in old code
+
+
+def test_an_instance_of_a_decorated_class() -> None:
+    scorer = Scorer(6, depth=2)
+    assert isinstance(scorer, MultiPose)
+    assert isinstance(scorer, Scorer)
+    assert isinstance(scorer, nn.Module)
+    assert isinstance(scorer.model, Scorer)
+    assert not isinstance(scorer.model, MultiPose)
+    assert not isinstance(MultiPose(nn.Linear(4, 1)), Scorer)
+    assert not isinstance(nn.Linear(4, 1), Scorer)
+    assert scorer.accumulator.name == "recompute"
+    assert isinstance(scorer.combination, gradhooks.combinations.Boltzmann)
+
+
+def test_a_decorated_class_stays_a_class() -> None:
+    assert inspect.isclass(Scorer)
+    assert issubclass(Scorer, nn.Module)
+    assert not issubclass(Scorer, MultiPose)
+    assert issubclass(Shifted, Scorer)
+    assert (Scorer.__name__, Scorer.__qualname__, Scorer.__module__) == ("Scorer", "Scorer", __name__)
+    assert Scorer.__doc__ == "Scores a pose."
+    assert Scorer.unit() == "kcal/mol"
+    assert isinstance(Scorer.small(), MultiPose)
+
+
+def test_help_and_signature() -> None:
+    assert list(inspect.signature(Scorer).parameters) == ["width", "depth"]
+    assert str(inspect.signature(Scorer)).startswith("(width: int, *, depth: int = 1)")
+    assert list(inspect.signature(Shifted).parameters) == ["width"]
+    text = pydoc.plain(pydoc.render_doc(Scorer))
+    assert "Scores a pose." in text
+    assert "width: int, *, depth: int = 1" in text
+    assert "def doubled" in inspect.getsource(Scorer) or "doubled" in text
+
+
+def test_wrong_arguments_get_the_usual_error() -> None:
+    with pytest.raises(TypeError, match=r"missing 1 required positional argument: 'width'"):
+        Scorer()  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'breadth'"):
+        Scorer(4, breadth=2)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("make", [lambda: Scorer(6), lambda: Shifted(6), lambda: Scaled(6), Concrete])
+def test_training(make: Callable[[], Any]) -> None:
+    gradients = []
+    for of_group in (True, False):
+        torch.manual_seed(3)
+        scorer = make().double()
+        poses = list(torch.randn(5, 4, dtype=torch.float64))
+        of_both(scorer(poses) if of_group else full_graph(scorer.model, poses, scorer.combination)).backward()
+        gradients.append(gradients_of(dict(scorer.named_parameters())))
+    assert_same_gradients(*gradients)
+
+
+def test_subclasses_define_the_forward_of_one_pose() -> None:
+    scaled, shifted = Scaled(6), Shifted(6)
+    assert isinstance(scaled, Shifted)
+    assert isinstance(scaled, MultiPose)
+    assert type(scaled.model) is Scaled
+    shifted.load_state_dict(scaled.state_dict())
+    pose = torch.randn(4)
+    torch.testing.assert_close(scaled.model(pose), 2 * shifted.model(pose))
+    assert list(scaled.state_dict())[:1] == ["shift"]
+
+
+def test_abstract_classes() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        Abstract()  # type: ignore[abstract]
+    assert isinstance(Concrete(), Abstract)
+    assert isinstance(Concrete(), MultiPose)
+    assert issubclass(Concrete, Abstract)
+    assert inspect.isabstract(Abstract)
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("make", [lambda: Scorer(6), lambda: Scaled(6), Concrete])
+def test_instances_are_copied_and_pickled_by_reference(make: Callable[[], Any], how: str) -> None:
+    scorer = make()
+    for thing in (scorer, scorer.model):
+        twin = COPIES[how](thing)
+        assert type(twin) is type(thing)
+        assert_same_state(twin.state_dict(), thing.state_dict())
+    assert type(COPIES[how](scorer).model) is type(scorer.model)
+    assert pickle.loads(pickle.dumps(type(scorer.model))) is type(scorer.model)  # noqa: S301  # our own
+
+
+def test_attributes_of_the_bare_model_are_reachable() -> None:
+    scorer = Scorer(6)
+    assert scorer.cutoff == 5.0
+    assert scorer.doubled() == 10.0
+    assert scorer.width == 6
+    assert scorer.net is scorer.model.net
+    scorer.model.cutoff = 6.0
+    assert scorer.doubled() == 12.0
+    with pytest.raises(AttributeError, match="'Scorer' object has no attribute 'missing'"):
+        _ = scorer.missing
+    wrapped = MultiPose(nn.Linear(4, 1))
+    assert wrapped.in_features == 4
+    assert wrapped.weight is wrapped.model.weight
+    with pytest.raises(AttributeError, match="'Linear' object has no attribute 'missing'"):
+        _ = wrapped.missing
+
+
+def test_super_by_name_is_explained() -> None:
+    with pytest.raises(TypeError, match=r"Named.__init__ calls itself without end: .* write super\(\)"):
+        Named()
+
+
+def test_an_instance_is_wrapped() -> None:
+    model = mlp(4, 6, 1)
+    scorer = gradhooks.multipose("min", accumulator="stream", chunk_size=2)(model)
+    assert isinstance(scorer, MultiPose)
+    assert scorer.model is model
+    assert (scorer.accumulator.name, scorer.chunk_size) == ("stream", 2)
+    assert isinstance(scorer.combination, gradhooks.combinations.Min)
+
+
+def test_each_instance_has_a_combination_of_its_own_where_it_is_named() -> None:
+    one, other = Scorer(4), Scorer(4)
+    assert one.combination is not other.combination
+    assert one.accumulator is not other.accumulator
+
+
+@pytest.mark.parametrize("thing", [3, torch.tanh, "min", None, int], ids=["3", "tanh", "min", "None", "int"])
+def test_what_cannot_be_wrapped(thing: Any) -> None:
+    with pytest.raises(TypeError, match=r"multipose wraps a torch\.nn\.Module or a class of them, got"):
+        gradhooks.multipose("min")(thing)
+
+
+def test_forgotten_parentheses() -> None:
+    with pytest.raises(TypeError, match=r"got the class Bare as its combination: write @multipose\(\) above"):
+
+        @gradhooks.multipose
+        class Bare(nn.Module):
+            pass
+
+
+def test_unknown_options_are_an_error() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'chunks'"):
+        gradhooks.multipose("min", chunks=3)(mlp(4, 1))
+    with pytest.raises(gradhooks.PluginError, match="minn"):
+        gradhooks.multipose("minn")(mlp(4, 1))

@@ -1,0 +1,230 @@
+"""Where a combination is sharp, poses that do not matter cost no backward."""
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import (
+    COMBINATIONS,
+    assert_bit_equal,
+    assert_same_gradients,
+    gradients_of,
+    leaves_of,
+    of_combined,
+    train_by_full_graph,
+)
+from torch import Tensor, nn
+from zoo import Place, Specimen, mlp
+from zoo.sharing import branched_by_negligible_poses
+
+import gradhooks
+
+POSES = 100
+MOST_BACKWARDS = 15
+ORDERS = ["random", "every pose a record", "best first"]
+
+
+class Shifted(nn.Module):
+    """Predicts about the number it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(4, 6, 1)
+
+    def forward(self, features: Tensor, height: Tensor) -> Tensor:
+        return 0.1 * self.net(features) + height
+
+
+def spread(place: Place, seed: int, order: str = "random", extent: float = 1.0) -> Specimen:
+    """A hundred poses whose predictions under a minimum are spread over more than `extent`."""
+    torch.manual_seed(seed)
+    model = Shifted().to(place.device, place.dtype)
+    features, heights = place.randn(POSES, 4), extent * place.randn(POSES)
+    if order != "random":
+        with torch.no_grad():
+            places = model(features, heights.unsqueeze(1)).squeeze(1).argsort(descending=order != "best first")
+        features, heights = features[places], heights[places]
+    poses = list(zip(features, heights, strict=True))
+    return Specimen(model, lambda count: poses[:count])
+
+
+def trained(specimen: Specimen, scorer: gradhooks.MultiPose, loss: Any = of_combined) -> dict[str, Tensor | None]:
+    for leaf in leaves_of(specimen, None).values():
+        leaf.grad = None
+    loss(scorer(specimen.make_poses(POSES))).backward()
+    return gradients_of(leaves_of(specimen, None))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("combination", ["min", "max"])
+@pytest.mark.parametrize("accumulator", ["auto", "recompute"])
+@pytest.mark.parametrize("seed", range(3))
+def test_few_poses_get_a_backward(seed: int, accumulator: str, combination: str, order: str, double: Place) -> None:
+    specimen = spread(double, seed, order)
+    scorer = gradhooks.MultiPose(specimen.model, combination, accumulator=accumulator)
+    found = trained(specimen, scorer)
+    expected = train_by_full_graph(spread(double, seed, order), COMBINATIONS[combination], of_combined, POSES)
+    assert_same_gradients(found, expected.gradients, tolerance=1e-10)
+    assert 1 <= scorer.report.backwards <= MOST_BACKWARDS
+    assert scorer.report.skipped == POSES - scorer.report.backwards
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_few_poses_get_a_backward_by_stream_in_random_order(seed: int, double: Place) -> None:
+    specimen = spread(double, seed)
+    scorer = gradhooks.MultiPose(specimen.model, "min", accumulator="stream")
+    found = trained(specimen, scorer)
+    expected = train_by_full_graph(spread(double, seed), COMBINATIONS["min"], of_combined, POSES)
+    assert_same_gradients(found, expected.gradients, tolerance=1e-10)
+    assert 1 <= scorer.report.backwards <= MOST_BACKWARDS
+    assert (scorer.report.recomputed, scorer.report.skipped) == (0, POSES - scorer.report.backwards)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_stream_is_exact_in_every_order(order: str, double: Place) -> None:
+    specimen = spread(double, 1, order)
+    found = trained(specimen, gradhooks.MultiPose(specimen.model, "min", accumulator="stream"))
+    expected = train_by_full_graph(spread(double, 1, order), COMBINATIONS["min"], of_combined, POSES)
+    assert_same_gradients(found, expected.gradients, tolerance=1e-10)
+
+
+def test_auto_stays_cheap_group_after_group(double: Place) -> None:
+    scorer = gradhooks.MultiPose(Shifted().to(double.device, double.dtype), "min")
+    for seed in range(4):
+        for order in ORDERS[::-1]:
+            of_combined(scorer(spread(double, seed, order).make_poses(POSES))).backward()
+            assert scorer.report.backwards <= MOST_BACKWARDS, (seed, order, scorer.report)
+
+
+def test_where_all_poses_matter_none_is_skipped(double: Place) -> None:
+    specimen = spread(double, 0, extent=1e-3)
+    for accumulator in ("stream", "recompute", "auto"):
+        scorer = gradhooks.MultiPose(specimen.model, gradhooks.combinations.Min(scale=1.0), accumulator=accumulator)
+        trained(specimen, scorer)
+        assert (scorer.report.backwards, scorer.report.skipped) == (POSES, 0)
+
+
+@pytest.mark.parametrize("accumulator", ["stream", "recompute"])
+def test_a_tolerance_of_zero_skips_exact_zeros_alone(accumulator: str, double: Place) -> None:
+    specimen = spread(double, 2, "best first")
+    scorer = gradhooks.MultiPose(specimen.model, "min", accumulator=accumulator, tolerance=0.0)
+    prediction = scorer(specimen.make_poses(POSES))
+    of_combined(prediction).backward()
+    # Rounded differently, a denormal number may be another's zero.
+    nonzero = prediction.weights.abs() > 0
+    normal = prediction.weights.abs() > 1e-290
+    assert normal.sum() <= scorer.report.backwards <= nonzero.sum() + 1
+    assert POSES > scorer.report.backwards > trained_by_default(specimen)
+    assert scorer.report.skipped == POSES - scorer.report.backwards
+
+
+def trained_by_default(specimen: Specimen) -> int:
+    """How many backwards the default tolerance leaves."""
+    scorer = gradhooks.MultiPose(specimen.model, "min", accumulator="recompute")
+    trained(specimen, scorer)
+    return scorer.report.backwards
+
+
+def test_recompute_without_tolerance_agrees_to_the_last_bit(single: Place) -> None:
+    specimen = spread(single, 3)
+    found = trained(specimen, gradhooks.MultiPose(specimen.model, "min", accumulator="recompute", tolerance=0.0))
+    expected = train_by_full_graph(spread(single, 3), COMBINATIONS["min"], of_combined, POSES)
+    assert_bit_equal(found, expected.gradients)
+
+
+@pytest.mark.parametrize("accumulator", ["stream", "recompute"])
+def test_a_coarse_tolerance_skips_more_and_errs_by_no_more(accumulator: str, double: Place) -> None:
+    specimen = spread(double, 4, extent=0.01)
+    backwards = []
+    expected = train_by_full_graph(spread(double, 4, extent=0.01), COMBINATIONS["min"], of_combined, POSES).gradients
+    for tolerance in (0.0, 1e-6, 1e-2):
+        scorer = gradhooks.MultiPose(specimen.model, "min", accumulator=accumulator, tolerance=tolerance)
+        found = trained(specimen, scorer)
+        backwards.append(scorer.report.backwards)
+        assert_same_gradients(found, expected, tolerance=max(1e-12, 3 * POSES * tolerance))
+    assert backwards[0] > backwards[1] > backwards[2] >= 1
+
+
+# -- what the report says -------------------------------------------------------------------------------------------
+
+
+def reported(accumulator: str, loss: Any, place: Place, combination: str = "min") -> gradhooks.GroupReport:
+    specimen = spread(place, 5)
+    scorer = gradhooks.MultiPose(specimen.model, combination, accumulator=accumulator)
+    trained(specimen, scorer, loss)
+    assert scorer.report.poses == POSES
+    assert scorer.report.retained == 0
+    return scorer.report
+
+
+def of_ten_poses(prediction: gradhooks.MultiPosePrediction) -> Tensor:
+    return prediction.poses[::10].square().sum()
+
+
+def test_the_report_of_a_recomputed_group(double: Place) -> None:
+    report = reported("recompute", of_combined, double)
+    assert report.backwards == report.recomputed
+    assert report.backwards + report.skipped == POSES
+    report = reported("recompute", of_ten_poses, double)
+    assert (report.backwards, report.recomputed, report.skipped) == (10, 10, 90)
+    assert report.accumulator == "recompute"
+
+
+def test_the_report_of_a_streamed_group(double: Place) -> None:
+    report = reported("stream", of_combined, double)
+    assert report.recomputed == 0
+    assert report.backwards + report.skipped == POSES
+    streamed = report.backwards
+    report = reported("stream", of_ten_poses, double)
+    assert (report.backwards, report.recomputed) == (streamed + 10, 10)
+    assert POSES - streamed - 10 <= report.skipped <= POSES - 10
+    assert report.accumulator == "stream"
+
+
+def test_the_report_of_a_stored_group(double: Place) -> None:
+    for loss in (of_combined, of_ten_poses):
+        report = reported("store", loss, double)
+        assert (report.backwards, report.recomputed, report.skipped) == (POSES, 0, 0)
+        assert report.accumulator == "store"
+
+
+def test_the_report_of_auto_says_who_did_it_and_why(double: Place) -> None:
+    report = reported("auto", of_combined, double)
+    assert report.accumulator == "recompute"
+    assert report.reason == "nothing is known yet of how many poses matter"
+    report = reported("auto", of_combined, double, combination="mean")
+    assert report.accumulator == "stream"
+    assert report.reason == "every pose weighs the same"
+
+
+def test_the_report_before_the_backward(double: Place) -> None:
+    specimen = spread(double, 5)
+    scorer = gradhooks.MultiPose(specimen.model, "min", accumulator="recompute")
+    assert scorer.report == gradhooks.GroupReport()
+    scorer(specimen.make_poses(POSES))
+    assert (scorer.report.poses, scorer.report.backwards, scorer.report.skipped) == (POSES, 0, 0)
+    with torch.no_grad():
+        scorer(specimen.make_poses(7))
+    assert (scorer.report.poses, scorer.report.backwards) == (7, 0)
+
+
+# -- parameters of poses that do not matter -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulator", ["store", "stream", "recompute", "auto"])
+@pytest.mark.parametrize("special", [(0,), (4,), (2, 5), (0, 7)], ids=str)
+def test_a_parameter_of_poses_that_do_not_matter_gets_zeros(
+    special: tuple[int, ...], accumulator: str, double: Place
+) -> None:
+    specimen = branched_by_negligible_poses(double, special=special, offset=9.0)
+    specimen.model.to(double.device, double.dtype)
+    of_combined(gradhooks.MultiPose(specimen.model, "min", accumulator=accumulator)(specimen.make_poses(8))).backward()
+    gradients = gradients_of(leaves_of(specimen, None))
+    for name in ("special.0.weight", "special.0.bias", "special.2.weight", "special.2.bias"):
+        gradient = gradients[f"model {name}"]
+        assert gradient is not None
+        assert not gradient.any()
+    assert gradients["model unused.weight"] is None
+    usual = gradients["model usual.weight"]
+    assert usual is not None
+    assert usual.any()
