@@ -157,7 +157,7 @@ BROKEN_COMBINATIONS: list[tuple[type[Combination], str, str]] = [
     (WrongSign, "check_stream_declaration", "do not explain its coefficients: pose .* mend it, or return None"),
     (DeclaresByGroup, "check_stream_declaration", "row i may depend on prediction i only"),
     (DeclaresWrongShape, "check_stream_declaration", r"log_weights of shape \(\)"),
-    (DeclaresSome, "check_training", "declared the first pose of a group, and not pose"),
+    (DeclaresSome, "check_training", "declared the first pose of a group with 0 features, and pose 1 not at all"),
     (LosesNames, "check_combined_gradients", "keep the names"),
     (DividesByNorm, "check_combined_gradients", "divide by a norm that can be 0"),
 ]

@@ -68,7 +68,7 @@ CLOSED_FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "max of scale 2": lambda y: coefficients_of_extremum(y, 1, 2.0),
     "min normalised": lambda y: coefficients_of_extremum(y, -1, 2.0),
     "max normalised": lambda y: coefficients_of_extremum(y, 1, 2.0),
-    "boltzmann": lambda y: coefficients_of_boltzmann(y, 0.592484),
+    "boltzmann": lambda y: coefficients_of_boltzmann(y, 0.592485),
     "boltzmann of 3": lambda y: coefficients_of_boltzmann(y, 3.0),
     "boltzmann learnable": lambda y: coefficients_of_boltzmann(y, 0.9),
 }
@@ -115,7 +115,7 @@ def test_gradcheck(name: str, double: Place) -> None:
 
 def test_the_default_temperature_is_that_of_a_room() -> None:
     assert pytest.approx(1.987204e-3 * 298.15, rel=1e-5) == Boltzmann().temperature
-    assert "temperature=0.592484, learnable=False" in repr(Boltzmann())
+    assert "temperature=0.592485, learnable=False" in repr(Boltzmann())
     assert repr(Min(scale=3.0)) == "Min(scale=3, normalize=False)"
 
 
