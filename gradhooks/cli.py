@@ -15,7 +15,7 @@ from gradhooks import registry
 from gradhooks.conformance import results
 from gradhooks.conformance.derivatives import declares_stream
 from gradhooks.errors import GradhooksError
-from gradhooks.measuring.bench import benchmark, save
+from gradhooks.measuring.bench import benchmark, save, summary
 from gradhooks.measuring.reference import REFERENCES
 from gradhooks.registry import Registry
 
@@ -135,12 +135,14 @@ def _run_bench(chosen: argparse.Namespace) -> int:
         _say(f"unknown model {', '.join(sorted(unknown))}: available are {', '.join(REFERENCES)}")
         return 2
     torch.set_num_threads(chosen.threads)
-    found = []
-    for title, comparison in benchmark(chosen.models or list(REFERENCES), chosen.poses, chosen.repeats, chosen.device):
-        _say(f"{title} ({comparison.setting})", "", str(comparison), "")
-        found.append((title, comparison))
+    findings = []
+    for finding in benchmark(chosen.models or list(REFERENCES), chosen.poses, chosen.repeats, chosen.device):
+        comparison = finding.comparison
+        _say(f"{finding.model}, {finding.combination} ({comparison.setting})", "", str(comparison), "")
+        findings.append(finding)
+    _say(summary(findings))
     if chosen.save:
-        save(found, chosen.save)
+        save(findings, chosen.save)
     return 0
 
 

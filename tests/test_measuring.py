@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import gradhooks
+from gradhooks.cli import main
 from gradhooks.memory import PeakMemory
 
 
@@ -92,3 +93,16 @@ def test_check_fails_a_model_that_cannot_be_repeated() -> None:
     assert not proof.passed
     assert not proof.replays
     assert "ANOTHER prediction" in str(proof)
+
+
+def test_bench_prints_the_table_of_the_readme(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    status = main(["bench", "resnet", "--poses", "2", "--repeats", "1", "--save", str(tmp_path / "figures.json")])
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert status == 0
+    assert "| time / peak memory, full graph = 1" in printed
+    assert "min, scale 1000: recompute" in printed
+    assert len(json.loads((tmp_path / "figures.json").read_text())) == 3
+    assert main(["bench", "nonsense"]) == 2
+    assert "unknown model nonsense: available are schnet, transformer, resnet" in capsys.readouterr().out

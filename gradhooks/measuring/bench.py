@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +13,20 @@ from gradhooks.accumulators import Recompute, Stream
 from gradhooks.combinations import Boltzmann, Mean, Min
 from gradhooks.measuring.compare import Comparison, compare
 from gradhooks.measuring.reference import REFERENCES
+from gradhooks.measuring.table import table
 from gradhooks.multipose import MultiPose
 from gradhooks.trees import map_tensors
 
 
-def benchmark(
-    names: Sequence[str], poses: int, repeats: int, device: torch.device | str = "cpu"
-) -> Iterator[tuple[str, Comparison]]:
+class Finding(NamedTuple):
+    """What was found for a model and a combination."""
+
+    model: str
+    combination: str
+    comparison: Comparison
+
+
+def benchmark(names: Sequence[str], poses: int, repeats: int, device: torch.device | str = "cpu") -> Iterator[Finding]:
     """Compare the ways on reference models, with a mean, a Boltzmann average and a sharp minimum.
 
     Temperature and scale are relative to the spread of the predictions: at scale 1000 few poses matter. Numbers too
@@ -33,7 +40,7 @@ def benchmark(
         device: Where to run.
 
     Yields:
-        A title, and what was found.
+        What was found.
     """
     flushing = torch.set_flush_denormal(True)
     try:
@@ -49,14 +56,32 @@ def benchmark(
                 ("min, scale 1000", Min(1000 / spread), (Stream(), "recompute", "auto")),
             ]
             for title, combination, accumulators in combinations:
-                yield f"{name}, {title}", compare(model, group, combination, accumulators=accumulators, repeats=repeats)
+                found = compare(model, group, combination, accumulators=accumulators, repeats=repeats)
+                yield Finding(name, title, found)
     finally:
         torch.set_flush_denormal(not flushing)
 
 
-def save(found: Sequence[tuple[str, Comparison]], path: str | Path) -> None:
+def summary(findings: Sequence[Finding]) -> str:
+    """The README's table: time and peak memory of each way, both relative to the full graph's, by model."""
+    models = list(dict.fromkeys(finding.model for finding in findings))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for finding in findings:
+        full = finding.comparison.rows[0].peak_bytes
+        for row in finding.comparison.rows[1:]:
+            cells = rows.setdefault((finding.combination, row.way), {})
+            cells[finding.model] = f"{row.time_ratio:.2f} / {row.peak_bytes / full:.3f}"
+    lines = [
+        [f"{combination}: {way}", *(cells.get(model, "") for model in models)]
+        for (combination, way), cells in rows.items()
+    ]
+    return table(["time / peak memory, full graph = 1", *models], lines)
+
+
+def save(findings: Sequence[Finding], path: str | Path) -> None:
     """Write all figures as JSON."""
-    Path(path).write_text(json.dumps({title: asdict(comparison) for title, comparison in found}, indent=2) + "\n")
+    figures = [finding._asdict() | {"comparison": asdict(finding.comparison)} for finding in findings]
+    Path(path).write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def _spread(scorer: MultiPose, poses: Sequence[Any]) -> float:
