@@ -1,7 +1,9 @@
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from gradhooks.combination import BoundCombination
 
@@ -49,3 +51,16 @@ class MultiPosePrediction(_Predictions):
             combined = self._combination(predictions, self._chosen)
             (weights,) = torch.autograd.grad(combined.sum(), predictions)
         return weights
+
+
+def _flatten(prediction: MultiPosePrediction) -> tuple[list[Any], Any]:
+    return list(prediction), (prediction._combination, prediction._chosen)
+
+
+def _unflatten(tensors: Iterable[Any], context: Any) -> MultiPosePrediction:
+    return MultiPosePrediction(*tensors, *context)
+
+
+# DistributedDataParallel takes outputs apart and puts them together again. Older releases of torch see no tuple in a
+# subclass of a NamedTuple, and would then miss the tensors whose backward they wait for.
+register_pytree_node(MultiPosePrediction, _flatten, _unflatten)
