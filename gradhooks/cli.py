@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from gradhooks import registry
-from gradhooks.conformance import results
 from gradhooks.conformance.derivatives import declares_stream
+from gradhooks.conformance.kit import results
 from gradhooks.errors import GradhooksError
 from gradhooks.measuring.bench import benchmark, save, summary
 from gradhooks.measuring.reference import REFERENCES

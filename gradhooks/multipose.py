@@ -165,13 +165,14 @@ class MultiPose(nn.Module):
         return self._combined(combination, through_combination, direct)
 
     def _predict(self, poses: Poses) -> Tensor:
-        """Nothing to train: nothing is hooked and nothing kept. Shape `(N, *prediction)`."""
+        """Nothing to train: nothing is hooked and nothing kept. Shape `(N, *prediction)`, detached."""
         rows: list[Tensor] = []
-        with torch.no_grad(), reporting(self.progress, len(poses), "poses") as report:
+        # In the user's grad mode: a frozen model may still differentiate by its inputs.
+        with reporting(self.progress, len(poses), "poses") as report:
             for start in range(0, len(poses), self.forward_chunk_size):
                 stop = min(start + self.forward_chunk_size, len(poses))
                 output = self.call(self.model, poses.between(start, stop))
-                rows.append(prediction_rows(output, start, stop, poses.batched))
+                rows.append(prediction_rows(output, start, stop, poses.batched).detach())
                 check_rows(rows[0], rows[-1], start, finite=self.nonfinite == "raise")
                 report(stop)
         return torch.cat(rows)

@@ -451,3 +451,9 @@ def test_weights_of_a_prediction_know_the_arguments(double: Place) -> None:
 def test_weights_of_a_prediction_that_has_lost_its_combination(double: Place) -> None:
     with pytest.raises(AttributeError, match="lost its combination"):
         _ = MultiPosePrediction(double.randn(1), double.randn(3, 1)).weights
+
+
+@pytest.mark.parametrize("combination", [Mean(), Min(), Max(normalize=True), Boltzmann()], ids=repr)
+def test_a_mask_that_leaves_nothing_is_refused(combination: gradhooks.Combination) -> None:
+    with pytest.raises(gradhooks.CombinationError, match="all 3 weights are 0"):
+        combination(torch.ones(3), weights=torch.zeros(3))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import ACCUMULATORS, COMBINATIONS, Gradients, assert_same_gradients, gradients_of, of_both, of_combined
 from torch import Tensor, nn
-from zoo import Place, Specimen, mlp
+from zoo import Place, Specimen, build, mlp
 from zoo.derivatives import EnergyAndForces, _marked_pose
 from zoo.graphs import geometric
 
@@ -301,3 +301,13 @@ def test_a_mark_that_the_model_makes_receives_nothing(accumulator: str, double: 
     poses = specimen.make_poses(COUNT)
     of_both(gradhooks.MultiPose(specimen.model, "boltzmann", accumulator=accumulator)(poses)).backward()
     assert [pose.grad for pose in poses] == [None] * COUNT
+
+
+def test_a_frozen_model_of_forces_predicts(double: Place) -> None:
+    specimen = build("forces_by_a_copy_that_the_model_marks", double)
+    specimen.model.requires_grad_(False)
+    poses = specimen.make_poses(3)
+    prediction = gradhooks.MultiPose(specimen.model, call=specimen.call)(poses)
+    expected = full_graph(specimen.model, poses, gradhooks.combinations.Mean(), call=specimen.call)
+    assert not prediction.combined.requires_grad
+    torch.testing.assert_close(prediction.combined, expected.combined.detach())

@@ -41,7 +41,9 @@ class Boltzmann(Combination):
 
     def forward(self, predictions: Tensor, weights: Tensor | None = None) -> Tensor:
         energies = widest(predictions)
-        occupations = torch.softmax(log_weights(weights, predictions) - energies / self.temperature, dim=0)
+        occupations = torch.softmax(
+            log_weights(weights, predictions, whole_group=True) - energies / self.temperature, dim=0
+        )
         return (occupations * energies).sum(0).to(predictions.dtype)
 
     @torch.no_grad()

@@ -35,7 +35,7 @@ class SmoothExtremum(Combination):
 
     def forward(self, predictions: Tensor, weights: Tensor | None = None) -> Tensor:
         steepness = self.sign * self.scale
-        logarithms = log_weights(weights, predictions)
+        logarithms = log_weights(weights, predictions, whole_group=True)
         combined = torch.logsumexp(steepness * widest(predictions) + logarithms, dim=0)
         if self.normalize:
             combined = combined - torch.logsumexp(logarithms.expand_as(predictions), dim=0)

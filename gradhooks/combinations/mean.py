@@ -11,7 +11,7 @@ class Mean(Combination):
     def forward(self, predictions: Tensor, weights: Tensor | None = None) -> Tensor:
         if weights is None:
             return widest(predictions).mean(0).to(predictions.dtype)
-        share = torch.softmax(log_weights(weights, predictions), dim=0)
+        share = torch.softmax(log_weights(weights, predictions, whole_group=True), dim=0)
         return (share * widest(predictions)).sum(0).to(predictions.dtype)
 
     def stream_weights(self, predictions: Tensor, weights: Tensor | None = None) -> StreamWeights:

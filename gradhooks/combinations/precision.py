@@ -12,15 +12,16 @@ def widest(numbers: Tensor) -> Tensor:
     return numbers if numbers.device.type == "mps" else numbers.to(torch.float64)
 
 
-def log_weights(weights: Tensor | None, predictions: Tensor) -> Tensor:
+def log_weights(weights: Tensor | None, predictions: Tensor, *, whole_group: bool = False) -> Tensor:
     """Logarithms of the user's weights of the poses, in a shape that broadcasts over the predictions; 0 without any.
 
     Args:
         weights: Shape `(N,)`, not negative; a boolean mask will do.
         predictions: Shape `(N, *prediction)`.
+        whole_group: Whether these are all poses, of which one must weigh something.
 
     Raises:
-        CombinationError: The weights have another shape, or one is negative or NaN.
+        CombinationError: The weights have another shape, one is negative or NaN, or all of a group's are 0.
     """
     if weights is None:
         return widest(torch.zeros((), device=predictions.device))
@@ -31,4 +32,6 @@ def log_weights(weights: Tensor | None, predictions: Tensor) -> Tensor:
     wide = widest(weights.to(predictions.device))
     if not (wide >= 0).all():
         raise CombinationError("weights of poses must not be negative or NaN")
+    if whole_group and not (wide > 0).any():
+        raise CombinationError(f"all {len(wide)} weights are 0, so that no pose is left to combine")
     return wide.log().view(-1, *[1] * (predictions.dim() - 1))
