@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradhooks.accumulators.base import Coefficients, Ledger
+from gradhooks.dtypes import wide
 from gradhooks.errors import HigherOrderError
 from gradhooks.group import Group
 
@@ -25,8 +26,7 @@ class PosePredictions(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.group, ctx.ledger, ctx.predictions, ctx.leaves = group, ledger, predictions, len(real)
         ctx.save_for_backward(*real, *ledger.close(predictions))
-        wide = torch.promote_types(predictions.dtype, torch.float32)
-        return predictions.to(wide, copy=True), predictions.clone()
+        return predictions.to(wide(predictions.dtype), copy=True), predictions.clone()
 
     @staticmethod
     def backward(ctx: Any, through_combination: Tensor | None, direct: Tensor | None) -> Any:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradhooks.dtypes import wide
+
 
 class StreamWeights(NamedTuple):
     r"""What a combination knows of its coefficients while the poses are still coming.
@@ -121,19 +123,18 @@ class BoundCombination:
 
     def __call__(self, predictions: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Combine the predictions, shape `(N, *prediction)`, or those that are `chosen`, shape `(N,)`, boolean."""
-        wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+        seen = predictions.to(wide(predictions.dtype))
         if chosen is None:
-            return self.combination(wide, **self.arguments)
-        return self.combination(wide[chosen], **self._of_poses(chosen))
+            return self.combination(seen, **self.arguments)
+        return self.combination(seen[chosen], **self._of_poses(chosen))
 
     def declare(self, predictions: Tensor, start: int) -> StreamWeights | None:
         """The declaration for the predictions, shape `(n,)`, of the poses from `start` on."""
         stream_weights = getattr(self.combination, "stream_weights", None)
         if stream_weights is None:
             return None
-        wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
         declaration: StreamWeights | None = stream_weights(
-            wide, **self._of_poses(slice(start, start + len(predictions)))
+            predictions.to(wide(predictions.dtype)), **self._of_poses(slice(start, start + len(predictions)))
         )
         return declaration
 

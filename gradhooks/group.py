@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradhooks.combination import BoundCombination
+from gradhooks.dtypes import wide
 from gradhooks.errors import PosesError
 from gradhooks.modes import Modes, in_modes
 from gradhooks.poses import Call, Nonfinite, Poses, prediction_rows
@@ -163,7 +164,7 @@ class Group:
         """
         if self.tolerance is not None:
             return self.tolerance
-        return torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2 / len(self.poses)
+        return torch.finfo(wide(dtype)).eps / 2 / len(self.poses)
 
     def underflow_guard(self, predictions: Tensor) -> float:
         """A power of two by which cotangents of a backward that runs before the loss is known are scaled up.

@@ -82,7 +82,7 @@ class Registry:
         points = self.claims().get(short, [])
         wanted = distribution or (BUILT_IN if any(_distribution(point) == BUILT_IN for point in points) else "")
         if wanted:
-            points = [point for point in points if _same(_distribution(point), wanted)]
+            points = [point for point in points if _normal(_distribution(point)) == _normal(wanted)]
         if not points:
             raise PluginError(self._unknown(name))
         if len(points) > 1:
@@ -165,7 +165,7 @@ def _points(group: str) -> list[EntryPoint]:
 def _readable_points(group: str) -> Iterator[EntryPoint]:
     seen = set()
     for distribution in distributions():
-        name = (distribution.metadata["Name"] or "?").lower().replace("_", "-")
+        name = _normal(distribution.metadata["Name"] or "?")
         if name in seen:  # the first one along sys.path is the one that is imported
             continue
         seen.add(name)
@@ -184,8 +184,8 @@ def _distribution(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else "an unknown distribution"
 
 
-def _same(one: str, other: str) -> bool:
-    return one.lower().replace("_", "-") == other.lower().replace("_", "-")
+def _normal(distribution: str) -> str:
+    return distribution.lower().replace("_", "-")
 
 
 def _listed(points: list[EntryPoint]) -> str:

@@ -13,7 +13,7 @@ PACKAGE = Path(gradhooks.__file__).parent
 
 # From the ground up; a module may import from lower lines only. A folder is one floor, with an order of its own.
 FLOORS = [
-    ["errors"],
+    ["errors", "dtypes"],
     ["combination"],
     ["randomness", "report", "shadow", "trees", "progress", "modes", "reach", "distributed", "checkpoints", "memory"],
     ["poses", "replay"],

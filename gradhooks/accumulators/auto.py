@@ -45,8 +45,7 @@ class Auto(Accumulator):
             return self._chosen(Store(), group, predictions)
         declaration = declared(group, predictions)
         if declaration is None:
-            group.report.reason = "the combination declares no stream_weights, or a prediction is more than one number"
-            return self._chosen(Recompute(), group, predictions)
+            return self._chosen(Stream(), group, predictions)  # hands over to recompute, and says why
         group.finished.append(self._learn)
         self._decide(declaration.uniform)
         group.report.reason = self._reason(declaration.uniform)
@@ -55,8 +54,9 @@ class Auto(Accumulator):
     @staticmethod
     def _chosen(accumulator: Accumulator, group: Group, predictions: Tensor) -> Ledger:
         group.report.accumulator = accumulator.name
-        logger.debug("{} poses by {}: {}", group.report.poses, accumulator, group.report.reason)
-        return accumulator.open(group, predictions)
+        ledger = accumulator.open(group, predictions)
+        logger.debug("{} poses by {}: {}", group.report.poses, group.report.accumulator, group.report.reason)
+        return ledger
 
     def _decide(self, uniform: bool) -> None:
         if self._groups == 0:

@@ -47,6 +47,11 @@ class Recompute(Accumulator):
         budget = budget_in_bytes(self.retain, predictions.device)
         return RecomputeLedger(group, RetainedGraphs(budget, group.known_storages()) if budget else None)
 
+    def take_over(self, group: Group, predictions: Tensor, reason: str) -> Ledger:
+        """Open a group in the place of an accumulator that cannot serve it; the report will say why."""
+        group.report.accumulator, group.report.reason = self.name, reason
+        return self.open(group, predictions)
+
 
 class RecomputeLedger(Ledger):
     """Keeps what a second run needs, and as many graphs as it may."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger
 from gradhooks.accumulators.recompute import Recompute, replayed_gradients
 from gradhooks.accumulators.sums import Gradients, accumulate, all_finite
+from gradhooks.dtypes import wide
 from gradhooks.errors import CombinationError
 from gradhooks.group import Chunk, Group
 
@@ -32,9 +33,7 @@ class Store(Accumulator):
 
     def open(self, group: Group, predictions: Tensor) -> Ledger:
         if predictions.numel() != len(predictions) and group.combination.combine_gradients is None:
-            group.report.reason = "predictions of more than one number are not stored"
-            group.report.accumulator = Recompute.name
-            return Recompute().open(group, predictions)
+            return Recompute().take_over(group, predictions, "predictions of more than one number are not stored")
         return StoreLedger(group, self.device, self.dtype, group.underflow_guard(predictions))
 
 
@@ -114,8 +113,8 @@ class StoreLedger(Ledger):
         for place, (leaf, name) in enumerate(zip(self._group.shadows.leaves, names, strict=True)):
             column = [row[place] for row in rows]
             if any(gradient is not None for gradient in column):
-                wide = torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
-                stacks[name] = torch.stack([wide if gradient is None else gradient.to(wide) for gradient in column])
+                nothing = torch.zeros_like(leaf, dtype=wide(leaf.dtype))
+                stacks[name] = torch.stack([nothing if row is None else row.to(nothing) for row in column])
         delivered = combine(stacks, predictions.flatten(), coefficients.flatten())
         self._check(stacks, delivered)
         return [delivered.get(name) for name in names]
@@ -139,7 +138,6 @@ class StoreLedger(Ledger):
                 if coefficient == 0:  # not 0 times the gradient, which may be NaN where a pose was dropped
                     totals[place] = torch.zeros_like(leaves[place]) if totals[place] is None else totals[place]
                     continue
-                wide = torch.promote_types(leaves[place].dtype, torch.float32)
-                gradient = gradient.to(leaves[place].device, wide, non_blocking=True)
+                gradient = gradient.to(leaves[place].device, wide(leaves[place].dtype), non_blocking=True)
                 totals[place] = accumulate(totals[place], gradient, coefficient)
         return totals

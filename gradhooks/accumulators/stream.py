@@ -11,6 +11,7 @@ from gradhooks.accumulators.declaration import Declaration, declared, without
 from gradhooks.accumulators.online import OnlineWeights
 from gradhooks.accumulators.recompute import Recompute, replayed_gradients
 from gradhooks.accumulators.sums import Gradients, RunningSums, add_into, all_finite, weighted
+from gradhooks.dtypes import wide
 from gradhooks.errors import CombinationError, GradhooksWarning
 from gradhooks.group import Chunk, Group
 
@@ -27,9 +28,8 @@ class Stream(Accumulator):
         refuse_gradient_combination(group, self.name)
         declaration = declared(group, predictions)
         if declaration is None:
-            group.report.accumulator = Recompute.name
-            group.report.reason = "the combination declares no stream_weights, or a prediction is more than one number"
-            return Recompute().open(group, predictions)
+            reason = "the combination declares no stream_weights, or a prediction is more than one number"
+            return Recompute().take_over(group, predictions, reason)
         return StreamLedger(group, declaration, group.negligible(predictions.dtype), group.underflow_guard(predictions))
 
 
@@ -165,7 +165,7 @@ class StreamLedger(Ledger):
     def _rounding(self, terms: Tensor, dtype: torch.dtype) -> Tensor:
         """What rounding may leave of each coefficient: last bits of its terms, and of the exponent of its weight."""
         exponent = 4 * torch.finfo(torch.float64).eps * (64 + self._online.largest_exponent)
-        last_bits = 8 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        last_bits = 8 * torch.finfo(wide(dtype)).eps
         return last_bits * terms + max(self._negligible, exponent) * terms.max()
 
 

@@ -1,16 +1,15 @@
 """Arithmetic on gradients, of which some may be missing, sparse or narrow."""
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from gradhooks.dtypes import wide
 from gradhooks.shadow import ShadowParameters
 
 Gradients = list[Tensor | None]
-Sums = TypeVar("Sums", bound="RunningSums")
 
 
 def accumulate(total: Tensor | None, gradient: Tensor, factor: float) -> Tensor:
@@ -19,8 +18,8 @@ def accumulate(total: Tensor | None, gradient: Tensor, factor: float) -> Tensor:
     Takes `gradient` over, without a copy, if it is the first and needs no change.
     """
     if total is None:
-        wide = gradient.to(_wide(gradient.dtype))
-        return wide if factor == 1 else wide * factor
+        first = gradient.to(wide(gradient.dtype))
+        return first if factor == 1 else first * factor
     if not total.is_sparse:
         return total.add_(gradient, alpha=factor)
     if gradient.is_sparse:
@@ -77,7 +76,7 @@ class RunningSums:
         self._leaves = shadows.leaves
         self._sums: list[Gradients] = [[None] * len(self._leaves) for _ in range(count)]
         self.expect((1.0,) * count)
-        folded = [place for place, leaf in enumerate(self._leaves) if count > 1 or _wide(leaf.dtype) != leaf.dtype]
+        folded = [place for place, leaf in enumerate(self._leaves) if count > 1 or wide(leaf.dtype) != leaf.dtype]
         in_place = set(folded)
         self._in_leaf = [place for place in range(len(self._leaves)) if place not in in_place]
         self._hooks = shadows.intercept(self._fold, folded)
@@ -125,7 +124,3 @@ class RunningSums:
     def __exit__(self, *exception: object) -> None:
         self._hooks.close()
         self.clear()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
