@@ -193,6 +193,14 @@ class TestOneGroup:
 
         assert_same_after(train, name, combination, accumulator, double)
 
+    def test_plain_sums_with_retain_graph(self, name: str, combination: str, accumulator: str, double: Place) -> None:
+        def train(trainee: Trainee) -> None:  # coefficients of exactly 1: nothing needs scaling, all could be handed on
+            prediction = trainee.predict()
+            prediction.poses.sum().backward(retain_graph=True)
+            prediction.poses.sum().backward()
+
+        assert_same_after(train, name, combination, accumulator, double)
+
     def test_a_second_backward_without_retain_graph(
         self, name: str, combination: str, accumulator: str, double: Place
     ) -> None:

@@ -86,12 +86,11 @@ class StoreLedger(Ledger):
         return [predictions, *kept]
 
     def gradients(self, kept: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
-        del last
         predictions, *stored = kept
         combine = self._group.combination.combine_gradients
         if combine is not None:
             return self._combined(combine, stored, predictions, coefficients.total)
-        totals = self._summed(stored, (coefficients.total.flatten().double() / self._guard).tolist())
+        totals = self._summed(stored, (coefficients.total.flatten().double() / self._guard).tolist(), overwrite=last)
         if self._guard == 1 or all_finite([totals]):
             return totals
         # Scaled up, a gradient of float16 left its range: have it again, with the true coefficients alone.
@@ -128,7 +127,7 @@ class StoreLedger(Ledger):
                     f"{tuple(stacks[name].shape[1:]) if name in stacks else 'nothing'} for {name!r}, got {found}"
                 )
 
-    def _summed(self, stored: Sequence[Tensor], coefficients: Sequence[float]) -> Gradients:
+    def _summed(self, stored: Sequence[Tensor], coefficients: Sequence[float], *, overwrite: bool) -> Gradients:
         leaves = self._group.shadows.leaves
         totals: Gradients = [None] * len(leaves)
         pending = iter(stored)
@@ -138,6 +137,8 @@ class StoreLedger(Ledger):
                 if coefficient == 0:  # not 0 times the gradient, which may be NaN where a pose was dropped
                     totals[place] = torch.zeros_like(leaves[place]) if totals[place] is None else totals[place]
                     continue
-                gradient = gradient.to(leaves[place].device, wide(leaves[place].dtype), non_blocking=True)
-                totals[place] = accumulate(totals[place], gradient, coefficient)
+                widened = gradient.to(leaves[place].device, wide(leaves[place].dtype), non_blocking=True)
+                if widened is gradient and not overwrite and totals[place] is None:
+                    widened = gradient.clone()  # the first to be taken over must not be what is kept
+                totals[place] = accumulate(totals[place], widened, coefficient)
         return totals
