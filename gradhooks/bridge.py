@@ -24,8 +24,8 @@ class PosePredictions(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, ledger: Ledger, predictions: Tensor, *real: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.group, ctx.ledger, ctx.predictions, ctx.leaves = group, ledger, predictions, len(real)
-        ctx.save_for_backward(*real, *ledger.close(predictions))
+        ctx.group, ctx.ledger, ctx.predictions, ctx.leaves = group, ledger, predictions[group.share.own], len(real)
+        ctx.save_for_backward(*real, *ledger.close(ctx.predictions))
         return predictions.to(wide(predictions.dtype), copy=True), predictions.clone()
 
     @staticmethod
@@ -43,9 +43,15 @@ class PosePredictions(torch.autograd.Function):
             through_combination = torch.zeros_like(direct)
         coefficients = Coefficients(through_combination, None if direct is None else direct.to(through_combination))
         group, last = ctx.group, not _keeps_graph()
-        gradients = ctx.ledger.gradients(kept, coefficients, last=last)
-        for listener in group.finished:
-            listener(group, ctx.predictions, coefficients)
+
+        def of_own_poses() -> list[Tensor | None]:
+            own = coefficients if group.share.ranks.alone else coefficients.of(group.share.own)
+            gradients: list[Tensor | None] = ctx.ledger.gradients(kept, own, last=last)
+            for listener in group.finished:
+                listener(group, ctx.predictions, own)
+            return gradients
+
+        gradients = group.share.total_gradients(of_own_poses, coefficients.total, group.shadows.leaves)
         if last:
             ctx.group = ctx.ledger = None  # the user may keep the loss, and need not keep the poses with it
         typed = (

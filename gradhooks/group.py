@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradhooks.combination import BoundCombination
+from gradhooks.distributed.share import Share
 from gradhooks.dtypes import wide
 from gradhooks.errors import PosesError
 from gradhooks.modes import Modes, in_modes
@@ -44,7 +45,8 @@ class Group:
     Attributes:
         model: The bare model.
         call: How a pose reaches it.
-        poses: The poses; what requires grad in them is cut from what produced it.
+        poses: The poses of this process; what requires grad in them is cut from what produced it.
+        share: Which of the whole group's they are.
         shadows: The leaves in which the backward of every pose ends.
         replay: Takes and restores what a second forward needs.
         combination: The combination, with the arguments of this call.
@@ -62,6 +64,7 @@ class Group:
     model: nn.Module
     call: Call
     poses: Poses
+    share: Share
     shadows: ShadowParameters
     replay: Replay
     combination: BoundCombination
@@ -164,7 +167,7 @@ class Group:
         """
         if self.tolerance is not None:
             return self.tolerance
-        return torch.finfo(wide(dtype)).eps / 2 / len(self.poses)
+        return torch.finfo(wide(dtype)).eps / 2 / self.share.total
 
     def underflow_guard(self, predictions: Tensor) -> float:
         """A power of two by which cotangents of a backward that runs before the loss is known are scaled up.

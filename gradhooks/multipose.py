@@ -10,8 +10,10 @@ from gradhooks import checkpoints, registry
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.bridge import tied_to_leaves
 from gradhooks.combination import BoundCombination
-from gradhooks.distributed import refuse_synchronised
-from gradhooks.errors import PosesError, PredictionError
+from gradhooks.distributed.ranks import Ranks
+from gradhooks.distributed.share import OUTLINE, Share
+from gradhooks.distributed.wrappers import refuse_synchronised
+from gradhooks.errors import CombinationError, PosesError, PredictionError
 from gradhooks.group import Group
 from gradhooks.modes import initialise_lazy, modes_of
 from gradhooks.passage import send_through
@@ -56,6 +58,9 @@ class MultiPose(nn.Module):
             or leave the pose out of the combination.
         replay_generators: Random sources that the model draws from beside PyTorch's default generators (a
             `torch.Generator`, one of numpy's, the modules `random` and `numpy.random`): a second run then draws alike.
+        process_group: Ranks that share every group. Each passes its own poses, any number, also none, and all get the
+            predictions of all, in the order of the ranks. Combination and loss are to be computed alike on all of them;
+            `.grad` is then on each what one process with all poses would have.
         progress: True for a bar where tqdm is installed, or a function of `(done, total)`, called after each chunk.
 
     Attributes:
@@ -75,6 +80,7 @@ class MultiPose(nn.Module):
         tolerance: float | None = None,
         nonfinite: Nonfinite = "propagate",
         replay_generators: Iterable[object] = (),
+        process_group: "torch.distributed.ProcessGroup | None" = None,
         progress: Progress = False,
     ) -> None:
         super().__init__()
@@ -94,6 +100,7 @@ class MultiPose(nn.Module):
             raise ValueError(f"nonfinite must be one of {', '.join(get_args(Nonfinite))}, got {nonfinite!r}")
         self.nonfinite = nonfinite
         self.replay_generators = tuple(replay_generators)
+        self.ranks = Ranks(process_group)
         self.progress = progress
         self.report = GroupReport()
         checkpoints.use_keys_of_the_bare_model(self)
@@ -114,7 +121,7 @@ class MultiPose(nn.Module):
             poses: An iterable of poses, or a tensor or mapping of tensors with the poses along axis 0, which the model
                 gets in slices and answers with a row for each.
             **arguments: Go to the combination: masks, weights of the poses, known energies. A tensor with `N` rows has
-                one for each pose.
+                one for each pose; with a `process_group`, for each pose of all ranks, in their order.
 
         Returns:
             `(combined, poses)`, both part of the user's graph.
@@ -124,7 +131,8 @@ class MultiPose(nn.Module):
             PredictionError: What the model returned is no floating-point tensor of one shape for all poses, is not
                 finite though it must be, or does not require grad although something could be trained.
             UnregisteredTensorError: It depends on a leaf that cannot be intercepted.
-            DistributedError: The model holds a data-parallel wrapper, or is sharded.
+            DistributedError: The model holds a data-parallel wrapper, or is sharded; or a rank of the `process_group`
+                has failed, and all stop.
             ConcurrentUseError: Another thread is running a group through the model.
         """
         # A compiler could only break at every step of what follows; models that are compiled themselves stay so.
@@ -132,25 +140,22 @@ class MultiPose(nn.Module):
         return run(self, poses, arguments)
 
     def _run(self, poses: Any, arguments: dict[str, Any]) -> MultiPosePrediction:
-        arranged = arrange(poses, self.collate)
-        if max(self.chunk_size, self.forward_chunk_size) > 1 and not arranged.batched:
-            raise PosesError(
-                "chunks of more than one pose need collate= to make a batch of a list, or poses stacked in a tensor"
-            )
-        refuse_synchronised(self.model)
-        initialise_lazy(self.model, lambda: self.call(self.model, arranged.between(0, 1)))
+        with self.ranks.together("taking its poses", 1) as notes:
+            arranged, shadows = self._arranged(poses)
+            notes.told = [len(arranged)]
+        share = Share(self.ranks, [int(count) for (count,) in notes.heard])
+        if share.total == 0:
+            raise PosesError("the group is empty on every rank: a group needs at least one pose")
         self.report = GroupReport(poses=len(arranged), accumulator=self.accumulator.name)
-        combination = BoundCombination(self.combination, len(arranged), arguments)
-        shadows = ShadowParameters(self.model)
-        if torch.is_grad_enabled():
-            arranged = arranged.cut(shadows.cut)
+        combination = BoundCombination(self.combination, share.total, arguments)
         if not (torch.is_grad_enabled() and shadows.real):
-            predictions = self._predict(arranged)
+            predictions = self._predict(arranged, share)
             return self._combined(combination, predictions, predictions)
         group = Group(
             model=self.model,
             call=self.call,
             poses=arranged,
+            share=share,
             shadows=shadows,
             replay=Replay(self.model, self.replay_generators),
             combination=combination,
@@ -164,8 +169,43 @@ class MultiPose(nn.Module):
         through_combination, direct = tied_to_leaves(group, ledger, predictions)
         return self._combined(combination, through_combination, direct)
 
-    def _predict(self, poses: Poses) -> Tensor:
+    def _arranged(self, poses: Any) -> tuple[Poses, ShadowParameters]:
+        """The poses of this process, and stand-ins for what they and the model would train."""
+        arranged = arrange(poses, self.collate, may_be_empty=not self.ranks.alone)
+        if max(self.chunk_size, self.forward_chunk_size) > 1 and not arranged.batched:
+            raise PosesError(
+                "chunks of more than one pose need collate= to make a batch of a list, or poses stacked in a tensor"
+            )
+        refuse_synchronised(self.model)
+        initialise_lazy(self.model, lambda: self.call(self.model, arranged.between(0, 1)))
+        shadows = ShadowParameters(self.model)
+        if torch.is_grad_enabled():
+            arranged = arranged.cut(shadows.cut)
+        if not self.ranks.alone:
+            self._refuse_to_share(shadows)
+        return arranged, shadows
+
+    def _refuse_to_share(self, shadows: ShadowParameters) -> None:
+        if shadows.inputs:
+            raise PosesError(
+                "a pose requires grad, and no rank could tell whether the others have the same tensor or one of their "
+                "own; with a process_group, let the model itself compute what is to be trained, or detach the poses"
+            )
+        if getattr(self.combination, "combine_gradients", None) is not None:
+            raise CombinationError(
+                "the combination defines combine_gradients, which needs the gradients of all poses in one process; "
+                "use it without process_group"
+            )
+
+    def _predict(self, poses: Poses, share: Share) -> Tensor:
         """Nothing to train: nothing is hooked and nothing kept. Shape `(N, *prediction)`, detached."""
+        with self.ranks.together("its forward", OUTLINE) as notes:
+            own = self._predict_own(poses)
+            notes.told = share.outline(own)
+        device = next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))
+        return share.predictions_of_all(own, notes.heard, device)
+
+    def _predict_own(self, poses: Poses) -> Tensor:
         rows: list[Tensor] = []
         # In the user's grad mode: a frozen model may still differentiate by its inputs.
         with reporting(self.progress, len(poses), "poses") as report:
@@ -175,7 +215,7 @@ class MultiPose(nn.Module):
                 rows.append(prediction_rows(output, start, stop, poses.batched).detach())
                 check_rows(rows[0], rows[-1], start, finite=self.nonfinite == "raise")
                 report(stop)
-        return torch.cat(rows)
+        return torch.cat(rows) if rows else torch.empty(0)
 
     def _combined(self, combination: BoundCombination, predictions: Tensor, poses: Tensor) -> MultiPosePrediction:
         """Combine `predictions`; the user gets `poses`, the same numbers. Both have shape `(N, *prediction)`."""

@@ -1,9 +1,12 @@
 """The way of a group through the model, chunk by chunk, past the accumulator."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from gradhooks.accumulators.base import Accumulator, Ledger
+from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger
+from gradhooks.distributed.share import OUTLINE
 from gradhooks.errors import PredictionError
 from gradhooks.group import Chunk, Group, NeedsGradModeError
 from gradhooks.guard import run_guarded
@@ -12,7 +15,7 @@ from gradhooks.progress import reporting
 
 
 def send_through(group: Group, accumulator: Accumulator, size: int, graphless_size: int) -> tuple[Ledger, Tensor]:
-    """Run every pose once.
+    """Run every pose of this process once.
 
     If anything goes wrong, random sources and buffers are as before.
 
@@ -23,26 +26,37 @@ def send_through(group: Group, accumulator: Accumulator, size: int, graphless_si
         graphless_size: Poses in a chunk without.
 
     Returns:
-        The ledger, and the predictions, shape `(N, *prediction)`, detached.
+        The ledger, and the predictions of all poses on all ranks, shape `(N, *prediction)`, detached.
 
     Raises:
+        DistributedError: Another rank has failed, or predicts something of another shape.
         PredictionError: Nothing that the model predicts requires grad, or the shapes differ.
         UnregisteredTensorError: A prediction depends on a leaf that cannot be intercepted.
     """
-    try:
-        return _send_through(group, accumulator, size, graphless_size)
-    except NeedsGradModeError:
-        group.needs_grad_mode = True
-        return _send_through(group, accumulator, size, graphless_size)
+    share = group.share
+    with group.shadows, group.replay.undone(unless_it_succeeds=True) as before:
+        with share.ranks.together("its forward", OUTLINE) as notes:
+            try:
+                ledger, own, differentiable = _send_own(group, accumulator, size, graphless_size)
+            except NeedsGradModeError:
+                group.needs_grad_mode = True
+                group.replay.restore(before)
+                ledger, own, differentiable = _send_own(group, accumulator, size, graphless_size)
+            notes.told = share.outline(own, differentiable=differentiable)
+        if not any(differentiable for differentiable, *_ in notes.heard):
+            raise PredictionError(
+                f"no prediction of the {share.total} poses requires grad, though the model has parameters that do; "
+                "does it detach its output, or compute it under torch.no_grad()? (To predict only, call it under "
+                "no_grad.)"
+            )
+        return ledger, share.predictions_of_all(own, notes.heard, group.shadows.leaves[0].device)
 
 
-def _send_through(group: Group, accumulator: Accumulator, size: int, graphless_size: int) -> tuple[Ledger, Tensor]:
+def _send_own(group: Group, accumulator: Accumulator, size: int, graphless_size: int) -> tuple[Ledger, Tensor, bool]:
     count = len(group.poses)
-    with (
-        group.shadows,
-        group.replay.undone(unless_it_succeeds=True),
-        reporting(group.progress, count, "poses") as report,
-    ):
+    if count == 0:
+        return NoPoses(len(group.shadows.leaves)), group.shadows.leaves[0].new_empty(0), False
+    with reporting(group.progress, count, "poses") as report:
         chunk = Chunk(0, min(size, count), group.replay.take(statistics=True))
         live = run_guarded(group, chunk)
         ledger = accumulator.open(group, live)
@@ -63,9 +77,22 @@ def _send_through(group: Group, accumulator: Accumulator, size: int, graphless_s
             check_rows(rows[0], rows[-1], chunk.start, finite=group.nonfinite == "raise")
             ledger.add(chunk, live)
             report(chunk.stop)
-        if not differentiable:
-            raise PredictionError(
-                f"no prediction of the {count} poses requires grad, though the model has parameters that do; does it "
-                "detach its output, or compute it under torch.no_grad()? (To predict only, call it under no_grad.)"
-            )
-        return ledger, torch.cat(rows)
+        return ledger, torch.cat(rows), differentiable
+
+
+class NoPoses(Ledger):
+    """Of a rank whose share of the group is empty."""
+
+    keeps_graph = False
+
+    def __init__(self, leaves: int) -> None:
+        self._leaves = leaves
+
+    def add(self, chunk: Chunk, predictions: Tensor) -> None:
+        raise AssertionError
+
+    def close(self, predictions: Tensor) -> Sequence[Tensor]:
+        return []
+
+    def gradients(self, kept: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> list[Tensor | None]:
+        return [None] * self._leaves

@@ -67,19 +67,20 @@ class ListedPoses:
         return ListedPoses([map_tensors(cut, pose) for pose in self._poses], self._collate)
 
 
-def arrange(poses: Any, collate: Collate | None) -> Poses:
+def arrange(poses: Any, collate: Collate | None, *, may_be_empty: bool = False) -> Poses:
     """Bring a group into one of the two forms.
 
     Args:
         poses: What the user passed.
         collate: Makes a batch of a list of poses.
+        may_be_empty: Whether a group may have no poses.
 
     Raises:
         PosesError: `poses` is empty, or neither an iterable nor a stack.
     """
     if isinstance(poses, (Tensor, Mapping)):
         length = _stack_length(poses)
-        if length == 0:
+        if length == 0 and not may_be_empty:
             raise PosesError(
                 "the group is empty: its tensors have 0 poses along axis 0; a group needs at least one pose"
             )
@@ -93,7 +94,7 @@ def arrange(poses: Any, collate: Collate | None) -> Poses:
             "pass a list of poses (for a batch of PyTorch Geometric: batch.to_data_list())"
         )
     listed = list(poses)
-    if not listed:
+    if not listed and not may_be_empty:
         raise PosesError("the group is empty: a group needs at least one pose")
     return ListedPoses(listed, collate)
 

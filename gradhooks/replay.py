@@ -74,12 +74,12 @@ class Replay:
                 module._buffers[name] = copy.tensor
 
     @contextmanager
-    def undone(self, *, unless_it_succeeds: bool = False) -> Iterator[None]:
-        """Put everything back at the end, whatever happened in between."""
+    def undone(self, *, unless_it_succeeds: bool = False) -> Iterator[Snapshot]:
+        """Put everything back at the end, to the snapshot that it gives, whatever happened in between."""
         before = self.take(statistics=True)
         succeeded = False
         try:
-            yield
+            yield before
             succeeded = True
         finally:
             if not (succeeded and unless_it_succeeds):

@@ -15,7 +15,10 @@ PACKAGE = Path(gradhooks.__file__).parent
 FLOORS = [
     ["errors", "dtypes"],
     ["combination"],
-    ["randomness", "report", "shadow", "trees", "progress", "modes", "reach", "distributed", "checkpoints", "memory"],
+    ["distributed"],
+    ["distributed.ranks", "distributed.wrappers"],
+    ["distributed.share"],
+    ["randomness", "report", "shadow", "trees", "progress", "modes", "reach", "checkpoints", "memory"],
     ["poses", "replay"],
     ["group"],
     ["guard"],

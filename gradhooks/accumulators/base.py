@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from gradhooks.errors import CombinationError
@@ -19,15 +20,23 @@ class Coefficients:
     Attributes:
         through_combination: What came through the combination.
         direct: What came from the loss straight to the pose predictions, or None.
+        largest: Shape `()`: the largest finite absolute total of the whole group, where these are but a part of it.
     """
 
     through_combination: Tensor
     direct: Tensor | None
+    largest: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
         """Their sum."""
         return self.through_combination if self.direct is None else self.through_combination + self.direct
+
+    def of(self, own: slice) -> "Coefficients":
+        """Those of some poses."""
+        size = self.total.detach().abs()
+        largest = torch.where(size.isfinite(), size, 0).max()
+        return Coefficients(self.through_combination[own], None if self.direct is None else self.direct[own], largest)
 
 
 class Ledger(ABC):

@@ -33,7 +33,7 @@ def declared(group: Group, predictions: Tensor, start: int = 0) -> Declaration |
     count = len(predictions)
     if predictions.numel() != count:
         return None
-    claim = group.combination.declare(predictions.detach().flatten(), start)
+    claim = group.combination.declare(predictions.detach().flatten(), group.share.first + start)
     if claim is None:
         return None
     log_weights, features = claim

@@ -80,7 +80,7 @@ class RecomputeLedger(Ledger):
     def gradients(self, kept: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
         (predictions,) = kept
         group = self._group
-        matters = mattering(coefficients.total, group.negligible(predictions.dtype))
+        matters = mattering(coefficients, group.negligible(predictions.dtype))
         retained = {} if self._retained is None else self._retained.live(forget=last)
         gradients = replayed_gradients(
             group, self._chunks, predictions, coefficients.total, matters, retained=retained, retain_graph=not last
@@ -93,10 +93,12 @@ class RecomputeLedger(Ledger):
         return gradients
 
 
-def mattering(coefficients: Tensor, negligible: float) -> Tensor:
+def mattering(coefficients: Coefficients, negligible: float) -> Tensor:
     """Which poses have a coefficient worth a backward, shape `(N,)`, on the CPU. NaN is."""
-    size = reduce(coefficients.detach().abs(), "n ... -> n", "max").to("cpu", torch.float64)
-    largest = size[size.isfinite()].max() if size.isfinite().any() else size.new_zeros(())
+    size = reduce(coefficients.total.detach().abs(), "n ... -> n", "max").to("cpu", torch.float64)
+    largest = (
+        torch.where(size.isfinite(), size, 0).max() if coefficients.largest is None else coefficients.largest.cpu()
+    )
     return ~(size <= largest * negligible) & (size != 0)
 
 
