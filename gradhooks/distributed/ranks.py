@@ -63,7 +63,7 @@ class Ranks:
         fault: BaseException | None = None
         try:
             yield notes
-        except BaseException as caught:  # noqa: BLE001 - also an interrupt: the others must not wait for this rank
+        except BaseException as caught:  # also an interrupt: the others must not wait for this rank
             fault = caught
         try:
             heard = self._exchanged([float(fault is not None), *(notes.told if fault is None else [0.0] * numbers)])

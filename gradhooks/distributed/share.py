@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradhooks.dtypes import wide
 from gradhooks.distributed.ranks import Ranks
+from gradhooks.dtypes import wide
 from gradhooks.errors import DistributedError, PredictionError
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
