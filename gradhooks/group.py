@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradhooks.combination import BoundCombination
+from gradhooks.distributed.sharding import Sharding
 from gradhooks.distributed.share import Share
 from gradhooks.dtypes import wide
 from gradhooks.errors import PosesError
@@ -47,6 +48,7 @@ class Group:
         call: How a pose reaches it.
         poses: The poses of this process; what requires grad in them is cut from what produced it.
         share: Which of the whole group's they are.
+        sharding: How the model's parameters are spread over ranks.
         shadows: The leaves in which the backward of every pose ends.
         replay: Takes and restores what a second forward needs.
         combination: The combination, with the arguments of this call.
@@ -65,6 +67,7 @@ class Group:
     call: Call
     poses: Poses
     share: Share
+    sharding: Sharding
     shadows: ShadowParameters
     replay: Replay
     combination: BoundCombination

@@ -11,9 +11,10 @@ from gradhooks.accumulators.base import Accumulator
 from gradhooks.bridge import tied_to_leaves
 from gradhooks.combination import BoundCombination
 from gradhooks.distributed.ranks import Ranks
+from gradhooks.distributed.sharding import Sharding
 from gradhooks.distributed.share import OUTLINE, Share
 from gradhooks.distributed.wrappers import refuse_synchronised
-from gradhooks.errors import CombinationError, PosesError, PredictionError
+from gradhooks.errors import CombinationError, DistributedError, PosesError, PredictionError
 from gradhooks.group import Group
 from gradhooks.modes import initialise_lazy, modes_of
 from gradhooks.passage import send_through
@@ -140,8 +141,12 @@ class MultiPose(nn.Module):
         return run(self, poses, arguments)
 
     def _run(self, poses: Any, arguments: dict[str, Any]) -> MultiPosePrediction:
+        refuse_synchronised(self.model)
+        sharding = Sharding(self.model)
+        if sharding:
+            self._refuse_sharded()
         with self.ranks.together("taking its poses", 1) as notes:
-            arranged, shadows = self._arranged(poses)
+            arranged, shadows = self._arranged(poses, sharding)
             notes.told = [len(arranged)]
         share = Share(self.ranks, [int(count) for (count,) in notes.heard])
         if share.total == 0:
@@ -149,13 +154,14 @@ class MultiPose(nn.Module):
         self.report = GroupReport(poses=len(arranged), accumulator=self.accumulator.name)
         combination = BoundCombination(self.combination, share.total, arguments)
         if not (torch.is_grad_enabled() and shadows.real):
-            predictions = self._predict(arranged, share)
+            predictions = self._predict(arranged, share, sharding)
             return self._combined(combination, predictions, predictions)
         group = Group(
             model=self.model,
             call=self.call,
             poses=arranged,
             share=share,
+            sharding=sharding,
             shadows=shadows,
             replay=Replay(self.model, self.replay_generators),
             combination=combination,
@@ -164,26 +170,40 @@ class MultiPose(nn.Module):
             progress=self.progress,
             report=self.report,
             modes=modes_of(self.model),
+            makes_leaves=bool(sharding),  # or it may mark the user's own inputs
         )
         ledger, predictions = send_through(group, self.accumulator, self.chunk_size, self.forward_chunk_size)
         through_combination, direct = tied_to_leaves(group, ledger, predictions)
         return self._combined(combination, through_combination, direct)
 
-    def _arranged(self, poses: Any) -> tuple[Poses, ShadowParameters]:
+    def _arranged(self, poses: Any, sharding: Sharding) -> tuple[Poses, ShadowParameters]:
         """The poses of this process, and stand-ins for what they and the model would train."""
         arranged = arrange(poses, self.collate, may_be_empty=not self.ranks.alone)
         if max(self.chunk_size, self.forward_chunk_size) > 1 and not arranged.batched:
             raise PosesError(
                 "chunks of more than one pose need collate= to make a batch of a list, or poses stacked in a tensor"
             )
-        refuse_synchronised(self.model)
         initialise_lazy(self.model, lambda: self.call(self.model, arranged.between(0, 1)))
-        shadows = ShadowParameters(self.model)
+        shadows = ShadowParameters(None if sharding else self.model)
         if torch.is_grad_enabled():
+            if sharding and any(parameter.requires_grad for parameter in self.model.parameters()):
+                shadows.cut(torch.zeros((), requires_grad=True))  # what ties the predictions to autograd's graph
             arranged = arranged.cut(shadows.cut)
         if not self.ranks.alone:
             self._refuse_to_share(shadows)
         return arranged, shadows
+
+    def _refuse_sharded(self) -> None:
+        if not self.accumulator.recomputes:
+            raise DistributedError(
+                f"the parameters of the model are spread over ranks, and the accumulator {self.accumulator} keeps "
+                "gradients of single poses, which exist on no rank; use accumulator='auto' or 'recompute'"
+            )
+        if not self.ranks.alone:
+            raise DistributedError(
+                "the parameters of the model are spread over ranks, which must each have groups of their own: use "
+                "MultiPose without process_group, or a model that is whole on each rank"
+            )
 
     def _refuse_to_share(self, shadows: ShadowParameters) -> None:
         if shadows.inputs:
@@ -197,9 +217,9 @@ class MultiPose(nn.Module):
                 "use it without process_group"
             )
 
-    def _predict(self, poses: Poses, share: Share) -> Tensor:
+    def _predict(self, poses: Poses, share: Share, sharding: Sharding) -> Tensor:
         """Nothing to train: nothing is hooked and nothing kept. Shape `(N, *prediction)`, detached."""
-        with self.ranks.together("its forward", OUTLINE) as notes:
+        with sharding.gathered(), self.ranks.together("its forward", OUTLINE) as notes:
             own = self._predict_own(poses)
             notes.told = share.outline(own)
         device = next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradhooks.accumulators.base import Accumulator, Ledger
+from gradhooks.accumulators.sharded import ShardedLedger
 from gradhooks.distributed.share import OUTLINE
 from gradhooks.errors import PredictionError
 from gradhooks.group import Chunk, Group, NeedsGradModeError
@@ -34,8 +35,8 @@ def send_through(group: Group, accumulator: Accumulator, size: int, graphless_si
         UnregisteredTensorError: A prediction depends on a leaf that cannot be intercepted.
     """
     share = group.share
-    with group.shadows, group.replay.undone(unless_it_succeeds=True) as before:
-        with share.ranks.together("its forward", OUTLINE) as notes:
+    with group.shadows, group.sharding.gathered(), group.replay.undone(unless_it_succeeds=True) as before:
+        with group.sharding.together("its forward"), share.ranks.together("its forward", OUTLINE) as notes:
             try:
                 ledger, own, differentiable = _send_own(group, accumulator, size, graphless_size)
             except NeedsGradModeError:
@@ -59,7 +60,7 @@ def _send_own(group: Group, accumulator: Accumulator, size: int, graphless_size:
     with reporting(group.progress, count, "poses") as report:
         chunk = Chunk(0, min(size, count), group.replay.take(statistics=True))
         live = run_guarded(group, chunk)
-        ledger = accumulator.open(group, live)
+        ledger = ShardedLedger(group) if group.sharding else accumulator.open(group, live)
         check_rows(live, live, chunk.start, finite=group.nonfinite == "raise")
         differentiable = live.requires_grad
         rows = [live.detach()]

@@ -32,6 +32,9 @@ class ShadowParameters:
 
     Entering the object swaps the shadows in, leaving it puts back what stood there, whatever happened in between.
 
+    Args:
+        model: The model, or None where nothing can stand in for its parameters.
+
     Attributes:
         real: Trainable parameters of the model, then pose inputs that require grad.
         leaves: Their stand-ins, in the same order.
@@ -41,7 +44,7 @@ class ShadowParameters:
         ConcurrentUseError: On creation and on entry, if another thread has its shadows in the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module | None) -> None:
         self.real: list[Tensor] = []
         self.leaves: list[Tensor] = []
         self._token = object()  # on each shadow; not `self`, which would be a cycle
@@ -52,7 +55,7 @@ class ShadowParameters:
         self.receives = False
         self._hooks: list[ExitStack] = []
         self._displaced: list[tuple[list[Tensor | None], list[list[Tensor]]]] = []
-        for module in model.modules():
+        for module in () if model is None else model.modules():
             self._shadow(module)
         self._parameters = len(self.real)
 

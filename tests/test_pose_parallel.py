@@ -8,10 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import COMBINATIONS
-from ranks import Fault, on_ranks
+from ranks import on_ranks
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.parallel import DistributedDataParallel
 
 import gradhooks
 from gradhooks.testing import full_graph

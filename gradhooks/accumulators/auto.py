@@ -32,6 +32,7 @@ class Auto(Accumulator):
     """
 
     name = "auto"
+    recomputes = True
 
     def __init__(self) -> None:
         self._came = self._stayed = 1.0

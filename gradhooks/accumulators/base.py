@@ -86,9 +86,15 @@ class Ledger(ABC):
 
 
 class Accumulator(ABC):
-    """A way to accumulate; holds options and, at most, what it has learned. Subclass it for a plugin."""
+    """A way to accumulate; holds options and, at most, what it has learned. Subclass it for a plugin.
+
+    Attributes:
+        name: What the report calls it.
+        recomputes: Whether it may run poses again instead, as it must where parameters are spread over ranks.
+    """
 
     name: ClassVar[str]
+    recomputes: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return self.name

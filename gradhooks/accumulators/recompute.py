@@ -34,6 +34,7 @@ class Recompute(Accumulator):
     """
 
     name = "recompute"
+    recomputes = True
 
     def __init__(self, retain: str | float | None = None) -> None:
         budget_in_bytes(retain, torch.device("cpu"))
@@ -142,7 +143,7 @@ def replayed_gradients(
             if live is None:
                 group.replay.restore(chunk.before)
                 live = run_guarded(group, chunk)
-                drifts.append((chunk, _drift(live, predictions[chunk.start : chunk.stop])))
+                drifts.append((chunk, drift(live, predictions[chunk.start : chunk.stop])))
                 group.report.recomputed += int(wanted.sum())
             if live.requires_grad:
                 cotangent = einsum(cotangents[chunk.start : chunk.stop], wanted.to(cotangents), "n ..., n -> n ...")
@@ -151,15 +152,15 @@ def replayed_gradients(
             done += int(wanted.sum())
             group.report.backwards += int(wanted.sum())
             report(done)
-        _refuse_drift(group, drifts, predictions)
+        refuse_drift(group, drifts, predictions)
         return sums.take()[0]
 
 
-def _drift(again: Tensor, before: Tensor) -> Tensor:
+def drift(again: Tensor, before: Tensor) -> Tensor:
     return (again.detach() - before).abs().max().nan_to_num(nan=0.0)
 
 
-def _refuse_drift(group: Group, drifts: Sequence[tuple[Chunk, Tensor]], predictions: Tensor) -> None:
+def refuse_drift(group: Group, drifts: Sequence[tuple[Chunk, Tensor]], predictions: Tensor) -> None:
     if not drifts:
         return
     # Half the digits: kernels that add in varying order lose a few, a model that draws from elsewhere loses all.

@@ -16,7 +16,7 @@ def _wrappers() -> tuple[type[nn.Module], ...]:
 
 
 def refuse_synchronised(model: nn.Module) -> None:
-    """Refuse a model that is, or holds, a data-parallel wrapper, or whose parameters are sharded.
+    """Refuse a model that is, or holds, a data-parallel wrapper.
 
     Raises:
         DistributedError: Its gradients would be synchronised once for each pose, or not at all.
@@ -29,9 +29,3 @@ def refuse_synchronised(model: nn.Module) -> None:
                 f"{where} is a {type(module).__name__}, which would synchronise gradients once for each pose; wrap the "
                 "bare model in MultiPose, and what synchronises around that: DistributedDataParallel(MultiPose(model))"
             )
-        for name, parameter in module._parameters.items():
-            if hasattr(parameter, "device_mesh"):  # a DTensor, as fully_shard makes
-                raise DistributedError(
-                    f"parameter {f'{path}.{name}' if path else name} is sharded (a DTensor); groups on sharded models "
-                    "are not supported yet, use DistributedDataParallel(MultiPose(model))"
-                )

@@ -1,0 +1,78 @@
+"""Recompute for models whose parameters are spread over ranks: by backwards on the real leaves."""
+
+from collections.abc import Sequence
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from gradhooks.accumulators.base import Coefficients, Ledger
+from gradhooks.accumulators.recompute import drift, mattering, refuse_drift
+from gradhooks.accumulators.sums import Gradients, RunningSums
+from gradhooks.group import Chunk, Group
+
+
+class ShardedLedger(Ledger):
+    """Re-runs poses inside the outer backward, as many on every rank, and lets the last one synchronise.
+
+    What arrives in the parameters stays there: the gradients that it returns are those of pose inputs alone.
+    """
+
+    keeps_graph = False
+
+    def __init__(self, group: Group) -> None:
+        group.report.accumulator = "recompute"
+        group.report.reason = "the parameters are spread over ranks"
+        self._group = group
+        self._chunks: list[Chunk] = []
+
+    def add(self, chunk: Chunk, predictions: Tensor) -> None:
+        del predictions
+        self._chunks.append(chunk)
+
+    def close(self, predictions: Tensor) -> Sequence[Tensor]:
+        return [predictions]
+
+    def gradients(self, kept: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
+        del last  # nothing is kept that could be overwritten
+        (predictions,) = kept
+        group, sharding = self._group, self._group.sharding
+        turns = self._turns(coefficients, group.negligible(predictions.dtype))
+        with (
+            group.rerunning(),
+            sharding.gathered(),
+            sharding.all_or_nothing(),
+            RunningSums(group.shadows, count=1) as sums,
+        ):
+            drifts = []
+            with sharding.together("its backward"), sharding.unsynchronised():
+                for turn, (chunk, cotangent) in enumerate(turns, 1):
+                    group.replay.restore(chunk.before)
+                    live = group.run(chunk.start, chunk.stop)
+                    drifts.append((chunk, drift(live, predictions[chunk.start : chunk.stop])))
+                    if turn < len(turns):
+                        group.backward(live, cotangent)
+                refuse_drift(group, drifts, predictions)
+            group.backward(live, cotangent)
+            return sums.take()[0]
+
+    def _turns(self, coefficients: Coefficients, negligible: float) -> list[tuple[Chunk, Tensor]]:
+        """The chunks to run, last to first, and their cotangents: as many on this rank as on that with the most."""
+        size = reduce(coefficients.total.detach().abs(), "n ... -> n", "max")
+        matters = mattering(coefficients, negligible)
+        wanted = [chunk for chunk in self._chunks if matters[chunk.start : chunk.stop].any()]
+        with self._group.sharding.together("its backward", 1) as notes:
+            notes.told = [max(1, len(wanted))]
+        count = int(notes.heard[0][0])
+        # Those that come for the sake of others bring what they have: the heaviest of the rest, then nothing at all.
+        others = [chunk for chunk in self._chunks if chunk not in wanted]
+        others.sort(key=lambda chunk: size[chunk.start : chunk.stop].max().item(), reverse=True)
+        chosen = sorted([*wanted, *others[: count - len(wanted)]], key=lambda chunk: chunk.start, reverse=True)
+        turns = [(chunk, coefficients.total[chunk.start : chunk.stop]) for chunk in chosen]
+        chunk, cotangent = turns[-1]
+        idle = [(chunk, torch.zeros_like(cotangent))] * (count - len(turns))
+        report = self._group.report
+        report.backwards += count
+        report.recomputed += sum(chunk.stop - chunk.start for chunk in chosen)
+        report.skipped = len(self._group.poses) - sum(chunk.stop - chunk.start for chunk in chosen)
+        return [*idle, *turns]

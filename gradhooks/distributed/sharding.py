@@ -1,0 +1,119 @@
+"""Models whose parameters are spread over ranks: `fully_shard`, and tensor-parallel parameters.
+
+Rules:
+    1. Nothing can stand in for such a parameter: FSDP2 puts gathered ones into their modules at each forward. So the
+       backwards of the poses end in the real leaves, inside the outer backward.
+    2. All ranks run equally many backwards, and the last of them synchronises: not one collective for each pose.
+    3. For the same reason parameters that one pose has gathered stay gathered until the last has run.
+    4. What else one rank cannot do, it says before the others wait for it (`together`).
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradhooks.distributed.ranks import Notes, Ranks
+
+_SETTINGS = ("post_forward_mesh_info", "reshard_after_backward", "reduce_grads", "all_reduce_grads")
+
+
+class Sharding:
+    """How a model is spread, if it is.
+
+    Args:
+        model: Any model. Parameters that FSDP2 had left gathered are put back to their shards.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        fsdp = sys.modules.get("torch.distributed.fsdp")  # who shards has imported it
+        kinds = () if fsdp is None else (fsdp.FSDPModule,)
+        self._wrapped: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
+        self._reshard()
+        meshes = [parameter.device_mesh for parameter in model.parameters() if hasattr(parameter, "device_mesh")]
+        groups = {group.group_name: group for mesh in meshes for group in mesh.get_all_groups()}
+        self._axes = [Ranks(group) for group in groups.values()]
+
+    def __bool__(self) -> bool:
+        return bool(self._axes)
+
+    @contextmanager
+    def together(self, doing: str, numbers: int = 0) -> Iterator[Notes]:
+        """`Ranks.together` over all ranks of the mesh; what is heard is one list: the largest of each number."""
+        with _along(self._axes, doing, numbers) as notes:
+            yield notes
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Rule 3."""
+        settings = self._settings()
+        for group, _, _ in settings:
+            group.post_forward_mesh_info, group.reshard_after_backward = None, False
+        try:
+            yield
+        finally:
+            for group, before, state in settings:
+                group.post_forward_mesh_info, group.reshard_after_backward, *_ = before
+                if state._is_root and getattr(state, "_auto_reshard_after_forward", True):
+                    group.post_forward_mesh_info = None  # as its first forward had decided, perhaps in this block
+            self._reshard()
+
+    @contextmanager
+    def unsynchronised(self) -> Iterator[None]:
+        """Rule 2: backwards in the block add to gradients that no other rank gets to see."""
+        settings = self._settings()
+        for group, _, _ in settings:
+            group.reduce_grads = group.all_reduce_grads = False
+        try:
+            yield
+        finally:
+            for group, (_, _, *synchronises), _ in settings:
+                group.reduce_grads, group.all_reduce_grads = synchronises
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """The gradients of the block are added to `.grad` if it ends well; else `.grad` is as before."""
+        apart = [(parameter, parameter.grad) for parameter in self._model.parameters() if parameter.grad is not None]
+        for parameter, _ in apart:
+            parameter.grad = None
+        succeeded = False
+        try:
+            yield
+            succeeded = True
+        finally:
+            if not succeeded:
+                self._model.zero_grad()  # also of gathered parameters
+            with torch.no_grad():
+                for parameter, before in apart:
+                    parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+
+    def _settings(self) -> list[tuple[Any, tuple[Any, ...], Any]]:
+        found = []
+        for module in self._wrapped:
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            found += [(group, tuple(getattr(group, name) for name in _SETTINGS), state) for group in groups if group]
+        return found
+
+    def _reshard(self) -> None:
+        for module in self._wrapped:
+            module.reshard()
+
+
+@contextmanager
+def _along(axes: Sequence[Ranks], doing: str, numbers: int) -> Iterator[Notes]:
+    """One axis of the mesh after the other, so that a number, or a fault, gets from every rank to every other."""
+    if not axes:
+        notes = Notes()
+        yield notes
+        notes.heard = [list(notes.told)]
+        return
+    with axes[0].together(doing, numbers) as outer:
+        with _along(axes[1:], doing, numbers) as inner:
+            yield inner
+        outer.told = inner.heard[0]
+    inner.heard = [[max(column) for column in zip(*outer.heard, strict=True)]]
