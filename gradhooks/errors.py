@@ -29,7 +29,7 @@ class ConcurrentUseError(GradhooksError, RuntimeError):
 
 
 class DistributedError(GradhooksError, RuntimeError):
-    """Wrap the other way round: what synchronises gradients belongs outside MultiPose."""
+    """Several processes: wrap the other way round, or mend the rank that has failed, which the message names."""
 
 
 class HigherOrderError(GradhooksError, RuntimeError):

@@ -11,10 +11,10 @@ from gradhooks.accumulators.base import Accumulator
 from gradhooks.bridge import tied_to_leaves
 from gradhooks.combination import BoundCombination
 from gradhooks.distributed.ranks import Ranks
+from gradhooks.distributed.refusals import refuse_sharded, refuse_synchronised, refuse_to_share
 from gradhooks.distributed.sharding import Sharding
 from gradhooks.distributed.share import OUTLINE, Share
-from gradhooks.distributed.wrappers import refuse_synchronised
-from gradhooks.errors import CombinationError, DistributedError, PosesError, PredictionError
+from gradhooks.errors import PosesError, PredictionError
 from gradhooks.group import Group
 from gradhooks.modes import initialise_lazy, modes_of
 from gradhooks.passage import send_through
@@ -144,7 +144,7 @@ class MultiPose(nn.Module):
         refuse_synchronised(self.model)
         sharding = Sharding(self.model)
         if sharding:
-            self._refuse_sharded()
+            refuse_sharded(sharding, self.ranks, self.accumulator.name, recomputes=self.accumulator.recomputes)
         with self.ranks.together("taking its poses", 1) as notes:
             arranged, shadows = self._arranged(poses, sharding)
             notes.told = [len(arranged)]
@@ -190,32 +190,8 @@ class MultiPose(nn.Module):
                 shadows.cut(torch.zeros((), requires_grad=True))  # what ties the predictions to autograd's graph
             arranged = arranged.cut(shadows.cut)
         if not self.ranks.alone:
-            self._refuse_to_share(shadows)
+            refuse_to_share(shadows.inputs, self.combination)
         return arranged, shadows
-
-    def _refuse_sharded(self) -> None:
-        if not self.accumulator.recomputes:
-            raise DistributedError(
-                f"the parameters of the model are spread over ranks, and the accumulator {self.accumulator} keeps "
-                "gradients of single poses, which exist on no rank; use accumulator='auto' or 'recompute'"
-            )
-        if not self.ranks.alone:
-            raise DistributedError(
-                "the parameters of the model are spread over ranks, which must each have groups of their own: use "
-                "MultiPose without process_group, or a model that is whole on each rank"
-            )
-
-    def _refuse_to_share(self, shadows: ShadowParameters) -> None:
-        if shadows.inputs:
-            raise PosesError(
-                "a pose requires grad, and no rank could tell whether the others have the same tensor or one of their "
-                "own; with a process_group, let the model itself compute what is to be trained, or detach the poses"
-            )
-        if getattr(self.combination, "combine_gradients", None) is not None:
-            raise CombinationError(
-                "the combination defines combine_gradients, which needs the gradients of all poses in one process; "
-                "use it without process_group"
-            )
 
     def _predict(self, poses: Poses, share: Share, sharding: Sharding) -> Tensor:
         """Nothing to train: nothing is hooked and nothing kept. Shape `(N, *prediction)`, detached."""

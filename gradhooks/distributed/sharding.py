@@ -34,12 +34,20 @@ class Sharding:
         kinds = () if fsdp is None else (fsdp.FSDPModule,)
         self._wrapped: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
         self._reshard()
-        meshes = [parameter.device_mesh for parameter in model.parameters() if hasattr(parameter, "device_mesh")]
+        sharded = [part.sharded_param for group, _, _ in self._settings() for part in group.fsdp_params]
+        special = [parameter for parameter in model.parameters() if type(parameter) is not nn.Parameter]
+        meshes = [tensor.device_mesh for tensor in (*special, *sharded) if hasattr(tensor, "device_mesh")]
         groups = {group.group_name: group for mesh in meshes for group in mesh.get_all_groups()}
         self._axes = [Ranks(group) for group in groups.values()]
 
     def __bool__(self) -> bool:
         return bool(self._axes)
+
+    @property
+    def has_its_root_outside(self) -> bool:
+        """Whether FSDP2 gathers the parameters at the call of a module that the model is part of."""
+        roots = [state._is_root for _, _, state in self._settings()]
+        return bool(roots) and not any(root or root is None for root in roots)
 
     @contextmanager
     def together(self, doing: str, numbers: int = 0) -> Iterator[Notes]:
@@ -53,10 +61,16 @@ class Sharding:
         settings = self._settings()
         for group, _, _ in settings:
             group.post_forward_mesh_info, group.reshard_after_backward = None, False
+        succeeded = False
         try:
             yield
+            succeeded = True
         finally:
             for group, before, state in settings:
+                if not succeeded:  # FSDP2 does not expect that a forward fails, and would believe itself within one
+                    group._training_state = type(group._training_state).IDLE
+                    state._training_state = type(state._training_state).IDLE
+                    state._state_ctx.iter_forward_root = None
                 group.post_forward_mesh_info, group.reshard_after_backward, *_ = before
                 if state._is_root and getattr(state, "_auto_reshard_after_forward", True):
                     group.post_forward_mesh_info = None  # as its first forward had decided, perhaps in this block
