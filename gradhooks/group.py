@@ -2,14 +2,16 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gradhooks.chunks import ChunkSizes
 from gradhooks.combination import BoundCombination
 from gradhooks.distributed.sharding import Sharding
 from gradhooks.distributed.share import Share
@@ -57,9 +59,11 @@ class Group:
         progress: How to tell the user.
         report: What became of the poses.
         modes: Training flags, which the user may have changed when the backward comes.
+        sizes: How many poses go through the model at once.
         makes_leaves: Whether the model makes leaves of its own, or of its inputs, to differentiate by.
         needs_grad_mode: Whether the model cannot run without grad mode.
         tried_graphless: Whether that was tried.
+        steady: Whether no pose drew random numbers or wrote a buffer, so that they may be run again in any order.
         finished: Called with the group, its predictions and its coefficients after each outer backward.
     """
 
@@ -76,10 +80,19 @@ class Group:
     progress: Progress
     report: GroupReport
     modes: Modes
+    sizes: ChunkSizes
     makes_leaves: bool = False
     needs_grad_mode: bool = False
     tried_graphless: bool = False
+    steady: bool = False
     finished: list[Callable[..., None]] = field(default_factory=list)
+
+    def forget(self, before: Snapshot) -> None:
+        """Put everything back to the state before an attempt that failed."""
+        self.replay.restore(before)
+        self.shadows.forget()
+        self.report.backwards = self.report.recomputed = self.report.retained = 0
+        self.finished.clear()
 
     def run(self, start: int, stop: int) -> Tensor:
         """The predictions of some poses, shape `(stop - start, *prediction)`, in the present grad mode and state."""
@@ -91,7 +104,8 @@ class Group:
             output = self.call(self.model, inputs)
         except Exception as fault:
             if hasattr(fault, "add_note"):  # Python 3.11
-                fault.add_note(f"gradhooks: this was pose {start} of a group of {len(self.poses)} (counted from 0)")
+                pose = self.poses.number(start)
+                fault.add_note(f"gradhooks: this was pose {pose} of a group of {self.report.poses} (counted from 0)")
             raise
         changed = [path for tensor, path, version in before if tensor._version != version]
         if changed:
@@ -134,9 +148,8 @@ class Group:
         return leaves
 
     def known_storages(self) -> set[int]:
-        """Addresses of what the model holds anyway."""
-        held = (*self.shadows.leaves, *self.model.parameters(), *self.model.buffers())
-        return {tensor.untyped_storage().data_ptr() for tensor in held}
+        """Addresses of what is there anyway."""
+        return storages_of(self.model, self.shadows.leaves)
 
     def names(self) -> dict[int, str]:
         """Names by the id of a real leaf: of a parameter its own, the first where it is tied."""
@@ -178,6 +191,12 @@ class Group:
         The gradients of a sum of N poses, or of a mean, are small; in float16 most would underflow, where a backward
         after the loss is saved by the scale of a `GradScaler`.
         """
-        half = predictions.dtype == torch.float16 or self.replay.autocasts_to_half
+        half = predictions.dtype == torch.float16 or torch.float16 in self.replay.autocast_dtypes
         half = half or any(leaf.dtype == torch.float16 for leaf in self.shadows.leaves)
         return 2.0**12 if half else 1.0
+
+
+def storages_of(model: nn.Module, others: Iterable[Tensor] = ()) -> set[int]:
+    """Addresses of what a model holds, and other tensors."""
+    held = chain(others, model.parameters(), model.buffers())
+    return {tensor.untyped_storage().data_ptr() for tensor in held}

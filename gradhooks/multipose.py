@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from gradhooks import checkpoints, registry
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.bridge import tied_to_leaves
+from gradhooks.chunks import ChunkSize, ChunkSizes, Fitting
 from gradhooks.combination import BoundCombination
 from gradhooks.distributed.ranks import Ranks
 from gradhooks.distributed.refusals import refuse_sharded, refuse_synchronised, refuse_to_share
 from gradhooks.distributed.sharding import Sharding
-from gradhooks.distributed.share import OUTLINE, Share
+from gradhooks.distributed.share import Share
 from gradhooks.errors import PosesError, PredictionError
 from gradhooks.group import Group
+from gradhooks.inference import predict
 from gradhooks.modes import initialise_lazy, modes_of
 from gradhooks.passage import send_through
 from gradhooks.poses import (
@@ -25,12 +27,10 @@ from gradhooks.poses import (
     Poses,
     arrange,
     call_model,
-    check_rows,
     finite_rows,
-    prediction_rows,
 )
 from gradhooks.prediction import MultiPosePrediction
-from gradhooks.progress import Progress, reporting
+from gradhooks.progress import Progress
 from gradhooks.replay import Replay
 from gradhooks.report import GroupReport
 from gradhooks.shadow import ShadowParameters
@@ -49,7 +49,9 @@ class MultiPose(nn.Module):
         accumulator: A registered name or an `Accumulator`.
         call: `call(model, pose)` returns the prediction of a pose. The default passes a tuple as `model(*pose)`, a
             mapping as `model(**pose)`, anything else as `model(pose)`.
-        chunk_size: How many poses go through the model at once with a graph.
+        chunk_size: How many poses go through the model at once with a graph. `"auto"` is as many as fit in half of the
+            memory that is free before the first group, and half as many whenever it runs out: the group is then begun
+            again, and later ones know.
         forward_chunk_size: How many go through at once where no graph is kept; None is `chunk_size`. Other batch sizes
             can mean other kernels, so agreement to the last bit is given up where the two differ.
         collate: Makes the model's input of a list of poses, so that it gives a row for each; needed to chunk a list.
@@ -75,8 +77,8 @@ class MultiPose(nn.Module):
         *,
         accumulator: str | Accumulator = "auto",
         call: Call | None = None,
-        chunk_size: int = 1,
-        forward_chunk_size: int | None = None,
+        chunk_size: ChunkSize = 1,
+        forward_chunk_size: ChunkSize | None = None,
         collate: Collate | None = None,
         tolerance: float | None = None,
         nonfinite: Nonfinite = "propagate",
@@ -93,6 +95,7 @@ class MultiPose(nn.Module):
         self.call = call_model if call is None else call
         self.chunk_size = _at_least_one("chunk_size", chunk_size)
         self.forward_chunk_size = _at_least_one("forward_chunk_size", forward_chunk_size or chunk_size)
+        self._fitting = Fitting()
         self.collate = collate
         if tolerance is not None and not 0 <= tolerance < 1:
             raise ValueError(f"tolerance must be in [0, 1), relative to the largest coefficient, got {tolerance}")
@@ -153,9 +156,6 @@ class MultiPose(nn.Module):
             raise PosesError("the group is empty on every rank: a group needs at least one pose")
         self.report = GroupReport(poses=len(arranged), accumulator=self.accumulator.name)
         combination = BoundCombination(self.combination, share.total, arguments)
-        if not (torch.is_grad_enabled() and shadows.real):
-            predictions = self._predict(arranged, share, sharding)
-            return self._combined(combination, predictions, predictions)
         group = Group(
             model=self.model,
             call=self.call,
@@ -170,16 +170,20 @@ class MultiPose(nn.Module):
             progress=self.progress,
             report=self.report,
             modes=modes_of(self.model),
+            sizes=ChunkSizes(self.chunk_size, self.forward_chunk_size, self._fitting),
             makes_leaves=bool(sharding),  # or it may mark the user's own inputs
         )
-        ledger, predictions = send_through(group, self.accumulator, self.chunk_size, self.forward_chunk_size)
+        if not (torch.is_grad_enabled() and shadows.real):
+            predictions = predict(group)
+            return self._combined(combination, predictions, predictions)
+        ledger, predictions = send_through(group, self.accumulator)
         through_combination, direct = tied_to_leaves(group, ledger, predictions)
         return self._combined(combination, through_combination, direct)
 
     def _arranged(self, poses: Any, sharding: Sharding) -> tuple[Poses, ShadowParameters]:
         """The poses of this process, and stand-ins for what they and the model would train."""
         arranged = arrange(poses, self.collate, may_be_empty=not self.ranks.alone)
-        if max(self.chunk_size, self.forward_chunk_size) > 1 and not arranged.batched:
+        if (self.chunk_size, self.forward_chunk_size) != (1, 1) and not arranged.batched:
             raise PosesError(
                 "chunks of more than one pose need collate= to make a batch of a list, or poses stacked in a tensor"
             )
@@ -192,26 +196,6 @@ class MultiPose(nn.Module):
         if not self.ranks.alone:
             refuse_to_share(shadows.inputs, self.combination)
         return arranged, shadows
-
-    def _predict(self, poses: Poses, share: Share, sharding: Sharding) -> Tensor:
-        """Nothing to train: nothing is hooked and nothing kept. Shape `(N, *prediction)`, detached."""
-        with sharding.gathered(), self.ranks.together("its forward", OUTLINE) as notes:
-            own = self._predict_own(poses)
-            notes.told = share.outline(own)
-        device = next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))
-        return share.predictions_of_all(own, notes.heard, device)
-
-    def _predict_own(self, poses: Poses) -> Tensor:
-        rows: list[Tensor] = []
-        # In the user's grad mode: a frozen model may still differentiate by its inputs.
-        with reporting(self.progress, len(poses), "poses") as report:
-            for start in range(0, len(poses), self.forward_chunk_size):
-                stop = min(start + self.forward_chunk_size, len(poses))
-                output = self.call(self.model, poses.between(start, stop))
-                rows.append(prediction_rows(output, start, stop, poses.batched).detach())
-                check_rows(rows[0], rows[-1], start, finite=self.nonfinite == "raise")
-                report(stop)
-        return torch.cat(rows) if rows else torch.empty(0)
 
     def _combined(self, combination: BoundCombination, predictions: Tensor, poses: Tensor) -> MultiPosePrediction:
         """Combine `predictions`; the user gets `poses`, the same numbers. Both have shape `(N, *prediction)`."""
@@ -228,7 +212,7 @@ def _outside_compiler(scorer: MultiPose, poses: Any, arguments: dict[str, Any]) 
     return scorer._run(poses, arguments)
 
 
-def _at_least_one(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+def _at_least_one(name: str, value: ChunkSize) -> ChunkSize:
+    if value != "auto" and (isinstance(value, str) or value < 1):
+        raise ValueError(f"{name} must be at least 1, or 'auto', got {value!r}")
     return value

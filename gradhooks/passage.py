@@ -13,9 +13,10 @@ from gradhooks.group import Chunk, Group, NeedsGradModeError
 from gradhooks.guard import run_guarded
 from gradhooks.poses import check_rows
 from gradhooks.progress import reporting
+from gradhooks.replay import Snapshot
 
 
-def send_through(group: Group, accumulator: Accumulator, size: int, graphless_size: int) -> tuple[Ledger, Tensor]:
+def send_through(group: Group, accumulator: Accumulator) -> tuple[Ledger, Tensor]:
     """Run every pose of this process once.
 
     If anything goes wrong, random sources and buffers are as before.
@@ -23,26 +24,31 @@ def send_through(group: Group, accumulator: Accumulator, size: int, graphless_si
     Args:
         group: The group.
         accumulator: Opens a ledger, which decides chunk by chunk whether a graph is needed.
-        size: Poses in a chunk with a graph.
-        graphless_size: Poses in a chunk without.
 
     Returns:
         The ledger, and the predictions of all poses on all ranks, shape `(N, *prediction)`, detached.
 
     Raises:
-        DistributedError: Another rank has failed, or predicts something of another shape.
+        DistributedError: Another rank has failed.
         PredictionError: Nothing that the model predicts requires grad, or the shapes differ.
         UnregisteredTensorError: A prediction depends on a leaf that cannot be intercepted.
     """
     share = group.share
     with group.shadows, group.sharding.gathered(), group.replay.undone(unless_it_succeeds=True) as before:
+
+        def attempt() -> tuple[Ledger, Tensor, bool]:
+            try:
+                return _send_own(group, accumulator, before)
+            except BaseException:
+                group.forget(before)  # another attempt may follow
+                raise
+
         with group.sharding.together("its forward"), share.ranks.together("its forward", OUTLINE) as notes:
             try:
-                ledger, own, differentiable = _send_own(group, accumulator, size, graphless_size)
+                ledger, own, differentiable = group.sizes.until_they_fit(attempt)
             except NeedsGradModeError:
                 group.needs_grad_mode = True
-                group.replay.restore(before)
-                ledger, own, differentiable = _send_own(group, accumulator, size, graphless_size)
+                ledger, own, differentiable = group.sizes.until_they_fit(attempt)
             notes.told = share.outline(own, differentiable=differentiable)
         if not any(differentiable for differentiable, *_ in notes.heard):
             raise PredictionError(
@@ -53,24 +59,28 @@ def send_through(group: Group, accumulator: Accumulator, size: int, graphless_si
         return ledger, share.predictions_of_all(own, notes.heard, group.shadows.leaves[0].device)
 
 
-def _send_own(group: Group, accumulator: Accumulator, size: int, graphless_size: int) -> tuple[Ledger, Tensor, bool]:
-    count = len(group.poses)
+def _send_own(group: Group, accumulator: Accumulator, before: Snapshot) -> tuple[Ledger, Tensor, bool]:
+    count, sizes = len(group.poses), group.sizes
     if count == 0:
-        return NoPoses(len(group.shadows.leaves)), group.shadows.leaves[0].new_empty(0), False
+        return NoPoses(len(group.shadows.leaves)), torch.empty(0), False
     with reporting(group.progress, count, "poses") as report:
-        chunk = Chunk(0, min(size, count), group.replay.take(statistics=True))
+        if sizes.unknown:
+            with group.replay.undone():
+                sizes.measure(lambda few: group.run(0, few), count, group.known_storages())
+        chunk = Chunk(0, sizes.next(count, with_graph=True), before)
         live = run_guarded(group, chunk)
         ledger = ShardedLedger(group) if group.sharding else accumulator.open(group, live)
         check_rows(live, live, chunk.start, finite=group.nonfinite == "raise")
         differentiable = live.requires_grad
         rows = [live.detach()]
         ledger.add(chunk, live)
+        sizes.proved(chunk.stop)
         report(chunk.stop)
         while chunk.stop < count:
             del live  # the next pose needs the room of its graph
             with_graph = ledger.keeps_graph or not differentiable
-            stop = min(chunk.stop + (size if with_graph else graphless_size), count)
-            chunk = Chunk(chunk.stop, stop, group.replay.take())
+            size = sizes.next(count - chunk.stop, with_graph=with_graph)
+            chunk = Chunk(chunk.stop, chunk.stop + size, group.replay.take())
             with ledger.watching():
                 live = run_guarded(group, chunk) if with_graph else group.run_graphless(chunk.start, chunk.stop)
             differentiable |= live.requires_grad
@@ -78,6 +88,7 @@ def _send_own(group: Group, accumulator: Accumulator, size: int, graphless_size:
             check_rows(rows[0], rows[-1], chunk.start, finite=group.nonfinite == "raise")
             ledger.add(chunk, live)
             report(chunk.stop)
+        group.steady = group.replay.is_at(before)
         return ledger, torch.cat(rows), differentiable
 
 

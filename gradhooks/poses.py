@@ -24,6 +24,12 @@ class Poses(Protocol):
     def between(self, start: int, stop: int) -> Any:
         """What the model gets for the poses `start .. stop - 1`."""
 
+    def at(self, places: list[int]) -> Any:
+        """What the model gets for some poses."""
+
+    def number(self, place: int) -> int:
+        """What number a pose has for the user."""
+
     def cut(self, cut: Callable[[Tensor], Tensor]) -> "Poses":
         """The same poses, `cut` applied to each tensor."""
 
@@ -43,6 +49,12 @@ class StackedPoses:
     def between(self, start: int, stop: int) -> Any:
         return map_tensors(lambda tensor: tensor[start:stop], self._stack)
 
+    def at(self, places: list[int]) -> Any:
+        return map_tensors(lambda tensor: tensor[places], self._stack)
+
+    def number(self, place: int) -> int:
+        return place
+
     def cut(self, cut: Callable[[Tensor], Tensor]) -> "Poses":
         return StackedPoses(map_tensors(cut, self._stack))
 
@@ -59,9 +71,15 @@ class ListedPoses:
         return len(self._poses)
 
     def between(self, start: int, stop: int) -> Any:
+        return self.at(list(range(start, stop)))
+
+    def at(self, places: list[int]) -> Any:
         if self._collate is not None:
-            return self._collate(list(self._poses[start:stop]))
-        return self._poses[start]
+            return self._collate([self._poses[place] for place in places])
+        return self._poses[places[0]]
+
+    def number(self, place: int) -> int:
+        return place
 
     def cut(self, cut: Callable[[Tensor], Tensor]) -> "Poses":
         return ListedPoses([map_tensors(cut, pose) for pose in self._poses], self._collate)

@@ -73,6 +73,13 @@ class Replay:
                 copy.tensor.data.copy_(copy.value)  # Rule 3
                 module._buffers[name] = copy.tensor
 
+    def is_at(self, snapshot: Snapshot) -> bool:
+        """Whether nothing changed since a snapshot that was taken with statistics; False also where nobody can tell."""
+        return all(source.is_at(state) for source, state in zip(self._sources, snapshot.random, strict=True)) and all(
+            module._buffers[name] is None if copy is None else _is_at(module, name, copy)
+            for (module, name), copy in zip(self._slots, snapshot.buffers, strict=True)
+        )
+
     @contextmanager
     def undone(self, *, unless_it_succeeds: bool = False) -> Iterator[Snapshot]:
         """Put everything back at the end, to the snapshot that it gives, whatever happened in between."""
@@ -103,9 +110,9 @@ class Replay:
         return stack
 
     @property
-    def autocasts_to_half(self) -> bool:
-        """Whether the forwards run under autocast to float16."""
-        return any(enabled and dtype == torch.float16 for _, enabled, dtype, _ in self._autocasts)
+    def autocast_dtypes(self) -> list[torch.dtype]:
+        """What the forwards run under autocast to."""
+        return [dtype for _, enabled, dtype, _ in self._autocasts if enabled]
 
 
 def _shared(new: tuple[Any, ...], known: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -114,12 +121,20 @@ def _shared(new: tuple[Any, ...], known: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _copy(module: nn.Module, name: str, latest: BufferCopy | None, statistics: bool) -> BufferCopy | None:
     buffer = module._buffers[name]
-    written_only = isinstance(module, _NormBase) and module.training  # Rule 2
-    if buffer is None or (written_only and not statistics):
+    if buffer is None or (_written_only(module) and not statistics):
         return None
-    if latest is not None and buffer is latest.tensor and buffer._version == latest.version and not written_only:
+    if latest is not None and _is_at(module, name, latest):
         return latest
     return BufferCopy(buffer, buffer._version, buffer.detach().clone())
+
+
+def _is_at(module: nn.Module, name: str, copy: BufferCopy) -> bool:
+    buffer = module._buffers[name]
+    return buffer is copy.tensor and buffer._version == copy.version and not _written_only(module)
+
+
+def _written_only(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase) and module.training  # Rule 2
 
 
 def _devices_in_use(model: nn.Module) -> list[torch.device]:

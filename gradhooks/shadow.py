@@ -123,6 +123,13 @@ class ShadowParameters:
             hooks.callback(self.leaves[place].register_post_accumulate_grad_hook(hook).remove)
         return hooks
 
+    def forget(self) -> None:
+        """Take all hooks off, and drop what has arrived in the leaves."""
+        for hooks in self._hooks:
+            hooks.close()
+        for leaf in self.leaves:
+            leaf.grad = None
+
     def _handing_over(self, receive: Receiver, place: int) -> Callable[[Tensor], None]:
         def hook(leaf: Tensor) -> None:
             if self.receives and leaf.grad is not None:
@@ -146,8 +153,7 @@ class ShadowParameters:
 
     def __exit__(self, *exception: object) -> None:
         if exception[0] is not None:
-            for hooks in self._hooks:
-                hooks.close()
+            self.forget()
         _tokens_here().remove(self._token)
         parameters, flat = self._displaced.pop()
         for (slots, name, _), parameter in zip(self._slots, parameters, strict=True):

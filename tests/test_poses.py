@@ -211,14 +211,26 @@ def test_poses_of_different_sizes(accumulator: str, double: Place) -> None:
 # -- chunks ---------------------------------------------------------------------------------------------------------
 
 
-SIZES = [(1, None), (2, None), (3, None), (COUNT, None), (COUNT + 1, None), (1, 3), (2, 3), (2, COUNT), (3, 100)]
+SIZES: list[tuple[Any, Any]] = [
+    (1, None),
+    ("auto", None),
+    (1, "auto"),
+    (2, None),
+    (3, None),
+    (COUNT, None),
+    (COUNT + 1, None),
+    (1, 3),
+    (2, 3),
+    (2, COUNT),
+    (3, 100),
+]
 CHUNKED_FORMS = ["generator", "data set", "stacked tensor", "mapping of stacked tensors"]
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("form", CHUNKED_FORMS)
-def test_chunks(form: str, accumulator: str, sizes: tuple[int, int | None], double: Place) -> None:
+def test_chunks(form: str, accumulator: str, sizes: tuple[Any, Any], double: Place) -> None:
     model = model_of(double)
     scorer = MultiPose(
         model,
@@ -293,9 +305,11 @@ def positions(graphs: list[Any]) -> dict[str, Tensor]:
     return {f"positions {i}": graph.pos for i, graph in enumerate(graphs)}
 
 
-@pytest.mark.parametrize("sizes", [(1, None), (2, None), (3, 4), (COUNT, None), (COUNT + 1, None), (1, 5)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, None), (2, None), (3, 4), (COUNT, None), (COUNT + 1, None), (1, 5), ("auto", None)], ids=str
+)
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_batches_of_graphs(accumulator: str, sizes: tuple[int, int | None], double: Place) -> None:
+def test_batches_of_graphs(accumulator: str, sizes: tuple[Any, Any], double: Place) -> None:
     data, _ = geometric()
     model, graphs = schnet(double)
     leaves = {**dict(model.named_parameters()), **positions(graphs)}

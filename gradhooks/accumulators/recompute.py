@@ -1,21 +1,18 @@
 """Run every pose twice: without a graph, and where it matters once more when its coefficient is known."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
 
 import torch
-from einops import einsum, reduce
+from einops import reduce
 from torch import Tensor
 
+from gradhooks.accumulators.again import replayed_gradients, zero_where_reached
 from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger, refuse_gradient_combination
 from gradhooks.accumulators.declaration import declared
 from gradhooks.accumulators.retained import RetainedGraphs, budget_in_bytes
 from gradhooks.accumulators.sums import Gradients, RunningSums
-from gradhooks.errors import ReplayError
 from gradhooks.group import Chunk, Group
-from gradhooks.guard import run_guarded
-from gradhooks.progress import reporting
 
 
 class Recompute(Accumulator):
@@ -68,6 +65,9 @@ class RecomputeLedger(Ledger):
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
         self._chunks.append(chunk)
+        if chunk.start == 0 and self._group.sizes.is_new(chunk.stop) and predictions.requires_grad:
+            with RunningSums(self._group.shadows, count=1):  # forgets what arrives
+                self._group.backward(predictions, torch.zeros_like(predictions))
         if self._retained is not None and predictions.requires_grad and chunk.start > 0:  # nobody measured the first
             claim = declared(self._group, predictions, chunk.start)
             uniform = claim is None or claim.uniform
@@ -87,106 +87,13 @@ class RecomputeLedger(Ledger):
             group, self._chunks, predictions, coefficients.total, matters, retained=retained, retain_graph=not last
         )
         group.report.skipped = len(group.poses) - int(matters.sum())
-        unreached = [place for place, gradient in enumerate(gradients) if gradient is None]
-        skipped = [chunk for chunk in self._chunks if not matters[chunk.start : chunk.stop].any()]
-        if unreached and skipped:
-            _zero_where_reached(group, skipped, gradients, unreached)
+        zero_where_reached(group, self._chunks, matters, gradients)
         return gradients
 
 
 def mattering(coefficients: Coefficients, negligible: float) -> Tensor:
     """Which poses have a coefficient worth a backward, shape `(N,)`, on the CPU. NaN is."""
     size = reduce(coefficients.total.detach().abs(), "n ... -> n", "max").to("cpu", torch.float64)
-    largest = (
-        torch.where(size.isfinite(), size, 0).max() if coefficients.largest is None else coefficients.largest.cpu()
-    )
+    known = coefficients.largest
+    largest = torch.where(size.isfinite(), size, 0).max() if known is None else known.to("cpu", torch.float64)
     return ~(size <= largest * negligible) & (size != 0)
-
-
-def replayed_gradients(
-    group: Group,
-    chunks: Sequence[Chunk],
-    predictions: Tensor,
-    cotangents: Tensor,
-    matters: Tensor,
-    *,
-    retained: Mapping[int, Tensor] = MappingProxyType({}),
-    retain_graph: bool = False,
-) -> Gradients:
-    """`sum_i cotangents[i] dy_i/dtheta` over the poses that matter, by running them again.
-
-    Args:
-        group: The group.
-        chunks: How its poses went through the model.
-        predictions: Shape `(N, *prediction)`: what came out then.
-        cotangents: Shape `(N, *prediction)`.
-        matters: Shape `(N,)`, boolean.
-        retained: Live predictions of chunks that need no second run, by their first pose.
-        retain_graph: Whether those will be needed again.
-
-    Raises:
-        ReplayError: A second run gave other predictions than the first.
-    """
-    chosen = [chunk for chunk in reversed(chunks) if matters[chunk.start : chunk.stop].any()]
-    if not chosen:
-        return [None] * len(group.shadows.leaves)
-    drifts: list[tuple[Chunk, Tensor]] = []
-    with (
-        group.rerunning(),
-        RunningSums(group.shadows, count=1) as sums,
-        reporting(group.progress, int(matters.sum()), "poses that matter") as report,
-    ):
-        done = 0
-        for chunk in chosen:
-            wanted = matters[chunk.start : chunk.stop]
-            live = retained.get(chunk.start)
-            if live is None:
-                group.replay.restore(chunk.before)
-                live = run_guarded(group, chunk)
-                drifts.append((chunk, drift(live, predictions[chunk.start : chunk.stop])))
-                group.report.recomputed += int(wanted.sum())
-            if live.requires_grad:
-                cotangent = einsum(cotangents[chunk.start : chunk.stop], wanted.to(cotangents), "n ..., n -> n ...")
-                group.backward(live, cotangent, retain_graph=retain_graph and chunk.start in retained)
-            del live
-            done += int(wanted.sum())
-            group.report.backwards += int(wanted.sum())
-            report(done)
-        refuse_drift(group, drifts, predictions)
-        return sums.take()[0]
-
-
-def drift(again: Tensor, before: Tensor) -> Tensor:
-    return (again.detach() - before).abs().max().nan_to_num(nan=0.0)
-
-
-def refuse_drift(group: Group, drifts: Sequence[tuple[Chunk, Tensor]], predictions: Tensor) -> None:
-    if not drifts:
-        return
-    # Half the digits: kernels that add in varying order lose a few, a model that draws from elsewhere loses all.
-    allowed = torch.finfo(predictions.dtype).eps ** 0.5 * predictions.abs().nan_to_num(0, 0, 0).max()
-    drifted = (
-        torch.stack([drift for _, drift in drifts]) > allowed
-    ).tolist()  # one synchronisation for the whole group
-    for (chunk, drift), found in zip(drifts, drifted, strict=True):
-        if found:
-            raise ReplayError(
-                f"pose {chunk.start} of {len(group.poses)}: its second run differs from its first by "
-                f"{drift.item():.3g}; the model depends on something that is not restored (Python's or numpy's random "
-                "numbers, a generator of its own, a pose changed in place). Name its generators with "
-                "replay_generators=[...], or use accumulator='store', which runs every pose once"
-            )
-
-
-def _zero_where_reached(group: Group, skipped: Sequence[Chunk], gradients: Gradients, unreached: list[int]) -> None:
-    """Tell `.grad is None` from a vanishing gradient: a leaf that only skipped poses reach gets zeros."""
-    places = {id(group.shadows.leaves[place]): place for place in unreached}
-    with group.rerunning():
-        for chunk in skipped:
-            group.replay.restore(chunk.before)
-            predictions = group.run(chunk.start, chunk.stop)
-            for leaf in group.reached(predictions, inside_checkpoints=True):
-                if id(leaf) in places:
-                    gradients[places.pop(id(leaf))] = torch.zeros_like(leaf)
-            if not places:
-                return

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradhooks.memory import free_bytes
+from gradhooks.memory import free_bytes, noting_saved
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -39,17 +39,8 @@ class RetainedGraphs:
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Count what the graphs that are built meanwhile keep alive."""
-        self._saved = saved = {}
-        known = self._known
-
-        # Every saved tensor holds the hook: one that held `self`, and with it the graphs, would close a cycle.
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()  # so would an output that its own node saves
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        # Every saved tensor holds the hooks: if those held `self`, and with it the graphs, they would close a cycle.
+        with noting_saved(self._known) as self._saved:
             yield
 
     def offer(self, start: int, predictions: Tensor, weight: float) -> bool:

@@ -6,8 +6,9 @@ import torch
 from einops import reduce
 from torch import Tensor
 
+from gradhooks.accumulators.again import refuse_drift
 from gradhooks.accumulators.base import Coefficients, Ledger
-from gradhooks.accumulators.recompute import drift, mattering, refuse_drift
+from gradhooks.accumulators.recompute import mattering
 from gradhooks.accumulators.sums import Gradients, RunningSums
 from gradhooks.group import Chunk, Group
 
@@ -44,15 +45,16 @@ class ShardedLedger(Ledger):
             sharding.all_or_nothing(),
             RunningSums(group.shadows, count=1) as sums,
         ):
-            drifts = []
+            second: list[Tensor] = []
             with sharding.together("its backward"), sharding.unsynchronised():
                 for turn, (chunk, cotangent) in enumerate(turns, 1):
                     group.replay.restore(chunk.before)
                     live = group.run(chunk.start, chunk.stop)
-                    drifts.append((chunk, drift(live, predictions[chunk.start : chunk.stop])))
+                    second.append(live.detach())
                     if turn < len(turns):
                         group.backward(live, cotangent)
-                refuse_drift(group, drifts, predictions)
+                places = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk, _ in turns])
+                refuse_drift(group, places, torch.cat(second), predictions, packed=False)
             group.backward(live, cotangent)
             return sums.take()[0]
 

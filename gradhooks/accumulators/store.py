@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from gradhooks.accumulators.again import replayed_gradients
 from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger
-from gradhooks.accumulators.recompute import Recompute, replayed_gradients
+from gradhooks.accumulators.recompute import Recompute
 from gradhooks.accumulators.sums import Gradients, accumulate, all_finite
 from gradhooks.dtypes import wide
 from gradhooks.errors import CombinationError

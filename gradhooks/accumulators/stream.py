@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradhooks.accumulators.again import replayed_gradients
 from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger, refuse_gradient_combination
 from gradhooks.accumulators.declaration import Declaration, declared, without
 from gradhooks.accumulators.online import OnlineWeights
-from gradhooks.accumulators.recompute import Recompute, replayed_gradients
+from gradhooks.accumulators.recompute import Recompute
 from gradhooks.accumulators.sums import Gradients, RunningSums, add_into, all_finite, weighted
 from gradhooks.dtypes import wide
 from gradhooks.errors import CombinationError, GradhooksWarning
