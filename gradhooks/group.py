@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,7 @@ class Group:
         needs_grad_mode: Whether the model cannot run without grad mode.
         tried_graphless: Whether that was tried.
         steady: Whether no pose drew random numbers or wrote a buffer, so that they may be run again in any order.
+        declarations: What the combination declared for so many of the first poses.
         finished: Called with the group, its predictions and its coefficients after each outer backward.
     """
 
@@ -85,6 +86,7 @@ class Group:
     needs_grad_mode: bool = False
     tried_graphless: bool = False
     steady: bool = False
+    declarations: dict[int, Any] = field(default_factory=dict)
     finished: list[Callable[..., None]] = field(default_factory=list)
 
     def forget(self, before: Snapshot) -> None:
@@ -93,6 +95,7 @@ class Group:
         self.shadows.forget()
         self.report.backwards = self.report.recomputed = self.report.retained = 0
         self.finished.clear()
+        self.declarations.clear()
 
     def run(self, start: int, stop: int) -> Tensor:
         """The predictions of some poses, shape `(stop - start, *prediction)`, in the present grad mode and state."""

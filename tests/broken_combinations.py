@@ -122,7 +122,7 @@ class DeclaresSome(Combination):
 
     def stream_weights(self, predictions: Tensor) -> StreamWeights | None:
         self.asked += 1
-        return StreamWeights(predictions) if self.asked < 3 else None
+        return StreamWeights(predictions) if self.asked < 2 else None
 
 
 class LosesNames(GradientCombination):

@@ -19,7 +19,7 @@ FLOORS = [
     ["distributed.ranks"],
     ["distributed.share", "distributed.sharding"],
     ["distributed.refusals"],
-    ["randomness", "report", "shadow", "trees", "progress", "modes", "reach", "checkpoints", "memory"],
+    ["randomness", "report", "shadow", "trees", "progress", "modes", "reach", "checkpoints", "memory", "timing"],
     ["poses", "replay", "chunks"],
     ["group"],
     ["guard"],

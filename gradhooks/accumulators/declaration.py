@@ -30,6 +30,16 @@ def declared(group: Group, predictions: Tensor, start: int = 0) -> Declaration |
     Raises:
         CombinationError: The declaration has other shapes than its contract.
     """
+    if start > 0:
+        return _declared(group, predictions, start)
+    count = len(predictions)
+    if count not in group.declarations:  # every accumulator asks for the first poses again
+        group.declarations[count] = _declared(group, predictions, start)
+    known: Declaration | None = group.declarations[count]
+    return known
+
+
+def _declared(group: Group, predictions: Tensor, start: int) -> Declaration | None:
     count = len(predictions)
     if predictions.numel() != count:
         return None
@@ -48,7 +58,10 @@ def declared(group: Group, predictions: Tensor, start: int = 0) -> Declaration |
             f"shape ({count},) and features of shape ({count},) or ({count}, K), got {tuple(log_weights.shape)} and "
             f"{tuple(features.shape)}"
         )
-    return Declaration(log_weights.tolist(), features.tolist())
+    if features.numel() == 0:
+        return Declaration(log_weights.tolist(), [[]] * count)
+    rows = torch.cat([log_weights.unsqueeze(1), features], 1).tolist()  # a device is asked once
+    return Declaration([row[0] for row in rows], [row[1:] for row in rows])
 
 
 def without(declaration: Declaration, excluded: list[bool]) -> Declaration:
