@@ -15,6 +15,7 @@ from gradhooks import registry
 from gradhooks.conformance.derivatives import declares_stream
 from gradhooks.conformance.kit import results
 from gradhooks.errors import GradhooksError
+from gradhooks.measuring import promises
 from gradhooks.measuring.bench import benchmark, save, summary
 from gradhooks.measuring.reference import REFERENCES
 from gradhooks.registry import Registry
@@ -125,6 +126,8 @@ def _add_bench(subparsers: Subparsers) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--promises", action="store_true", help="what is promised, and whether it is met")
+    parser.add_argument("--many", type=int, default=1000, help="poses of a long group, for --promises")
     parser.add_argument("--save", metavar="FILE", help="write the figures as JSON")
     parser.set_defaults(run=_run_bench)
 
@@ -135,8 +138,15 @@ def _run_bench(chosen: argparse.Namespace) -> int:
         _say(f"unknown model {', '.join(sorted(unknown))}: available are {', '.join(REFERENCES)}")
         return 2
     torch.set_num_threads(chosen.threads)
+    models = chosen.models or list(REFERENCES)
+    if chosen.promises:
+        kept = list(promises.promises(models, chosen.poses, chosen.many, chosen.repeats, chosen.device))
+        _say(promises.as_table(kept))
+        if chosen.save:
+            promises.save(kept, chosen.save)
+        return 0
     findings = []
-    for finding in benchmark(chosen.models or list(REFERENCES), chosen.poses, chosen.repeats, chosen.device):
+    for finding in benchmark(models, chosen.poses, chosen.repeats, chosen.device):
         comparison = finding.comparison
         _say(f"{finding.model}, {finding.combination} ({comparison.setting})", "", str(comparison), "")
         findings.append(finding)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import gradhooks
 from gradhooks.cli import main
+from gradhooks.measuring.promises import Promise, as_table
 from gradhooks.memory import PeakMemory
 
 
@@ -106,3 +107,29 @@ def test_bench_prints_the_table_of_the_readme(capsys: pytest.CaptureFixture[str]
     assert len(json.loads((tmp_path / "figures.json").read_text())) == 3
     assert main(["bench", "nonsense"]) == 2
     assert "unknown model nonsense: available are schnet, transformer, resnet" in capsys.readouterr().out
+
+
+def test_bench_measures_what_is_promised(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    threads, path = torch.get_num_threads(), tmp_path / "promises.json"
+    status = main(
+        ["bench", "resnet", "--promises", "--poses", "2", "--many", "16", "--repeats", "1", "--save", str(path)]
+    )
+    torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert status == 0
+    saved = json.loads(path.read_text())
+    assert len(saved) == printed.count("\n") - 2 == 27
+    # Bytes are counted, and the same in every run.
+    peaks = [promise for promise in saved if ", peak" in promise["promise"]]
+    assert len(peaks) == 8
+    assert all(promise["met"] for promise in peaks), peaks
+    assert all(promise["measured"] > 0 for promise in saved)
+
+
+def test_a_promise_that_is_broken_shows() -> None:
+    kept = [Promise("a", "one", 1.2, 1.0), Promise("b", "one", 0.9, 1.0), Promise("b", "other", 2.0, 2.0)]
+    lines = [line.split("|")[1:-1] for line in as_table(kept).splitlines()]
+    assert [[cell.strip() for cell in line] for line in lines[2:]] == [
+        ["one", "1.00", "1.200 NOT MET", "0.900"],
+        ["other", "2.00", "", "2.000"],
+    ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradhooks.accumulators import Recompute, Stream
 from gradhooks.combinations import Boltzmann, Mean, Min
@@ -45,11 +45,7 @@ def benchmark(names: Sequence[str], poses: int, repeats: int, device: torch.devi
     flushing = torch.set_flush_denormal(True)
     try:
         for name in names:
-            torch.manual_seed(0)
-            model, make_pose = REFERENCES[name]()
-            model.to(device)
-            group: list[Any] = [map_tensors(lambda tensor: tensor.to(device), make_pose(seed)) for seed in range(poses)]
-            spread = _spread(MultiPose(model), group)
+            model, group, spread = reference(name, poses, device)
             combinations = [
                 ("mean", Mean(), ("stream", "recompute", Recompute(retain="64GiB"), "auto")),
                 ("boltzmann", Boltzmann(spread), ("stream", "recompute", "auto")),
@@ -84,7 +80,12 @@ def save(findings: Sequence[Finding], path: str | Path) -> None:
     Path(path).write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def _spread(scorer: MultiPose, poses: Sequence[Any]) -> float:
+def reference(name: str, poses: int, device: torch.device | str) -> tuple[nn.Module, list[Any], float]:
+    """A reference model, a group for it, and the spread of its predictions."""
+    torch.manual_seed(0)
+    model, make_pose = REFERENCES[name]()
+    model.to(device)
+    group = [map_tensors(lambda tensor: tensor.to(device), make_pose(seed)) for seed in range(poses)]
     with torch.no_grad():
-        predictions: Tensor = scorer(poses).poses
-    return predictions.std().item()
+        predictions: Tensor = MultiPose(model)(group[:32]).poses
+    return model, group, predictions.std().item()

@@ -2,9 +2,9 @@
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gradhooks.accumulators.base import Accumulator
+from gradhooks.measuring.rounds import Step, in_turns, peak_of, ratio
 from gradhooks.measuring.table import table
 from gradhooks.measuring.undisturbed import undisturbed
-from gradhooks.measuring.ways import Loss, Way, all_ways, synchronize, total
-from gradhooks.memory import PeakMemory
+from gradhooks.measuring.ways import Loss, Way, all_ways, total
 from gradhooks.replay import Replay
 
 
@@ -117,14 +117,15 @@ def compare(
     device = next(model.parameters()).device
     with undisturbed(model):
         gradients = [_gradients(model, way, loss) for way in ways]
-        peaks = [_peak(model, way, loss, device) for way in ways]
-        rounds = [[_seconds(model, way, loss, device) for way in ways] for _ in range(repeats)]
+        steps = [partial(_step, model, way, loss) for way in ways]
+        peaks = [_peak(model, step, device) for step in steps]
+        seconds = in_turns(steps, repeats, device)
         reports = [way.report() for way in ways]
     rows = [
         Row(
             way=f"{way.name} ({report.accumulator})" if report and report.accumulator not in way.name else way.name,
-            seconds=statistics.median(times[place] for times in rounds),
-            time_ratio=statistics.median(times[place] / times[0] for times in rounds),
+            seconds=statistics.median(seconds[place]),
+            time_ratio=ratio(seconds[place], seconds[0]),
             peak_bytes=peaks[place],
             backwards=None if report is None else report.backwards,
             error=gradient_error(gradients[place], gradients[0]),
@@ -152,19 +153,9 @@ def _gradients(model: nn.Module, way: Way, loss: Loss) -> list[Tensor | None]:
     return [None if leaf.grad is None else leaf.grad.detach().clone() for leaf in model.parameters()]
 
 
-def _peak(model: nn.Module, way: Way, loss: Loss, device: torch.device) -> int:
+def _peak(model: nn.Module, step: Step, device: torch.device) -> int:
     model.zero_grad()
-    with PeakMemory(device) as memory:
-        _step(model, way, loss)
-    return memory.peak
-
-
-def _seconds(model: nn.Module, way: Way, loss: Loss, device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    _step(model, way, loss)
-    synchronize(device)
-    return time.perf_counter() - start
+    return peak_of(step, device)
 
 
 def gradient_error(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> float:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -76,9 +75,3 @@ def _checkpointed(call: Call) -> Call:
 
 def _nothing() -> None:
     return None
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for what was begun on `device`, so that a clock tells of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
