@@ -1,5 +1,5 @@
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,9 +8,27 @@ from torch.utils._pytree import register_pytree_node
 from gradhooks.combination import BoundCombination
 
 
-class _Predictions(NamedTuple):
-    combined: Tensor
-    poses: Tensor
+class _Predictions(tuple[Tensor, Tensor]):  # noqa: SLOT001 - a tuple has no room in slots
+    """A named tuple to everybody but PyTorch, which makes those anew of their tensors alone.
+
+    Others look for `_fields` and `_asdict`; PyTorch looks for `_make` too, in older releases for no base but `tuple`.
+    """
+
+    _fields = __match_args__ = ("combined", "poses")
+
+    @property
+    def combined(self) -> Tensor:
+        return self[0]
+
+    @property
+    def poses(self) -> Tensor:
+        return self[1]
+
+    def _asdict(self) -> dict[str, Tensor]:
+        return {"combined": self.combined, "poses": self.poses}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(combined={self.combined!r}, poses={self.poses!r})"
 
 
 class MultiPosePrediction(_Predictions):
@@ -31,9 +49,15 @@ class MultiPosePrediction(_Predictions):
         combination: BoundCombination | None = None,
         chosen: Tensor | None = None,
     ) -> "MultiPosePrediction":
-        self = super().__new__(cls, combined, poses)
+        self = super().__new__(cls, (combined, poses))
         self._combination, self._chosen = combination, chosen
         return self
+
+    def __getnewargs__(self) -> tuple[Tensor, Tensor]:
+        return self.combined, self.poses
+
+    def _replace(self, **tensors: Tensor) -> "MultiPosePrediction":
+        return MultiPosePrediction(**{**self._asdict(), **tensors}, combination=self._combination, chosen=self._chosen)
 
     @property
     def weights(self) -> Tensor:
@@ -61,6 +85,5 @@ def _unflatten(tensors: Iterable[Any], context: Any) -> MultiPosePrediction:
     return MultiPosePrediction(*tensors, *context)
 
 
-# DistributedDataParallel takes outputs apart and puts them together again. Older releases of torch see no tuple in a
-# subclass of a NamedTuple, and would then miss the tensors whose backward they wait for.
+# DistributedDataParallel takes outputs apart and puts them together again.
 register_pytree_node(MultiPosePrediction, _flatten, _unflatten)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import ACCUMULATORS, assert_same_gradients, gradients_of, of_both
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from zoo import Place, build, mlp
 
 import gradhooks
@@ -446,6 +447,24 @@ def test_weights_of_a_prediction_know_the_arguments(double: Place) -> None:
     prediction = MultiPose(specimen.model, "boltzmann")(specimen.make_poses(4), weights=mask)
     assert prediction.weights[1].item() == 0
     close(prediction.weights[mask], CLOSED_FORMS["boltzmann"](prediction.poses[mask].detach()))
+
+
+def test_weights_of_a_prediction_that_was_made_anew(double: Place) -> None:
+    prediction = MultiPose(build("plain_mlp", double).model, "boltzmann")(build("plain_mlp", double).make_poses(4))
+    for twin in (tree_map(torch.clone, prediction), prediction._replace(combined=prediction.combined.clone())):
+        assert isinstance(twin, MultiPosePrediction)
+        assert twin.combined is not prediction.combined
+        assert torch.equal(twin.weights, prediction.weights)
+
+
+def test_a_prediction_is_a_named_tuple_to_who_asks(double: Place) -> None:
+    combined, poses = prediction = MultiPosePrediction(double.randn(1), double.randn(3, 1))
+    assert prediction._asdict() == {"combined": combined, "poses": poses}
+    assert type(prediction)(*prediction)._fields == ("combined", "poses")
+    assert repr(prediction) == f"MultiPosePrediction(combined={combined!r}, poses={poses!r})"
+    match prediction:
+        case MultiPosePrediction(first, second):
+            assert (first, second) == (combined, poses)
 
 
 def test_weights_of_a_prediction_that_has_lost_its_combination(double: Place) -> None:
