@@ -14,7 +14,7 @@ Rules:
     3. A rank that raises leaves its process group at once, as a process that dies does. One that returns stays in it
        until all have: they may still be reading what it sent.
     4. Starting costs seconds, so processes wait for the next call, each of which is a new process group. They are
-       replaced after an unexpected fault, and where `fresh` asks for it.
+       replaced after a fault, which leaves who knows what behind, and where `fresh` asks for it.
 """
 
 import atexit
@@ -86,7 +86,6 @@ def on_ranks(
         key=lambda found: found[1].when,
     )
     if faults and not keep_faults:
-        _pool.close()
         raise RankError(
             "\n".join(f"rank {rank}: {fault.kind}: {fault.message}\n{fault.traceback}" for rank, fault in faults)
         )
@@ -119,8 +118,8 @@ class _Pool:
         for rank, (_, pipe) in enumerate(self._workers[:size]):
             pipe.send_bytes(pickle.dumps(_Task(rank, size, meeting, timeout, work)))
         answers = self._collected(size, timeout, patient)
-        if any(isinstance(answer, Fault) and not answer.traceback for answer in answers):
-            self.close()  # some are dead or stuck
+        if any(isinstance(answer, Fault) for answer in answers):
+            self.close()  # Rule 4
         return answers
 
     def _ready(self, size: int) -> str:
