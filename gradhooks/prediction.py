@@ -1,11 +1,20 @@
+"""What a group predicts, and what is known of how it was made."""
+
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradhooks.combination import BoundCombination
+from gradhooks.trees import map_tensors
+
+# How a prediction was combined, by its tensors. Trainers rebuild named tuples of their fields alone (Accelerate to cast
+# what is narrow, Lightning to move predictions), mostly around tensors that they left as they were.
+_made_by: Any = WeakTensorKeyDictionary()
 
 
 class _Predictions(tuple[Tensor, Tensor]):  # noqa: SLOT001 - a tuple has no room in slots
@@ -50,6 +59,12 @@ class MultiPosePrediction(_Predictions):
         chosen: Tensor | None = None,
     ) -> "MultiPosePrediction":
         self = super().__new__(cls, (combined, poses))
+        tensors = [tensor for tensor in (poses, combined) if isinstance(tensor, Tensor)]
+        if combination is None:
+            known = (_made_by[tensor] for tensor in tensors if tensor in _made_by)
+            combination, chosen = next(known, (None, None))
+        else:
+            _made_by.update((tensor, (combination, chosen)) for tensor in tensors)
         self._combination, self._chosen = combination, chosen
         return self
 
@@ -70,11 +85,17 @@ class MultiPosePrediction(_Predictions):
         """
         if self._combination is None:
             raise AttributeError("this prediction has lost its combination; read weights where the group was run")
-        with torch.enable_grad():
-            predictions = self.poses.detach().requires_grad_()
-            combined = self._combination(predictions, self._chosen)
+        with torch.inference_mode(False), torch.enable_grad():
+            predictions = _ordinary(self.poses).detach().requires_grad_()
+            combination = replace(self._combination, arguments=map_tensors(_ordinary, self._combination.arguments))
+            combined = combination(predictions, None if self._chosen is None else _ordinary(self._chosen))
             (weights,) = torch.autograd.grad(combined.sum(), predictions)
         return weights
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """What was made under `inference_mode`, as a tensor that autograd may save."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _flatten(prediction: MultiPosePrediction) -> tuple[list[Any], Any]:

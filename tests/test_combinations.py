@@ -410,7 +410,7 @@ def test_a_sharp_maximum_of_half_precision(scale: float, far: float, device: tor
 # -- which poses made the prediction --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("model", ["scalar_output", "plain_mlp", "vector_output"])
 @every_combination
 def test_weights_of_a_prediction(name: str, model: str, grad_mode: Any, double: Place) -> None:
@@ -465,6 +465,30 @@ def test_a_prediction_is_a_named_tuple_to_who_asks(double: Place) -> None:
     match prediction:
         case MultiPosePrediction(first, second):
             assert (first, second) == (combined, poses)
+
+
+@pytest.mark.parametrize("within", [True, False], ids=["read within", "read outside"])
+def test_weights_of_a_prediction_whose_arguments_were_made_in_inference_mode(within: bool, double: Place) -> None:
+    specimen = build("plain_mlp", double)
+    scorer = MultiPose(specimen.model, "boltzmann", nonfinite="drop")
+    with torch.inference_mode():
+        prediction = scorer(specimen.make_poses(4), weights=torch.tensor([1.0, 0.0, 2.0, 1.0], device=double.device))
+        weights = prediction.weights if within else None
+    weights = prediction.weights if weights is None else weights
+    assert weights[1].item() == 0
+    close(weights.sum(0), torch.ones_like(prediction.combined), 1e-9)
+    assert not weights.is_inference()
+
+
+def test_weights_of_a_prediction_that_was_taken_apart_and_rebuilt(single: Place) -> None:
+    """Accelerate does so in mixed precision, Lightning when it collects predictions."""
+    poses = [single.randn(3).bfloat16() for _ in range(4)]
+    prediction = MultiPose(torch.nn.Linear(3, 1).to(single.device).bfloat16(), "boltzmann")(poses)
+    assert [part.dtype for part in prediction] == [torch.float32, torch.bfloat16]
+    rebuilt = MultiPosePrediction(*(part.float() for part in prediction))
+    assert torch.equal(rebuilt.weights.bfloat16(), prediction.weights)
+    with pytest.raises(AttributeError, match="lost its combination"):
+        _ = MultiPosePrediction(*(part.clone() for part in prediction)).weights
 
 
 def test_weights_of_a_prediction_that_has_lost_its_combination(double: Place) -> None:
