@@ -118,6 +118,10 @@ class MultiPose(nn.Module):
                 raise
             return getattr(model, name)
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        # What torch's distributed checkpoints ask of a module whose state_dict hooks change keys.
+        return checkpoints.hidden_parents(self, self.model)
+
     def forward(self, poses: Any, **arguments: Any) -> MultiPosePrediction:
         """Predict a group.
 

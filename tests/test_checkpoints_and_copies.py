@@ -13,6 +13,7 @@ import pytest
 import torch
 from oracle import ACCUMULATORS, COMBINATIONS, assert_same_gradients, gradients_of, of_both
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from zoo import Place, build, mlp
 
 import gradhooks
@@ -169,6 +170,34 @@ def test_missing_and_unexpected_keys_are_an_error() -> None:
         scorer.load_state_dict({name: value for name, value in state.items() if name != "0.bias"})
     with pytest.raises(RuntimeError, match=r"(?s)Unexpected key.*another"):
         scorer.load_state_dict({**state, "another": torch.ones(1)})
+
+
+@pytest.mark.parametrize("prefix", ["", "scorer."])
+def test_what_does_not_fit_is_reported_by_the_keys_of_the_checkpoint(prefix: str) -> None:
+    module: nn.Module = MultiPose(mlp(4, 6, 1), of_temperature(0.5))
+    state = module.state_dict()
+    if prefix:
+        module = Pipeline(module)
+        state = module.state_dict()
+    del state[f"{prefix}0.bias"], state[f"{prefix}combination.log_temperature"]
+    left_out = module.load_state_dict({**state, f"{prefix}another": torch.ones(1)}, strict=False)
+    assert left_out.missing_keys == [f"{prefix}0.bias", f"{prefix}combination.log_temperature"]
+    assert left_out.unexpected_keys == [f"{prefix}another"]
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("prefix", ["", "scorer."])
+@pytest.mark.parametrize("full", [True, False])
+def test_distributed_checkpoints_find_the_keys(name: str, prefix: str, full: bool, double: Place) -> None:
+    def module(model: nn.Module) -> nn.Module:
+        scorer = MultiPose(model, of_temperature(0.5))
+        return Pipeline(scorer) if prefix else scorer
+
+    trained, other = module(build(name, double).model), module(_scrambled(build(name, double).model))
+    state = get_model_state_dict(trained)
+    assert list(state) == list(trained.state_dict())
+    set_model_state_dict(other, state, options=StateDictOptions(full_state_dict=full))
+    assert_same_state(other.state_dict(), trained.state_dict())
 
 
 def test_a_group_inside_of_a_group() -> None:
