@@ -123,7 +123,15 @@ def call_model(model: nn.Module, pose: Any) -> Tensor:
         return model(*pose)  # type: ignore[no-any-return]
     if isinstance(pose, Mapping):
         return model(**pose)  # type: ignore[no-any-return]
-    return model(pose)  # type: ignore[no-any-return]
+    try:
+        return model(pose)  # type: ignore[no-any-return]
+    except TypeError as fault:
+        if isinstance(pose, list) and hasattr(fault, "add_note"):  # Python 3.11
+            fault.add_note(
+                "gradhooks: a list is one argument, a tuple is passed as model(*pose); where poses were tuples, a "
+                "DataLoader has made lists of them: tell it collate_fn=lambda group: group, with batch_size=None"
+            )
+        raise
 
 
 def prediction_rows(output: Any, start: int, stop: int, batched: bool) -> Tensor:

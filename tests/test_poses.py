@@ -1,5 +1,6 @@
 """Poses in any form, in chunks of any size, and predictions of any shape."""
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from oracle import (
     train_by_group,
 )
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from witness import untouched
 from zoo import Place, Specimen, build, mlp
 from zoo.graphs import all_edges, geometric
@@ -170,6 +172,20 @@ def test_call_gets_the_bare_model_and_the_pose(accumulator: str, double: Place) 
     MultiPose(model, "mean", accumulator=accumulator, call=call)(poses)
     assert [given for given, _ in seen] == [model] * COUNT
     assert [pose for _, pose in seen] == poses
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes before Python 3.11")
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
+def test_tuples_that_a_loader_has_made_lists(grad_mode: Any, double: Place) -> None:
+    model = nn.Bilinear(4, 4, 1).to(double.device, double.dtype)
+    groups = [[(double.randn(4), double.randn(4)) for _ in range(3)]]
+    (group,) = DataLoader(groups, batch_size=None)  # type: ignore[arg-type]
+    assert isinstance(group[0], list)
+    with grad_mode(), pytest.raises(TypeError, match="missing 1 required") as caught:
+        MultiPose(model)(group)
+    assert "collate_fn=" in "".join(caught.value.__notes__)
+    (group,) = DataLoader(groups, batch_size=None, collate_fn=lambda group: group)  # type: ignore[arg-type]
+    assert MultiPose(model)(group).combined.shape == (1,)
 
 
 def test_a_generator_is_used_up_once(double: Place) -> None:
