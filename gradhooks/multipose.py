@@ -70,6 +70,9 @@ class MultiPose(nn.Module):
         report: The `GroupReport` of the last group.
     """
 
+    # Of Hugging Face's Trainer: keyword arguments of the forward go to the combination, not to a loss.
+    accepts_loss_kwargs = False
+
     def __init__(
         self,
         model: nn.Module,

@@ -4,13 +4,15 @@ GRADHOOKS_TEST_DEVICE chooses the device (`cpu` by default, `cuda`, `cuda:1` ...
 """
 
 import os
+import sys
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
 
 # Assertions of helpers are explained as those of the tests are.
-pytest.register_assert_rewrite("oracle", "witness")
+pytest.register_assert_rewrite("oracle", "witness", "trainers")
 
 from zoo import Place  # noqa: E402
 
@@ -50,3 +52,14 @@ def double(device: torch.device) -> Place:
 @pytest.fixture
 def single(device: torch.device) -> Place:
     return Place(device, torch.float32)
+
+
+@pytest.fixture
+def _trainers_forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Accelerate, and transformers by it, settles its precision once for a process, partly in environment variables."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before:
+        monkeypatch.delenv(name)
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
