@@ -15,7 +15,7 @@ from gradhooks import registry
 from gradhooks.conformance.derivatives import declares_stream
 from gradhooks.conformance.kit import results
 from gradhooks.errors import GradhooksError
-from gradhooks.measuring import promises
+from gradhooks.measuring import promises, sharing
 from gradhooks.measuring.bench import benchmark, save, summary
 from gradhooks.measuring.reference import REFERENCES
 from gradhooks.registry import Registry
@@ -128,6 +128,7 @@ def _add_bench(subparsers: Subparsers) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--promises", action="store_true", help="what is promised, and whether it is met")
     parser.add_argument("--many", type=int, default=1000, help="poses of a long group, for --promises")
+    parser.add_argument("--ranks", type=int, nargs="+", help="what sharing a group over so many processes costs")
     parser.add_argument("--save", metavar="FILE", help="write the figures as JSON")
     parser.set_defaults(run=_run_bench)
 
@@ -139,6 +140,12 @@ def _run_bench(chosen: argparse.Namespace) -> int:
         return 2
     torch.set_num_threads(chosen.threads)
     models = chosen.models or list(REFERENCES)
+    if chosen.ranks:
+        shared = list(sharing.sharing(chosen.ranks, chosen.repeats, chosen.device))
+        _say(sharing.as_table(shared))
+        if chosen.save:
+            sharing.save(shared, chosen.save)
+        return 0
     if chosen.promises:
         kept = list(promises.promises(models, chosen.poses, chosen.many, chosen.repeats, chosen.device))
         _say(promises.as_table(kept))

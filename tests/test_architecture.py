@@ -49,7 +49,7 @@ FLOORS = [
     ["measuring.compare", "measuring.plan"],
     ["measuring.check", "measuring.bench"],
     ["measuring.beside"],
-    ["measuring.promises"],
+    ["measuring.promises", "measuring.sharing"],
     ["measuring"],
     ["cli"],
     ["__main__"],
