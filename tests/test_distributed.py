@@ -1,103 +1,126 @@
-"""DistributedDataParallel around a MultiPose is exact; inside one it is refused."""
+"""DistributedDataParallel around a MultiPose leaves what the full graph would have left."""
 
-import copy
-import os
-import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, multiprocessing, nn
+from data_parallel import SCENARIOS, Course, Weights, course_of, deviation, module_of
+from oracle import ACCUMULATORS, assert_bit_equal, distances
+from ranks import on_ranks
+from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
-import gradhooks
-from gradhooks.testing import full_graph
+FLAGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "find unused": {"find_unused_parameters": True},
+    "static graph": {"static_graph": True},
+    "bucket view": {"gradient_as_bucket_view": True},
+}
+SEVERAL: dict[str, dict[str, Any]] = {
+    "small buckets": {"bucket_cap_mb": 1e-4},
+    "all together": {"find_unused_parameters": True, "gradient_as_bucket_view": True, "bucket_cap_mb": 1e-4},
+    "static in views": {"static_graph": True, "gradient_as_bucket_view": True},
+}
+EXACT = 1e-12
 
-RANKS = 2
-MODES: list[dict[str, Any]] = [
-    {},
-    {"find_unused_parameters": True},
-    {"static_graph": True},
-    {"gradient_as_bucket_view": True},
-]
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-        self.rarely = nn.Linear(4, 1)
-
-    def forward(self, pose: Tensor) -> Tensor:
-        prediction: Tensor = self.inner(pose)
-        return prediction + self.rarely(pose) if pose[0] > 0 else prediction
+# Without that flag DDP makes zeros of the gradient of a parameter that no rank used (and refuses the full graph).
+NEEDS_FIND_UNUSED = {"other parameters each time"}
+# One process knows no buffers that each forward takes from rank 0, and no rank's own ones.
+NEEDS_WRAPPER = {"buffers", "buffers of several groups"}
 
 
-def loss_of(prediction: gradhooks.MultiPosePrediction) -> Tensor:
-    return prediction.combined.square().sum() + prediction.poses.tanh().mean()
-
-
-def groups_of(step: int) -> list[list[Tensor]]:
-    """One for each rank, of different sizes."""
-    generator = torch.Generator().manual_seed(step)
+def cases(names: set[str], **more: dict[str, Any]) -> list[Any]:
+    modes = [(2, FLAGS), (4, FLAGS), (2, SEVERAL), (2, more)]
     return [
-        [torch.randn(4, generator=generator, dtype=torch.float64).abs() for _ in range(3 + 2 * rank)]
-        for rank in range(RANKS)
+        pytest.param(name, options, world_size, id=f"{name}-{mode}-{world_size}")
+        for name in SCENARIOS
+        if name in names
+        for world_size, some in modes
+        for mode, options in some.items()
+        if name not in NEEDS_FIND_UNUSED or "find_unused_parameters" in options
     ]
 
 
-def train(rank: int, mode: dict[str, Any], accumulator: str) -> float:
-    """The largest deviation of a weight from a single process with the full graph, after three steps."""
-    torch.manual_seed(0)
-    model = Model().double()
-    reference = copy.deepcopy(model)
-    scorer = DistributedDataParallel(gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator), **mode)
-    ours, theirs = torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD(reference.parameters(), 0.1)
-    for step in range(3):
-        groups = groups_of(step)
-        ours.zero_grad()
-        theirs.zero_grad()
-        loss_of(scorer(groups[rank])).backward()
-        predictions = [full_graph(reference, poses, gradhooks.combinations.Boltzmann()) for poses in groups]
-        (sum(map(loss_of, predictions), torch.zeros(())) / RANKS).backward()
-        ours.step()
-        theirs.step()
-    weights = zip(model.parameters(), reference.parameters(), strict=True)
-    return max((one - other).abs().max().item() for one, other in weights)
+def courses(rank: int, world_size: int, name: str, mode: dict[str, Any], wrapped: bool) -> dict[str, Course]:
+    """By the full graph, in one process or wrapped; by each accumulator; by another one on each rank."""
+    scenario = SCENARIOS[name]
+    reference = course_of(scenario, None, [rank] if wrapped else list(range(world_size)), mode, wrapped=wrapped)
+    same = {name: name for name in ACCUMULATORS} if world_size == 2 else {}  # four processes take their time
+    accumulators = {**same, "mixed": ACCUMULATORS[rank % len(ACCUMULATORS)]}
+    found = {label: course_of(scenario, name, [rank], mode) for label, name in accumulators.items()}
+    return {"reference": reference, **found}
 
 
-def run_rank(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    try:
-        found = {
-            f"{mode} {accumulator}": train(rank, mode, accumulator)
-            for mode in MODES
-            for accumulator in ("store", "stream", "recompute")
-        }
-    finally:
-        dist.destroy_process_group()
-    torch.save(found, Path(folder) / f"{rank}.pt")
+def check(name: str, mode: dict[str, Any], world_size: int, *, wrapped: bool) -> None:
+    ranks = on_ranks(courses, world_size, name, mode, wrapped, world_size=world_size)
+    errors = {
+        (rank, accumulator): deviation(course, found["reference"])
+        for rank, found in enumerate(ranks)
+        for accumulator, course in found.items()
+    }
+    assert {place: error for place, error in errors.items() if not error <= EXACT} == {}
+    for accumulator, course in ranks[0].items():
+        for found in ranks[1:]:
+            assert_bit_equal(found[accumulator].weights, course.weights)
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+@pytest.mark.parametrize(("name", "mode", "world_size"), cases(SCENARIOS.keys() - NEEDS_WRAPPER))
+def test_every_mode_of_data_parallel_training(name: str, mode: dict[str, Any], world_size: int) -> None:
+    check(name, mode, world_size, wrapped=False)
 
 
-def test_every_mode_of_data_parallel_training(tmp_path: Path) -> None:
-    multiprocessing.spawn(run_rank, (free_port(), str(tmp_path)), nprocs=RANKS)
-    for rank in range(RANKS):
-        found: dict[str, float] = torch.load(tmp_path / f"{rank}.pt")
-        assert len(found) == 12
-        assert {name: error for name, error in found.items() if error > 1e-12} == {}
+@pytest.mark.parametrize(
+    ("name", "mode", "world_size"), cases(NEEDS_WRAPPER, **{"own buffers": {"broadcast_buffers": False}})
+)
+def test_buffers_go_the_way_of_the_wrapped_full_graph(name: str, mode: dict[str, Any], world_size: int) -> None:
+    check(name, mode, world_size, wrapped=True)
 
 
-def test_a_wrapper_inside_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.DataParallel(nn.Linear(4, 1)))
-    with pytest.raises(gradhooks.DistributedError, match=r"module '1' of the model is a DataParallel.*wrap the bare"):
-        gradhooks.MultiPose(model)([torch.zeros(4)])
+JOINING = SCENARIOS["one group"]
+GROUPS = [2, 4, 1, 3]  # of each rank, until it joins
+
+
+def weights_after_joining(
+    rank: int, world_size: int, mode: dict[str, Any], by_world_size: bool
+) -> dict[str, tuple[Weights, Weights]]:
+    """By each accumulator, and in one process."""
+    counts = GROUPS[:world_size]
+    theirs = without_those_who_joined(counts, by_world_size)
+    found = {}
+    for accumulator in ACCUMULATORS:
+        module = DistributedDataParallel(module_of(JOINING, accumulator), **mode)
+        with Join([module], divide_by_initial_world_size=by_world_size):
+            for step in range(counts[rank]):
+                step_with(module, step, {rank: 1.0})
+        found[accumulator] = weights_of(module.module), theirs
+    return found
+
+
+def without_those_who_joined(counts: list[int], by_world_size: bool) -> Weights:
+    """One process: at each step the groups of the ranks that still have some."""
+    module = module_of(JOINING, None)
+    for step in range(max(counts)):
+        there = [rank for rank, count in enumerate(counts) if step < count]
+        step_with(module, step, dict.fromkeys(there, 1 / (len(counts) if by_world_size else len(there))))
+    return weights_of(module)
+
+
+def step_with(module: nn.Module, step: int, shares: dict[int, float]) -> None:
+    for rank, share in shares.items():
+        (share * JOINING.loss_of(module, JOINING.groups(rank, step, 0))).backward()
+    torch.optim.SGD(module.parameters(), 0.1).step()
+    module.zero_grad()
+
+
+def weights_of(module: nn.Module) -> Weights:
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+@pytest.mark.parametrize("by_world_size", [True, False])
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("mode", FLAGS)
+def test_ranks_join_after_uneven_numbers_of_groups(mode: str, world_size: int, by_world_size: bool) -> None:
+    for found in on_ranks(weights_after_joining, world_size, FLAGS[mode], by_world_size, world_size=world_size):
+        for accumulator, (ours, theirs) in found.items():
+            assert max(distances(dict(ours), dict(theirs)).values()) <= EXACT, accumulator
