@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from data_parallel import SCENARIOS, WIDTH, Plain, module_of
+from data_parallel import SCENARIOS, WIDTH, Normalised, Plain, module_of
 from oracle import ACCUMULATORS
 from ranks import on_ranks
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradhooks
+from gradhooks.distributed.refusals import refuse_synchronised
 
 
 class Collectives(TorchDispatchMode):
@@ -91,16 +92,16 @@ def test_nothing_is_sent_without_sync(name: str) -> None:
         assert [step for steps in found.values() for step in steps if step != Sent(Counter(), 0)] == []
 
 
-def refused(rank: int, model: nn.Module) -> str:
-    del rank
+def refused(model: nn.Module) -> str:
     with pytest.raises(gradhooks.DistributedError) as caught:
         gradhooks.MultiPose(model)([torch.zeros(WIDTH)] * 2)
     return str(caught.value)
 
 
 def refused_wrappers(rank: int) -> list[str]:
+    del rank
     wrapper = DistributedDataParallel(Plain())
-    return [refused(rank, wrapper), refused(rank, nn.Sequential(wrapper))]
+    return [refused(wrapper), refused(nn.Sequential(wrapper))]
 
 
 def test_a_data_parallel_model_inside_is_refused_on_every_rank() -> None:
@@ -108,6 +109,23 @@ def test_a_data_parallel_model_inside_is_refused_on_every_rank() -> None:
         for message, where in zip(found, ["the model", "module '0' of the model"], strict=True):
             assert message.startswith(f"{where} is a DistributedDataParallel, which would synchronise gradients once")
             assert message.endswith("DistributedDataParallel(MultiPose(model))")
+
+
+def synchronised_norm() -> nn.Module:
+    return nn.SyncBatchNorm.convert_sync_batchnorm(Normalised())
+
+
+def refused_norm(rank: int) -> str:
+    gradhooks.MultiPose(synchronised_norm().eval())([torch.arange(4.0)] * 2)
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    refuse_synchronised(nn.SyncBatchNorm.convert_sync_batchnorm(Normalised(), alone))  # runs on GPUs only
+    return refused(synchronised_norm())
+
+
+def test_normalisation_over_ranks_is_refused_where_there_are_some() -> None:
+    gradhooks.MultiPose(synchronised_norm())([torch.arange(4.0)] * 2)
+    for message in on_ranks(refused_norm):
+        assert message.startswith("module 'norm' of the model is a SyncBatchNorm, through which gradients")
 
 
 def test_a_wrapper_inside_is_refused() -> None:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -18,16 +19,27 @@ def _wrappers() -> tuple[type[nn.Module], ...]:
     return (DataParallel, DistributedDataParallel, *sharded)
 
 
+def _in_company(process_group: "dist.ProcessGroup | None") -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1
+
+
 def refuse_synchronised(model: nn.Module) -> None:
-    """Refuse a model that is, or holds, a data-parallel wrapper.
+    """Refuse a model that is, or holds, a data-parallel wrapper, or normalises over the poses of several ranks.
 
     Raises:
-        DistributedError: Its gradients would be synchronised once for each pose, or not at all.
+        DistributedError: Its gradients would be synchronised once for each pose, or not at all, or would mix those of
+            ranks with other coefficients.
     """
     wrappers = _wrappers()
     for path, module in model.named_modules():
+        where = f"module {path!r} of the model" if path else "the model"
+        if isinstance(module, nn.SyncBatchNorm) and module.training and _in_company(module.process_group):
+            raise DistributedError(
+                f"{where} is a SyncBatchNorm, through which gradients of a pose reach other ranks, whose coefficients "
+                "are others, and which waits forever for ranks with fewer poses; use BatchNorm, or put the module in "
+                "evaluation mode: module.eval()"
+            )
         if isinstance(module, wrappers):
-            where = f"module {path!r} of the model" if path else "the model"
             raise DistributedError(
                 f"{where} is a {type(module).__name__}, which would synchronise gradients once for each pose; wrap the "
                 "bare model in MultiPose, and what synchronises around that: DistributedDataParallel(MultiPose(model))"
