@@ -55,11 +55,11 @@ def single(device: torch.device) -> Place:
 
 
 @pytest.fixture
-def _trainers_forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _trainers_forget() -> Iterator[None]:
     """Accelerate, and transformers by it, settles its precision once for a process, partly in environment variables."""
     before = dict(os.environ)
     yield
-    for name in os.environ.keys() - before:
-        monkeypatch.delenv(name)
+    os.environ.clear()
+    os.environ.update(before)
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)

@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 
 import pytest
+from trainers import OF_TRAINERS, missing
 
 from gradhooks import registry
 
@@ -15,7 +16,14 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BLOCKS = FENCE.findall(README)
 
 
-def test_python_blocks_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+pytestmark = OF_TRAINERS
+
+
+@pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
+def test_python_blocks_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for package in ("lightning", "transformers", "accelerate"):
+        pytest.importorskip(package, reason=missing(package))
+    monkeypatch.chdir(tmp_path)  # what trainers save
     guide = types.ModuleType("guide")  # what is pickled must be found in a module
     monkeypatch.setitem(sys.modules, "guide", guide)
     monkeypatch.setattr(registry.combinations, "_registered", {})  # what the guide registers goes with it
