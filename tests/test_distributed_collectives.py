@@ -154,3 +154,21 @@ def test_a_wrapped_prediction_knows_its_weights(mode: dict[str, Any]) -> None:
     for found in on_ranks(known_weights, mode):
         assert len(found) == 3
         assert all(torch.equal(weights, expected) for weights, expected in found)
+
+
+def replicated(module: nn.Module) -> nn.Module:
+    """As DataParallel does it, where there are GPUs."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        replica._modules[name] = replicated(child)
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(replica, name, parameter.clone())
+    return replica
+
+
+def test_a_data_parallel_wrapper_around_is_refused() -> None:
+    """A replica's weights are no parameters: only what the combination has to train would be."""
+    scorer = gradhooks.MultiPose(nn.Linear(4, 1), gradhooks.combinations.Boltzmann(learnable=True))
+    for module, poses in ((scorer, [torch.zeros(4)]), (nn.Sequential(scorer), torch.zeros(3, 4))):
+        with pytest.raises(gradhooks.DistributedError, match=r"inside torch\.nn\.DataParallel.*one process for each"):
+            replicated(module)(poses)

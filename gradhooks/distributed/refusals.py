@@ -24,12 +24,19 @@ def _in_company(process_group: "dist.ProcessGroup | None") -> bool:
 
 
 def refuse_synchronised(model: nn.Module) -> None:
-    """Refuse a model that is, or holds, a data-parallel wrapper, or normalises over the poses of several ranks.
+    """Refuse a model that is, or holds, a data-parallel wrapper, is inside one, or normalises over several ranks.
 
     Raises:
         DistributedError: Its gradients would be synchronised once for each pose, or not at all, or would mix those of
             ranks with other coefficients.
     """
+    if "_is_replica" in model.__dict__:  # it has no parameters, and would be taken for one that has none to train
+        raise DistributedError(
+            "this MultiPose is inside torch.nn.DataParallel, which deals out the poses of a group to its replicas; "
+            "start one process for each GPU and use DistributedDataParallel(MultiPose(model)). The Trainer of "
+            "transformers does so under torchrun or accelerate launch; under plain python it takes DataParallel where "
+            "it sees several GPUs (CUDA_VISIBLE_DEVICES=0 shows it one)"
+        )
     wrappers = _wrappers()
     for path, module in model.named_modules():
         where = f"module {path!r} of the model" if path else "the model"
