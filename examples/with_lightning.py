@@ -91,7 +91,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Groups of conformers in Lightning.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--molecules", type=int, default=96, help="how many; every fourth is held out")
+    parser.add_argument("--molecules", type=int, default=72, help="how many; every fourth is held out")
     parser.add_argument("--epochs", type=int, default=8, help="passes over the training molecules")
     parser.add_argument("--precision", default="32-true", help="of Lightning: 64-true, bf16-mixed, ...")
     parser.add_argument("--accelerator", default="cpu", help="of Lightning: cpu, gpu, auto, ...")

@@ -54,7 +54,7 @@ def train(
         model=BagClassifier(scorer),
         args=TrainingArguments(
             output_dir=folder,
-            learning_rate=LEARNING_RATE,
+            learning_rate=3 * LEARNING_RATE,  # of a step for four bags, and it goes down to 0
             weight_decay=WEIGHT_DECAY,
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
