@@ -121,6 +121,19 @@ class MultiPose(nn.Module):
                 raise
             return getattr(model, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # As it is read: a head that is exchanged is the model's, not one of the wrapper's that nobody would use.
+        if "report" in self.__dict__ and self._is_of_the_model(name):  # what is set last in `__init__`
+            setattr(self.model, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _is_of_the_model(self, name: str) -> bool:
+        if name in self.__dict__ or name in self._modules or hasattr(MultiPose, name):
+            return False
+        model = self.model
+        return any(name in there for there in (model.__dict__, model._modules, model._parameters, model._buffers))
+
     def _fqn_modifiers(self) -> dict[str, str]:
         # What torch's distributed checkpoints ask of a module whose state_dict hooks change keys.
         return checkpoints.hidden_parents(self, self.model)

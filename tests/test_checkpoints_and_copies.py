@@ -565,3 +565,25 @@ def test_unknown_options_are_an_error() -> None:
         gradhooks.multipose("min", chunks=3)(mlp(4, 1))
     with pytest.raises(gradhooks.PluginError, match="minn"):
         gradhooks.multipose("minn")(mlp(4, 1))
+
+
+class WithHead(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(3, 1)
+        self.scale = 1.0
+
+    def forward(self, pose: torch.Tensor) -> torch.Tensor:
+        prediction: torch.Tensor = self.head(pose) * self.scale
+        return prediction
+
+
+def test_what_is_set_on_the_wrapper_is_set_where_it_is_read() -> None:
+    scorer = gradhooks.MultiPose(WithHead())
+    scorer.head, scorer.scale = torch.nn.Linear(3, 2), 0.0
+    combined, _ = scorer([torch.ones(3)])
+    assert combined.tolist() == [0.0, 0.0]
+    assert scorer.model.scale == 0.0
+    assert set(scorer.state_dict()) == {"head.weight", "head.bias"}
+    scorer.tolerance, scorer.forward, scorer.remark = 0.5, scorer.forward, "mine"
+    assert {"tolerance", "forward", "remark"} & set(vars(scorer.model)) == set()
