@@ -18,7 +18,12 @@ BUCKET_BYTES = 32 * 2**20
 
 @dataclass
 class Notes:
-    """What each rank tells the others at the end of a common step: a few numbers, equally many from each."""
+    """What each rank tells the others at the end of a common step: a few numbers, equally many from each.
+
+    Attributes:
+        told: Those of this rank.
+        heard: Those of all, by rank; or one list, with the largest of each.
+    """
 
     told: Sequence[float] = ()
     heard: list[list[float]] = field(default_factory=list)
@@ -45,12 +50,13 @@ class Ranks:
         return 0 if self._group is None else dist.get_rank(self._group)
 
     @contextmanager
-    def together(self, doing: str, numbers: int) -> Iterator[Notes]:
+    def together(self, doing: str, numbers: int, *, largest: bool = False) -> Iterator[Notes]:
         """A step that either all ranks complete or none: whoever fails says so, where the others would wait for it.
 
         Args:
             doing: What, for the message.
-            numbers: How many numbers each rank tells in the block; at its end it has heard those of all, by rank.
+            numbers: How many numbers each rank tells in the block; at its end it has heard those of all.
+            largest: Whether only the largest of each is wanted: many numbers of many ranks would take their time.
 
         Raises:
             DistributedError: On every rank, if one raised; on that one from its own error.
@@ -66,27 +72,32 @@ class Ranks:
         except BaseException as caught:  # also an interrupt: the others must not wait for this rank
             fault = caught
         try:
-            heard = self._exchanged([float(fault is not None), *(notes.told if fault is None else [0.0] * numbers)])
-            failed = [rank for rank, (status, *_) in enumerate(heard) if status]
-            if failed:
-                self._stop(fault, failed, doing)
+            told = [float(fault is not None), *(notes.told if fault is None else [0.0] * numbers)]
+            heard = self._exchanged(told, largest)
+            if any(status for status, *_ in heard):
+                self._stop(fault, doing)
             notes.heard = [rest for _, *rest in heard]
         finally:
             del fault  # with its traceback it would hold this frame, and the graphs of a pose
 
-    def _stop(self, fault: BaseException | None, failed: Sequence[int], doing: str) -> None:
+    def _stop(self, fault: BaseException | None, doing: str) -> None:
         reasons: list[str | None] = [None] * dist.get_world_size(self._group)
         own = None if fault is None else f"{type(fault).__name__}: {fault}"
         dist.all_gather_object(reasons, own, group=self._group)
         if fault is not None and not isinstance(fault, Exception):
             raise fault
-        found = "; ".join(f"rank {rank} of {len(reasons)}: {reasons[rank]}" for rank in failed)
+        named = [f"rank {rank} of {len(reasons)}: {reason}" for rank, reason in enumerate(reasons) if reason]
         raise DistributedError(
-            f"every rank has stopped, with its model as before, since one failed in {doing}. {found}"
+            f"every rank has stopped, with its model as before, since one failed in {doing}. {'; '.join(named)}"
         ) from fault
 
-    def _exchanged(self, numbers: Sequence[float]) -> list[list[float]]:
-        return self._of_all(torch.tensor(numbers, dtype=torch.float64)).tolist()
+    def _exchanged(self, numbers: Sequence[float], largest: bool) -> list[list[float]]:
+        own = torch.tensor(numbers, dtype=torch.float64)
+        if not largest:
+            return self._of_all(own).tolist()
+        travelling = own.to(self._meeting_place(own.device))
+        dist.all_reduce(travelling, dist.ReduceOp.MAX, group=self._group)
+        return [travelling.tolist()]
 
     def _of_all(self, own: Tensor) -> Tensor:
         """`own`, of one shape on all ranks, stacked by rank on its device."""

@@ -126,8 +126,8 @@ def _along(axes: Sequence[Ranks], doing: str, numbers: int) -> Iterator[Notes]:
         yield notes
         notes.heard = [list(notes.told)]
         return
-    with axes[0].together(doing, numbers) as outer:
+    with axes[0].together(doing, numbers, largest=True) as outer:
         with _along(axes[1:], doing, numbers) as inner:
             yield inner
         outer.told = inner.heard[0]
-    inner.heard = [[max(column) for column in zip(*outer.heard, strict=True)]]
+    inner.heard = outer.heard

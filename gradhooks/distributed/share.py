@@ -102,13 +102,13 @@ class Share:
         """
         if self.ranks.alone:
             return of_own()
-        with self.ranks.together("its backward", 2 + len(leaves)) as notes:
+        with self.ranks.together("its backward", 3 + len(leaves), largest=True) as notes:
             gradients = of_own()
-            seen = coefficients.detach().double()
-            fingerprint = torch.stack([seen.sum(), seen.abs().sum()]).tolist()
-            notes.told = [*fingerprint, *map(_kind, gradients)]
-        _refuse_different_losses([told[:2] for told in notes.heard])
-        kinds = [max(kinds) for kinds in zip(*(told[2:] for told in notes.heard), strict=True)]
+            total, size = _fingerprint(coefficients)
+            notes.told = [total, -total, size, *map(_kind, gradients)]
+        highest, lowest, largest, *kinds = notes.heard[0]
+        if highest + lowest > _SAME_LOSS * largest:
+            self._refuse_different_losses(total)
         if _SPARSE in kinds:
             raise DistributedError(
                 "a gradient is sparse, and sparse gradients are not summed over ranks; use sparse=False in the "
@@ -116,14 +116,33 @@ class Share:
             )
         reached = [place for place, kind in enumerate(kinds) if kind]
         travelling = (_handed_over(gradients, place, leaves[place]) for place in reached)
-        for place, total in zip(reached, self.ranks.summed(travelling), strict=True):
-            gradients[place] = total
+        for place, gradient in zip(reached, self.ranks.summed(travelling), strict=True):
+            gradients[place] = gradient
         return gradients
+
+    def _refuse_different_losses(self, total: float) -> None:
+        with self.ranks.together("its backward", 1) as notes:
+            notes.told = [total]
+        first = notes.heard[0][0]
+        rank, other = max(enumerate(told for (told,) in notes.heard), key=lambda found: abs(found[1] - first))
+        raise DistributedError(
+            f"rank {rank} has computed another loss than rank 0 of the group that they share: a weighted sum of its "
+            f"coefficients is {other:.6g}, that of rank 0 {first:.6g}. All ranks of a process_group must get the same "
+            "target and the same combination weights, and draw the same random numbers after the poses"
+        )
 
 
 def _handed_over(gradients: list[Tensor | None], place: int, leaf: Tensor) -> Tensor:
     gradient, gradients[place] = gradients[place], None  # to be freed with its bucket
     return torch.zeros_like(leaf, dtype=wide(leaf.dtype)) if gradient is None else gradient
+
+
+def _fingerprint(coefficients: Tensor) -> list[float]:
+    """A weighted sum, which tells two poses apart, and how large its terms are."""
+    rows = coefficients.detach().double().nan_to_num(0, 0, 0).reshape(len(coefficients), -1)
+    terms = rows * torch.linspace(1, 2, len(rows), dtype=rows.dtype, device=rows.device).unsqueeze(1)
+    sums: list[float] = torch.stack([terms.sum(), terms.abs().sum()]).tolist()
+    return sums
 
 
 def _described(told: Sequence[float]) -> str:
@@ -133,14 +152,3 @@ def _described(told: Sequence[float]) -> str:
 
 def _kind(gradient: Tensor | None) -> int:
     return _NONE if gradient is None else _SPARSE if gradient.is_sparse else _DENSE
-
-
-def _refuse_different_losses(fingerprints: Sequence[Sequence[float]]) -> None:
-    total, size = fingerprints[0]
-    for rank, (other, other_size) in enumerate(fingerprints):
-        if max(abs(other - total), abs(other_size - size)) > _SAME_LOSS * max(size, other_size):
-            raise DistributedError(
-                f"rank {rank} has computed another loss than rank 0 of the group that they share: its coefficients sum "
-                f"to {other:.6g}, those of rank 0 to {total:.6g}. All ranks of a process_group must get the same "
-                "target and the same combination weights, and draw the same random numbers after the poses"
-            )
