@@ -20,7 +20,7 @@ from gradhooks.errors import PosesError
 from gradhooks.modes import Modes, in_modes
 from gradhooks.poses import Call, Nonfinite, Poses, prediction_rows
 from gradhooks.progress import Progress
-from gradhooks.reach import reached_inside, reached_leaves
+from gradhooks.reach import nodes_of, other_leaves, reached_inside, reached_leaves
 from gradhooks.replay import Replay, Snapshot
 from gradhooks.report import GroupReport
 from gradhooks.shadow import ShadowParameters
@@ -63,6 +63,8 @@ class Group:
         makes_leaves: Whether the model makes leaves of its own, or of its inputs, to differentiate by.
         needs_grad_mode: Whether the model cannot run without grad mode.
         tried_graphless: Whether that was tried.
+        looked_inside: Whether anybody looked for leaves inside reentrant checkpoints, which costs a forward.
+        ends: Where the graph ends for the leaves.
         steady: Whether no pose drew random numbers or wrote a buffer, so that they may be run again in any order.
         declarations: What the combination declared for so many of the first poses.
         finished: Called with the group, its predictions and its coefficients after each outer backward.
@@ -85,6 +87,8 @@ class Group:
     makes_leaves: bool = False
     needs_grad_mode: bool = False
     tried_graphless: bool = False
+    looked_inside: bool = False
+    ends: set[Any] = field(default_factory=set)
     steady: bool = False
     declarations: dict[int, Any] = field(default_factory=dict)
     finished: list[Callable[..., None]] = field(default_factory=list)
@@ -150,6 +154,14 @@ class Group:
                 leaves += [leaf for checkpoint in checkpoints for leaf in reached_inside(checkpoint)]
         return leaves
 
+    def strangers(self, predictions: Tensor, *, inside_checkpoints: bool) -> list[Tensor]:
+        """The leaves that some predictions depend on and nothing stands in for."""
+        if inside_checkpoints:
+            reached = self.reached(predictions, inside_checkpoints=True)
+            return [leaf for leaf in reached if not self.shadows.owns(leaf)]
+        self.ends = self.ends or nodes_of(self.shadows.leaves)
+        return other_leaves(predictions, self.ends)
+
     def known_storages(self) -> set[int]:
         """Addresses of what is there anyway."""
         return storages_of(self.model, self.shadows.leaves)
@@ -171,7 +183,8 @@ class Group:
 
     def backward(self, predictions: Tensor, cotangents: Tensor, *, retain_graph: bool = False) -> None:
         """Send `cotangents`, of the shape of `predictions`, down to the leaves."""
-        cotangents = cotangents.to(predictions, non_blocking=True)
+        if cotangents.dtype != predictions.dtype or cotangents.device != predictions.device:
+            cotangents = cotangents.to(predictions, non_blocking=True)
         self.shadows.receives = True
         try:
             with self.replay.no_autocast():

@@ -19,7 +19,9 @@ def run_guarded(group: Group, chunk: Chunk) -> Tensor:
     if group.sharding:  # every backward ends in the real leaves, whatever they are
         return group.run(chunk.start, chunk.stop)
     predictions = _run(group, chunk)
-    strangers = _strangers(group, chunk, predictions)
+    # A look into reentrant checkpoints costs a forward: once a group.
+    inside, group.looked_inside = not group.looked_inside, True
+    strangers = group.strangers(predictions, inside_checkpoints=inside)
     _refuse([leaf for leaf in strangers if isinstance(leaf, nn.Parameter)], group, chunk)
     if strangers and not group.makes_leaves:
         del predictions
@@ -27,7 +29,8 @@ def run_guarded(group: Group, chunk: Chunk) -> Tensor:
         group.replay.restore(chunk.before)
         predictions = _run(group, chunk)
         known = {id(leaf) for leaf in strangers}
-        _refuse([leaf for leaf in _strangers(group, chunk, predictions) if id(leaf) in known], group, chunk)
+        again = group.strangers(predictions, inside_checkpoints=inside)
+        _refuse([leaf for leaf in again if id(leaf) in known], group, chunk)
     return predictions
 
 
@@ -41,12 +44,6 @@ def _run(group: Group, chunk: Chunk) -> Tensor:
             "prediction needs"
         )
     return predictions
-
-
-def _strangers(group: Group, chunk: Chunk, predictions: Tensor) -> list[Tensor]:
-    # A look into reentrant checkpoints costs a forward: once a group.
-    reached = group.reached(predictions, inside_checkpoints=chunk.start == 0)
-    return [leaf for leaf in reached if not group.shadows.owns(leaf)]
 
 
 def _refuse(leaves: list[Tensor], group: Group, chunk: Chunk) -> None:

@@ -9,6 +9,7 @@ Rules:
        find it as they left it.
 """
 
+import operator
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -53,15 +54,14 @@ class Replay:
 
     def take(self, *, statistics: bool = False) -> Snapshot:
         """The state now, as far as a later forward may depend on it; with `statistics`, all of it."""
-        random = tuple(
-            known if source.is_at(known) else source.get()
-            for source, known in zip(self._sources, self._latest.random, strict=True)
-        )
-        buffers = tuple(
-            _copy(module, name, latest, statistics)
-            for (module, name), latest in zip(self._slots, self._latest.buffers, strict=True)
-        )
-        self._latest = Snapshot(_shared(random, self._latest.random), _shared(buffers, self._latest.buffers))
+        latest = self._latest
+        random = _newer([source.newest(known) for source, known in zip(self._sources, latest.random)], latest.random)  # noqa: B905 - at every pose
+        buffers = latest.buffers
+        if self._slots:
+            copies = [_copy(*slot, known, statistics) for slot, known in zip(self._slots, buffers)]  # noqa: B905
+            buffers = _newer(copies, buffers)
+        if random is not latest.random or buffers is not latest.buffers:
+            self._latest = Snapshot(random, buffers)
         return self._latest
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -75,7 +75,9 @@ class Replay:
 
     def is_at(self, snapshot: Snapshot) -> bool:
         """Whether nothing changed since a snapshot that was taken with statistics; False also where nobody can tell."""
-        return all(source.is_at(state) for source, state in zip(self._sources, snapshot.random, strict=True)) and all(
+        if any(source.newest(state) is not state for source, state in zip(self._sources, snapshot.random, strict=True)):
+            return False
+        return all(
             module._buffers[name] is None if copy is None else _is_at(module, name, copy)
             for (module, name), copy in zip(self._slots, snapshot.buffers, strict=True)
         )
@@ -115,8 +117,8 @@ class Replay:
         return [dtype for _, enabled, dtype, _ in self._autocasts if enabled]
 
 
-def _shared(new: tuple[Any, ...], known: tuple[Any, ...]) -> tuple[Any, ...]:
-    return known if all(one is other for one, other in zip(new, known, strict=True)) else new
+def _newer(new: list[Any], known: tuple[Any, ...]) -> tuple[Any, ...]:
+    return known if all(map(operator.is_, new, known)) else tuple(new)
 
 
 def _copy(module: nn.Module, name: str, latest: BufferCopy | None, statistics: bool) -> BufferCopy | None:

@@ -145,7 +145,8 @@ def _run(
         for again in jobs:
             live = again.live
             if live is None:
-                group.replay.restore(again.chunk.before)
+                if not (group.steady and second):  # else everything stands where it stood
+                    group.replay.restore(again.chunk.before)
                 live = run_guarded(again.group, again.chunk)
                 second.append(live.detach())
                 recomputed += again.weighing

@@ -97,7 +97,8 @@ class StreamLedger(Ledger):
         if len(weights) == 1:
             # One backward serves all sums: it carries the weight, and the features are numbers.
             (row,) = weights
-            self._sums.expect([weight / row[0] for weight in row])
+            if len(row) > 1:
+                self._sums.expect([weight / row[0] for weight in row])
             self._group.backward(predictions, torch.full_like(predictions, row[0] * self._guard))
             return
         columns = list(zip(*weights, strict=True))
