@@ -26,8 +26,9 @@ def run_guarded(group: Group, chunk: Chunk) -> Tensor:
     if strangers and not group.makes_leaves:
         del predictions
         group.makes_leaves = True
-        group.replay.restore(chunk.before)
-        predictions = _run(group, chunk)
+        with group.replay.undone():  # running statistics, which `chunk.before` may not know, have had this chunk
+            group.replay.restore(chunk.before)
+            predictions = _run(group, chunk)
         known = {id(leaf) for leaf in strangers}
         again = group.strangers(predictions, inside_checkpoints=inside)
         _refuse([leaf for leaf in again if id(leaf) in known], group, chunk)

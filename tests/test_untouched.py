@@ -325,3 +325,31 @@ def _backward_outside(specimen: Specimen, accumulator: str | None, place: Place)
     if accumulator is None:
         return train_by_full_graph(specimen, COMBINATIONS["boltzmann"], loss, 4)
     return train_by_group(specimen, COMBINATIONS["boltzmann"], loss, 4, accumulator)
+
+
+class DerivativesLater(nn.Module):
+    """Differentiates by a leaf of its own, but not for the first poses, and keeps running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.net = nn.BatchNorm1d(4), nn.Linear(4, 1)
+
+    def forward(self, features: Tensor, forces: bool) -> Tensor:
+        energy = self.net(self.norm(features)).mean(0)
+        if not forces:
+            return energy
+        leaf = features.detach().requires_grad_()
+        (force,) = torch.autograd.grad(self.net(leaf).square().sum(), leaf, create_graph=True)
+        return energy + force.sum() + 0 * leaf.sum()
+
+
+@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+def test_a_leaf_that_comes_late_leaves_statistics_as_they_were(accumulator: str, double: Place) -> None:
+    model = DerivativesLater().to(double.device, double.dtype)
+    plain, poses = copy.deepcopy(model), [(double.randn(5, 4), place > 1) for place in range(4)]
+    torch.stack([plain(*pose) for pose in poses]).mean().backward()
+    gradhooks.MultiPose(model, "mean", accumulator=accumulator)(poses).combined.sum().backward()
+    wanted, found = dict(plain.named_parameters()), dict(model.named_parameters())
+    assert_same_gradients(gradients_of(found), gradients_of(wanted))
+    assert all(torch.equal(buffer, dict(plain.named_buffers())[name]) for name, buffer in model.named_buffers())
+    assert model.norm.num_batches_tracked == len(poses)
