@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradhooks
+from gradhooks.accumulators import Auto, Recompute, Store, Stream
 from gradhooks.combinations import Boltzmann, Min
 from gradhooks.testing import full_graph
 
+ACCUMULATORS = {"store": Store, "stream": Stream, "recompute": Recompute, "auto": Auto}
 STEPS = 3
 WIDTH = 4
 
@@ -203,7 +205,7 @@ def module_of(scenario: Scenario, accumulator: str | None) -> nn.Module:
     model, combination = scenario.model(), scenario.combination()
     scorer: nn.Module = FullGraph(model, combination)
     if accumulator is not None:
-        scorer = gradhooks.MultiPose(model, combination, accumulator=accumulator, **scenario.options)
+        scorer = gradhooks.MultiPose(model, combination, accumulator=ACCUMULATORS[accumulator](), **scenario.options)
     return scenario.around(scorer).double()
 
 

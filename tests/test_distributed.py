@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from data_parallel import SCENARIOS, Course, Weights, course_of, deviation, module_of
-from oracle import ACCUMULATORS, assert_bit_equal, distances
+from data_parallel import ACCUMULATORS, SCENARIOS, Course, Weights, course_of, deviation, module_of
+from oracle import assert_bit_equal, distances
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.algorithms.join import Join
@@ -47,7 +47,7 @@ def courses(rank: int, world_size: int, name: str, mode: dict[str, Any], wrapped
     scenario = SCENARIOS[name]
     reference = course_of(scenario, None, [rank] if wrapped else list(range(world_size)), mode, wrapped=wrapped)
     same = {name: name for name in ACCUMULATORS} if world_size == 2 else {}  # four processes take their time
-    accumulators = {**same, "mixed": ACCUMULATORS[rank % len(ACCUMULATORS)]}
+    accumulators = {**same, "mixed": list(ACCUMULATORS)[rank % len(ACCUMULATORS)]}
     found = {label: course_of(scenario, name, [rank], mode) for label, name in accumulators.items()}
     return {"reference": reference, **found}
 

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from data_parallel import SCENARIOS, WIDTH, Normalised, Plain, module_of
-from oracle import ACCUMULATORS
+from data_parallel import ACCUMULATORS, SCENARIOS, WIDTH, Normalised, Plain, module_of
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
