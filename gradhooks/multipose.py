@@ -1,7 +1,7 @@
 """MultiPose: the only place that sequences the steps."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,10 @@ from gradhooks.replay import Replay
 from gradhooks.report import GroupReport
 from gradhooks.shadow import ShadowParameters
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 class MultiPose(nn.Module):
     """A model that takes groups: runs each pose through `model`, one at a time, and combines the predictions.
@@ -61,9 +65,9 @@ class MultiPose(nn.Module):
             or leave the pose out of the combination.
         replay_generators: Random sources that the model draws from beside PyTorch's default generators (a
             `torch.Generator`, one of numpy's, the modules `random` and `numpy.random`): a second run then draws alike.
-        process_group: Ranks that share every group. Each passes its own poses, any number, also none, and all get the
-            predictions of all, in the order of the ranks. Combination and loss are to be computed alike on all of them;
-            `.grad` is then on each what one process with all poses would have.
+        process_group: Ranks that share every group, or a `DeviceMesh` of one axis. Each passes its own poses, any
+            number, also none, and all get the predictions of all, in the order of the ranks. Combination and loss are
+            to be computed alike on all of them; `.grad` is then on each what one process with all poses would have.
         progress: True for a bar where tqdm is installed, or a function of `(done, total)`, called after each chunk.
 
     Attributes:
@@ -86,7 +90,7 @@ class MultiPose(nn.Module):
         tolerance: float | None = None,
         nonfinite: Nonfinite = "propagate",
         replay_generators: Iterable[object] = (),
-        process_group: "torch.distributed.ProcessGroup | None" = None,
+        process_group: "ProcessGroup | DeviceMesh | None" = None,
         progress: Progress = False,
     ) -> None:
         super().__init__()

@@ -154,7 +154,7 @@ def inside_data_parallel(_: int, accumulator: str) -> float:
     torch.manual_seed(0)
     model = Model().double()
     reference = copy.deepcopy(model)
-    scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator, process_group=mesh.get_group("poses"))
+    scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator, process_group=mesh["poses"])
     wrapped = DistributedDataParallel(scorer, find_unused_parameters=True)
     ours, theirs = torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD(reference.parameters(), 0.1)
     worst = 0.0

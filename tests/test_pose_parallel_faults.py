@@ -160,6 +160,11 @@ def combined_gradients(rank: int) -> None:
     new_scorer(Clipped(), accumulator="store")(poses_of_rank(rank))
 
 
+def not_a_member(rank: int) -> None:
+    groups = [dist.new_group([0]), dist.new_group([1])]
+    gradhooks.MultiPose(Fragile(), process_group=groups[1 - rank])
+
+
 def pickled(_: int) -> None:
     pickle.dumps(new_scorer())
 
@@ -174,6 +179,7 @@ REFUSALS: dict[Callable[..., None], tuple[str, str]] = {
     nothing_to_train: ("PredictionError", "no prediction of the 7 poses requires grad"),
     sparse_gradients: ("DistributedError", "sparse=False"),
     combined_gradients: ("DistributedError", "CombinationError.*without process_group"),
+    not_a_member: ("DistributedError", "not in the process_group"),
     pickled: ("TypeError", r"state_dict\(\)"),
 }
 

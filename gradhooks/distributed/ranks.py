@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gradhooks.errors import DistributedError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Gradients travel in pieces of this size, so that no second copy of all of them is ever needed.
 BUCKET_BYTES = 32 * 2**20
@@ -33,11 +37,20 @@ class Ranks:
     """The ranks of a process group, or this process alone, which then talks to nobody.
 
     Args:
-        process_group: The group, or None.
+        process_group: The group, a `DeviceMesh` of one axis, or None.
+
+    Raises:
+        DistributedError: This process is not in the group.
     """
 
-    def __init__(self, process_group: "dist.ProcessGroup | None") -> None:
-        self._group = process_group
+    def __init__(self, process_group: "dist.ProcessGroup | DeviceMesh | None") -> None:
+        mesh: Any = process_group if hasattr(process_group, "get_group") else None
+        self._group: Any = process_group if mesh is None else mesh.get_group()
+        if self._group is not None and dist.get_rank(self._group) < 0:
+            raise DistributedError(
+                "this process is not in the process_group that shall share the poses; give each process the group that "
+                "it is in, as mesh['poses'] does"
+            )
 
     @property
     def alone(self) -> bool:
