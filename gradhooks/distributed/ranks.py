@@ -44,8 +44,8 @@ class Ranks:
     """
 
     def __init__(self, process_group: "dist.ProcessGroup | DeviceMesh | None") -> None:
-        mesh: Any = process_group if hasattr(process_group, "get_group") else None
-        self._group: Any = process_group if mesh is None else mesh.get_group()
+        given: Any = process_group
+        self._group: dist.ProcessGroup | None = given.get_group() if hasattr(given, "get_group") else given
         if self._group is not None and dist.get_rank(self._group) < 0:
             raise DistributedError(
                 "this process is not in the process_group that shall share the poses; give each process the group that "
