@@ -434,3 +434,14 @@ def test_arguments_of_combinations(number: float) -> None:
         gradhooks.combinations.Min(scale=number)
     with pytest.raises(CombinationError, match="Boltzmann: temperature must be positive"):
         gradhooks.combinations.Boltzmann(temperature=number)
+
+
+class Clipped(gradhooks.GradientCombination):
+    def forward(self, predictions: Tensor) -> Tensor:
+        return predictions.mean(0)
+
+
+def test_gradients_of_poses_that_predict_several_numbers() -> None:
+    model = mlp(4, 6, 3)
+    with untouched(model), pytest.raises(CombinationError, match=r"predicts \(3,\).*let call= choose"):
+        MultiPose(model, Clipped())([torch.zeros(4)])
