@@ -41,14 +41,14 @@ class Bench:
     Args:
         name: The model.
         poses: N of the full graph.
-        many: N of a long group.
+        many: N of a long group, which is the N poses over and over; so many as a quarter are there without repetition.
         repeats: Rounds that count.
         device: Where.
     """
 
     def __init__(self, name: str, poses: int, many: int, repeats: int, device: torch.device | str) -> None:
         self.poses, self.many, self.repeats, self.device = poses, many, repeats, torch.device(device)
-        self.model, self.group, self.spread = reference(name, max(poses, many), device)
+        self.model, self.group, self.spread = reference(name, max(poses, many // 4), device)
 
     def together(self, combination: Combination, *ways: str | Accumulator) -> dict[str, Found]:
         """What several ways need for one combination, by their names."""
@@ -60,7 +60,7 @@ class Bench:
         reports: dict[str, Callable[[], Any]] = {}
         for name, trial in trials.items():
             accumulators: Sequence[Any] = () if trial.way in PLAIN else (trial.way,)
-            ways = all_ways(self.model, self.group[: trial.poses], trial.combination, accumulators)
+            ways = all_ways(self.model, self._group(trial.poses), trial.combination, accumulators)
             way = ways[-1] if accumulators else ways[PLAIN.index(str(trial.way))]
             steps[name], reports[name] = partial(self._step, way.forward), way.report
         with undisturbed(self.model):
@@ -99,10 +99,17 @@ class Bench:
     def gradient_bytes(self) -> int:
         return sum(leaf.nbytes for leaf in self.model.parameters() if leaf.requires_grad)
 
-    def step_peak(self) -> int:
-        """The peak of a plain step whose gradients join those of the step before, those included."""
+    def step_peak(self, poses: int) -> int:
+        """The peak of a plain step of the largest pose, gradients included, which join those of the step before."""
         with undisturbed(self.model):
-            self.model.zero_grad()
-            call_model(self.model, self.group[0]).sum().backward()
-            later = peak_of(lambda: call_model(self.model, self.group[1]).sum().backward(), self.device)
-        return self.gradient_bytes() + later
+            self._plain_steps()
+            later = [
+                peak_of(lambda pose=pose: call_model(self.model, pose).sum().backward(), self.device)  # type: ignore[misc]
+                for pose in self._group(poses)
+            ]
+        return self.gradient_bytes() + max(later)
+
+    def _group(self, poses: int) -> list[Any]:
+        if poses <= len(self.group):
+            return self.group[:poses]
+        return [self.group[place % self.poses] for place in range(poses)]

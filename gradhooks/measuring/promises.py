@@ -64,7 +64,7 @@ Measured = Iterator[tuple[str, float, float]]
 
 
 def _nothing_to_skip(bench: Bench) -> Measured:
-    step = bench.step_peak()
+    step = bench.step_peak(bench.poses)
     retaining = Recompute(retain="64GiB")
     for title, combination in (("mean", Mean()), ("min, scale 1", Min(1 / bench.spread))):
         ways = ("full graph", "checkpoint per pose", "stream", "recompute", retaining, "auto")
@@ -83,14 +83,14 @@ def _nothing_to_skip(bench: Bench) -> Measured:
 
 def _two_sums(bench: Bench) -> Measured:
     found = bench.together(Boltzmann(bench.spread), "full graph", "stream", "recompute", "auto")
-    stream, room = found["stream"], 1.02 * bench.step_peak() + bench.gradient_bytes()
+    stream, room = found["stream"], 1.02 * bench.step_peak(bench.poses) + bench.gradient_bytes()
     yield "boltzmann: stream / full graph, time", ratio(stream.seconds, found["full graph"].seconds), 1.08
     yield "boltzmann: stream / (1.02 plain step + one gradient), peak", stream.peak / room, 1.0
     yield _auto("boltzmann", found)
 
 
 def _sharp(bench: Bench) -> Measured:
-    step, more = bench.step_peak(), max(1, bench.many // 4)
+    more = max(1, bench.many // 4)
     sharp, level = Min(1000 / bench.spread), Min(1 / bench.spread)
     for poses in (bench.poses, more):
         trials = {name: Trial(name, sharp, poses) for name in ("stream", "recompute", "auto")}
@@ -100,7 +100,7 @@ def _sharp(bench: Bench) -> Measured:
         at_scale_one = ratio(found["auto"].seconds, found["level"].seconds) * per_pose
         yield f"{title}: auto / full graph at scale 1, time of a pose", at_scale_one, 0.40
         yield f"{title}: auto / floor, time", _to_floor(found, poses, bench.poses), 1.15
-        yield f"{title}: auto / a plain step, peak", found["auto"].peak / step, 1.02
+        yield f"{title}: auto / a plain step, peak", found["auto"].peak / bench.step_peak(poses), 1.02
         yield _auto(title, found)
 
 
