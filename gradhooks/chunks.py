@@ -28,18 +28,20 @@ SHARE = 0.5
 
 
 @dataclass
-class Fitting:
+class Experience:
     """What was found, from group to group.
 
     Attributes:
         size: As many poses may go through at once; None before the first group.
         proven: As many went forward and backward.
         mixes: Whether predictions depend on what else is in their chunk.
+        idle: Names of parameters that no pose of a group reached, though all were looked at.
     """
 
     size: int | None = None
     proven: int = 0
     mixes: bool = False
+    idle: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -49,12 +51,12 @@ class ChunkSizes:
     Attributes:
         with_graph: Poses in a chunk with a graph.
         graphless: Poses in a chunk without.
-        fitting: Where "auto" looks up what fits, and notes what does not.
+        experience: Where "auto" looks up what fits, and notes what does not.
     """
 
     with_graph: ChunkSize = 1
     graphless: ChunkSize = 1
-    fitting: Fitting = field(default_factory=Fitting)
+    experience: Experience = field(default_factory=Experience)
     _asked: int = 0
 
     @property
@@ -65,7 +67,7 @@ class ChunkSizes:
     @property
     def unknown(self) -> bool:
         """Whether the first poses must be measured."""
-        return self.automatic and self.fitting.size is None
+        return self.automatic and self.experience.size is None
 
     def measure(self, run: Callable[[int], Tensor], count: int, known: Container[int]) -> None:
         """Rule 1: learn what a pose needs. Its state is the caller's to put back.
@@ -82,11 +84,11 @@ class ChunkSizes:
         except (RuntimeError, MemoryError) as fault:
             if not ran_out_of_memory(fault):
                 raise
-            self.fitting.size = 1
+            self.experience.size = 1
             return
         needed = sum(saved.values()) + predictions.nbytes
-        self.fitting.size = max(1, int(SHARE * free_bytes(predictions.device) * few / needed))
-        logger.debug("{} poses need {} bytes: up to {} at once", few, needed, self.fitting.size)
+        self.experience.size = max(1, int(SHARE * free_bytes(predictions.device) * few / needed))
+        logger.debug("{} poses need {} bytes: up to {} at once", few, needed, self.experience.size)
 
     def next(self, remaining: int, *, with_graph: bool) -> int:
         """How many of the `remaining` poses go through next."""
@@ -94,16 +96,16 @@ class ChunkSizes:
         if size != "auto":
             self._asked = 0
             return min(size, remaining)
-        self._asked = min(self.fitting.size or 1, remaining)
+        self._asked = min(self.experience.size or 1, remaining)
         return self._asked
 
     def is_new(self, count: int) -> bool:
         """Rule 3: whether nobody knows yet that `count` poses can go through forward and backward."""
-        return self.with_graph == "auto" and count > self.fitting.proven
+        return self.with_graph == "auto" and count > self.experience.proven
 
     def proved(self, count: int) -> None:
         """`count` poses went forward and backward."""
-        self.fitting.proven = max(self.fitting.proven, count)
+        self.experience.proven = max(self.experience.proven, count)
 
     def until_they_fit(self, attempt: Callable[[], Result], *, in_any_chunks: bool = True) -> Result:
         """The result of `attempt`, which asks for sizes, leaves no trace where it fails, and may be called again.
@@ -129,9 +131,9 @@ class ChunkSizes:
         """What was asked for last did not fit; returns whether fewer can be tried."""
         if self._asked <= 1:
             return False
-        self.fitting.size = (self._asked + 1) // 2
-        self.fitting.proven = min(self.fitting.proven, self.fitting.size)
-        logger.debug("out of memory with {} poses at once: on with {}", self._asked, self.fitting.size)
+        self.experience.size = (self._asked + 1) // 2
+        self.experience.proven = min(self.experience.proven, self.experience.size)
+        logger.debug("out of memory with {} poses at once: on with {}", self._asked, self.experience.size)
         return True
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gradhooks import checkpoints, registry
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.bridge import tied_to_leaves
-from gradhooks.chunks import ChunkSize, ChunkSizes, Fitting
+from gradhooks.chunks import ChunkSize, ChunkSizes, Experience
 from gradhooks.combination import BoundCombination
 from gradhooks.distributed.ranks import Ranks
 from gradhooks.distributed.refusals import refuse_sharded, refuse_synchronised, refuse_to_share
@@ -102,7 +102,7 @@ class MultiPose(nn.Module):
         self.call = call_model if call is None else call
         self.chunk_size = _at_least_one("chunk_size", chunk_size)
         self.forward_chunk_size = _at_least_one("forward_chunk_size", forward_chunk_size or chunk_size)
-        self._fitting = Fitting()
+        self._experience = Experience()
         self.collate = collate
         if tolerance is not None and not 0 <= tolerance < 1:
             raise ValueError(f"tolerance must be in [0, 1), relative to the largest coefficient, got {tolerance}")
@@ -194,7 +194,7 @@ class MultiPose(nn.Module):
             progress=self.progress,
             report=self.report,
             modes=modes_of(self.model),
-            sizes=ChunkSizes(self.chunk_size, self.forward_chunk_size, self._fitting),
+            sizes=ChunkSizes(self.chunk_size, self.forward_chunk_size, self._experience),
             makes_leaves=bool(sharding),  # or it may mark the user's own inputs
         )
         if not (torch.is_grad_enabled() and shadows.real):

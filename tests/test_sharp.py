@@ -228,3 +228,23 @@ def test_a_parameter_of_poses_that_do_not_matter_gets_zeros(
     usual = gradients["model usual.weight"]
     assert usual is not None
     assert usual.any()
+
+
+def test_an_unused_parameter_is_looked_for_once(double: Place) -> None:
+    """To look costs a forward of each pose that was skipped."""
+    specimen = branched_by_negligible_poses(double, special=(), offset=9.0)
+    specimen.model.to(double.device, double.dtype)
+    calls = 0
+
+    def counted(model: nn.Module, pose: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return gradhooks.poses.call_model(model, pose)
+
+    scorer = gradhooks.MultiPose(specimen.model, "min", accumulator="recompute", call=counted)
+    counts = []
+    for _ in range(3):
+        calls = 0
+        of_combined(scorer(specimen.make_poses(8))).backward()
+        counts.append(calls - scorer.report.recomputed)
+    assert counts == [8 + 8 - scorer.report.recomputed, 8, 8]

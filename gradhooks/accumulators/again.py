@@ -101,12 +101,12 @@ def replayed_gradients(
         whole = [
             Again(group, chunk, rows := slice(*chunk[:2]), sum(wanted[rows]), live.get(chunk.start)) for chunk in chosen
         ]
-        if group.steady and not group.sizes.fitting.mixes and not all(_fits(again, size) for again in whole):
+        if group.steady and not group.sizes.experience.mixes and not all(_fits(again, size) for again in whole):
             try:
                 return _run(_packed(whole, wanted, size), predictions, weighted, retain_graph, packed=True)
             except ReplayError:
                 # Predictions depend on what else is in their chunk: run the very chunks of the first time.
-                group.sizes.fitting.mixes = True
+                group.sizes.experience.mixes = True
                 whole = [again._replace(live=None) for again in whole]
         return _run(whole, predictions, weighted, retain_graph)
 
@@ -183,9 +183,19 @@ def refuse_drift(group: Group, places: Tensor, second: Tensor, predictions: Tens
 
 
 def zero_where_reached(group: Group, chunks: Sequence[Chunk], matters: Tensor, gradients: Gradients) -> None:
-    """Tell `.grad is None` from a vanishing gradient: a leaf that only skipped poses reach gets zeros."""
-    leaves = group.shadows.leaves
-    places = {id(leaves[place]): place for place, gradient in enumerate(gradients) if gradient is None}
+    """Tell `.grad is None` from a vanishing gradient: a leaf that only skipped poses reach gets zeros.
+
+    It costs a forward of each skipped pose to learn that none reaches a leaf. Parameters of which a group has taught so
+    are not looked for again: they are unused, or as good as that.
+    """
+    if all(gradient is not None for gradient in gradients):
+        return
+    leaves, idle = group.shadows.leaves, group.sizes.experience.idle
+    named = group.names()
+    names = [named[id(real)] for real in group.shadows.real]
+    idle -= {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+    unreached = [place for place, gradient in enumerate(gradients) if gradient is None and names[place] not in idle]
+    places = {id(leaves[place]): place for place in unreached}
     skips = (~matters).tolist()
     skipped = [Again(group, chunk, slice(*chunk[:2]), 0) for chunk in chunks if any(skips[slice(*chunk[:2])])]
     if not (places and skipped):
@@ -204,3 +214,5 @@ def zero_where_reached(group: Group, chunks: Sequence[Chunk], matters: Tensor, g
                     return
 
     group.sizes.until_they_fit(attempt)
+    inputs = {id(leaf) for leaf in group.shadows.inputs}
+    idle |= {names[place] for place in places.values() if id(group.shadows.real[place]) not in inputs}
