@@ -52,7 +52,8 @@ class PeakMemory:
 
     On a CPU three things go unseen: what a kernel allocates and frees again before it returns, the memory of `numpy`,
     and operations in threads other than the one that entered the block. A backward on CPU tensors runs in the calling
-    thread, also where one runs inside another. The count slows operations down, so time a block without it.
+    thread, also where one runs inside another. The count slows operations down, so time a block without it; what is
+    compiled runs uncompiled in it, or it would stay so afterwards.
 
     Args:
         device: Whose memory.
@@ -76,6 +77,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
         else:
+            self._eager = torch.compiler.set_stance("force_eager")
+            self._eager.__enter__()
             self._storages = _Storages(self._device.type)
             self._storages.__enter__()
         return self
@@ -85,6 +88,7 @@ class PeakMemory:
     ) -> None:
         if self._storages is not None:
             self._storages.__exit__(kind, error, trace)
+            self._eager.__exit__(kind, error, trace)
         else:
             torch.cuda.synchronize(self._device)
             self._cuda_peak = torch.cuda.max_memory_allocated(self._device) - self._before

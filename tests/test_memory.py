@@ -120,3 +120,25 @@ def test_on_cuda_the_allocator_is_asked() -> None:
         kept = given * 2
         del kept
     assert memory.peak == 4 << 20
+
+
+def test_a_compiled_model_stays_compiled() -> None:
+    runs = 0
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+        def run(*inputs: Any) -> Any:
+            nonlocal runs
+            runs += 1
+            return graph(*inputs)
+
+        return run
+
+    torch._dynamo.reset()
+    model: Any = torch.compile(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()), backend=backend)
+    before = torch.randn(2, 8)
+    model(before)
+    with PeakMemory() as memory:
+        model(before)
+    assert (runs, memory.peak > 0) == (1, True)
+    model(before)
+    assert runs == 2

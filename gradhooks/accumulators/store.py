@@ -37,8 +37,8 @@ class Store(Accumulator):
             if group.combination.combine_gradients is not None:
                 raise CombinationError(
                     f"combination {group.combination.name}: combine_gradients gets one gradient of each pose, and the "
-                    f"model predicts {tuple(predictions.shape[1:])}, of which each number has its own; let call= choose "
-                    "or make one number"
+                    f"model predicts {tuple(predictions.shape[1:])}, of which each number has its own; let call= "
+                    "choose or make one number"
                 )
             return Recompute().take_over(group, predictions, "predictions of more than one number are not stored")
         return StoreLedger(group, self.device, self.dtype, group.underflow_guard(predictions))
