@@ -27,7 +27,7 @@ EXACT = 1e-12
 # Without that flag DDP makes zeros of the gradient of a parameter that no rank used (and refuses the full graph).
 NEEDS_FIND_UNUSED = {"other parameters each time"}
 # One process knows no buffers that each forward takes from rank 0, and no rank's own ones.
-NEEDS_WRAPPER = {"buffers", "buffers of several groups"}
+NEEDS_WRAPPER = {"buffers", "buffers of several forwards", "statistics"}
 
 
 def cases(names: set[str], **more: dict[str, Any]) -> list[Any]:

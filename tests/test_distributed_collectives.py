@@ -68,7 +68,7 @@ def sent(rank: int, name: str, silent: bool) -> dict[str, list[Sent]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "broadcasts"), [("one group", 0), ("several groups", 0), ("several forwards", 0), ("buffers", 2)]
+    ("name", "broadcasts"), [("one group", 0), ("several groups", 0), ("several forwards", 0), ("statistics", 2)]
 )
 def test_one_all_reduce_for_each_bucket_and_step(name: str, broadcasts: int) -> None:
     for found in on_ranks(sent, name, False):
