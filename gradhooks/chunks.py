@@ -35,13 +35,13 @@ class Experience:
         size: As many poses may go through at once; None before the first group.
         proven: As many went forward and backward.
         mixes: Whether predictions depend on what else is in their chunk.
-        idle: Names of parameters that no pose of a group reached, though all were looked at.
+        in_vain: How many groups in a row no pose reached a parameter, by its name, though all were looked at.
     """
 
     size: int | None = None
     proven: int = 0
     mixes: bool = False
-    idle: set[str] = field(default_factory=set)
+    in_vain: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass

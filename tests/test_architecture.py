@@ -26,6 +26,7 @@ FLOORS = [
     ["accumulators.base", "accumulators.declaration"],
     ["accumulators.sums", "accumulators.online", "accumulators.retained"],
     ["accumulators.again"],
+    ["accumulators.unreached"],
     ["accumulators.recompute"],
     ["accumulators.sharded", "accumulators.store", "accumulators.stream"],
     ["accumulators.auto"],

@@ -218,9 +218,11 @@ def test_five_hundred_groups_some_of_them_failing(accumulator: str) -> None:
             dropped.append(weakref.ref(prediction.combined))
 
     run(20)
+    _live()  # what earlier tests have left goes now, in however many rounds the collector needs
     before = _live()
     gc.disable()  # what goes without the collector hangs in no cycle
     run(500)
     assert not any(reference() is not None for reference in dropped)
     gc.enable()
-    assert _live() == before
+    after = _live()
+    assert (after[0] <= before[0], after[1]) == (True, before[1])

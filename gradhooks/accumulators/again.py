@@ -103,7 +103,7 @@ def replayed_gradients(
         ]
         if group.steady and not group.sizes.experience.mixes and not all(_fits(again, size) for again in whole):
             try:
-                return _run(_packed(whole, wanted, size), predictions, weighted, retain_graph, packed=True)
+                return _run(packed(whole, wanted, size), predictions, weighted, retain_graph, packed=True)
             except ReplayError:
                 # Predictions depend on what else is in their chunk: run the very chunks of the first time.
                 group.sizes.experience.mixes = True
@@ -118,7 +118,7 @@ def _fits(again: Again, size: int) -> bool:
     return again.live is not None or again.weighing == poses <= size
 
 
-def _packed(whole: Sequence[Again], wanted: Sequence[bool], size: int) -> list[Again]:
+def packed(whole: Sequence[Again], wanted: Sequence[bool], size: int) -> list[Again]:
     """The graphs that were kept, then the poses that matter in chunks of `size`, last to first."""
     group = whole[0].group
     ready = [again for again in whole if again.live is not None]
@@ -180,39 +180,3 @@ def refuse_drift(group: Group, places: Tensor, second: Tensor, predictions: Tens
             "random numbers, a generator of its own, a pose changed in place). Name its generators with "
             "replay_generators=[...], or use accumulator='store', which runs every pose once"
         )
-
-
-def zero_where_reached(group: Group, chunks: Sequence[Chunk], matters: Tensor, gradients: Gradients) -> None:
-    """Tell `.grad is None` from a vanishing gradient: a leaf that only skipped poses reach gets zeros.
-
-    It costs a forward of each skipped pose to learn that none reaches a leaf. Parameters of which a group has taught so
-    are not looked for again: they are unused, or as good as that.
-    """
-    if all(gradient is not None for gradient in gradients):
-        return
-    leaves, idle = group.shadows.leaves, group.sizes.experience.idle
-    named = group.names()
-    names = [named[id(real)] for real in group.shadows.real]
-    idle -= {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
-    unreached = [place for place, gradient in enumerate(gradients) if gradient is None and names[place] not in idle]
-    places = {id(leaves[place]): place for place in unreached}
-    skips = (~matters).tolist()
-    skipped = [Again(group, chunk, slice(*chunk[:2]), 0) for chunk in chunks if any(skips[slice(*chunk[:2])])]
-    if not (places and skipped):
-        return
-
-    def attempt() -> None:
-        size = group.sizes.next(len(group.poses), with_graph=True)
-        with group.rerunning():
-            for part, chunk, *_ in _packed(skipped, skips, size) if group.steady else skipped:
-                group.replay.restore(chunk.before)
-                predictions = part.run(chunk.start, chunk.stop)
-                for leaf in group.reached(predictions, inside_checkpoints=True):
-                    if id(leaf) in places:
-                        gradients[places.pop(id(leaf))] = torch.zeros_like(leaf)
-                if not places:
-                    return
-
-    group.sizes.until_they_fit(attempt)
-    inputs = {id(leaf) for leaf in group.shadows.inputs}
-    idle |= {names[place] for place in places.values() if id(group.shadows.real[place]) not in inputs}

@@ -7,11 +7,12 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from gradhooks.accumulators.again import replayed_gradients, zero_where_reached
+from gradhooks.accumulators.again import replayed_gradients
 from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger, refuse_gradient_combination
 from gradhooks.accumulators.declaration import declared
 from gradhooks.accumulators.retained import RetainedGraphs, budget_in_bytes
 from gradhooks.accumulators.sums import Gradients, RunningSums
+from gradhooks.accumulators.unreached import zero_where_reached
 from gradhooks.group import Chunk, Group
 
 
