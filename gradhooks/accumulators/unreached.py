@@ -1,4 +1,4 @@
-"""Tells `.grad is None` from a vanishing gradient: leaves that no pose reaches, and those that only skipped poses reach."""
+"""Tells `.grad is None` from a vanishing gradient: leaves that no pose reaches, or skipped poses alone."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ SEARCHES = 5
 def zero_where_reached(group: Group, chunks: Sequence[Chunk], matters: Tensor, gradients: Gradients) -> None:
     """Give zeros to the leaves that only skipped poses reach.
 
-    It costs a forward of each skipped pose to learn that none reaches a leaf. A parameter that was so looked for in vain
+    It costs a forward of each skipped pose to learn that none reaches a leaf. A parameter that was looked for in vain
     in several groups is not looked for again, until a pose that matters reaches it.
     """
     if all(gradient is not None for gradient in gradients):
