@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradhooks.accumulators.sums import Gradients, RunningSums
+from gradhooks.dtypes import wide
 from gradhooks.errors import ReplayError
 from gradhooks.group import Chunk, Group
 from gradhooks.guard import run_guarded
@@ -142,7 +144,7 @@ def _run(
         RunningSums(group.shadows, count=1) as sums,
         reporting(group.progress, sum(again.weighing for again in jobs), "poses that matter") as report,
     ):
-        for again in jobs:
+        for again in _joined(jobs):
             live = again.live
             if live is None:
                 if not (group.steady and second):  # else everything stands where it stood
@@ -162,6 +164,21 @@ def _run(
         group.report.backwards += done
         group.report.recomputed += recomputed
         return sums.take()[0]
+
+
+def _joined(jobs: Sequence[Again]) -> list[Again]:
+    """The jobs, the first graphs that were kept as one: then the engine goes down all of them at once.
+
+    So would it go down the full graph, and add up in the same order. Where leaves are narrow it would add in their own
+    precision; there each graph has a backward of its own, and the sums are wide.
+    """
+    ready = list(takewhile(lambda again: again.live is not None, jobs))
+    leaves = jobs[0].group.shadows.leaves
+    if not ready[1:] or any(wide(leaf.dtype) != leaf.dtype for leaf in leaves):
+        return list(jobs)
+    rows = [place for again in ready for place in range(*again.chunk[:2])]
+    live = torch.cat([again.live for again in ready if again.live is not None])
+    return [Again(*ready[0][:2], rows, sum(again.weighing for again in ready), live), *jobs[len(ready) :]]
 
 
 def refuse_drift(group: Group, places: Tensor, second: Tensor, predictions: Tensor, packed: bool) -> None:

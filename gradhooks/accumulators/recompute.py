@@ -62,7 +62,9 @@ class RecomputeLedger(Ledger):
         self.keeps_graph = retained is not None
 
     def watching(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._retained is None else self._retained.measuring()
+        if self._retained is None or self._retained.has_room_for(len(self._group.poses) - self._chunks[-1].stop):
+            return nullcontext()
+        return self._retained.measuring()
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
         self._chunks.append(chunk)

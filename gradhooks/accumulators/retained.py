@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gradhooks.memory import free_bytes, noting_saved
 
+# To measure costs time. Graphs are not measured where all that are to come would fit though they were so much larger.
+MARGIN = 4
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -33,8 +35,12 @@ class RetainedGraphs:
         self._budget = budget
         self._known = known
         self._graphs: dict[int, RetainedGraph] = {}  # by the first pose of the chunk
-        self._size = 0
+        self._size = self._largest = 0
         self._saved: dict[int, int] = {}
+
+    def has_room_for(self, more: int) -> bool:
+        """Whether so many more surely fit, each several times as large as the largest so far."""
+        return self._largest > 0 and MARGIN * self._largest * more <= self._budget - self._size
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -44,8 +50,12 @@ class RetainedGraphs:
             yield
 
     def offer(self, start: int, predictions: Tensor, weight: float) -> bool:
-        """Keep the graph just measured, if need be in the place of lighter ones; False if there is no room."""
-        offered = RetainedGraph(predictions, sum(self._saved.values()), weight)
+        """Keep the graph just built, if need be in the place of lighter ones; False if there is no room."""
+        measured = sum(self._saved.values())
+        self._saved = {}
+        self._largest = max(self._largest, measured)
+        size = measured or MARGIN * self._largest  # one that nobody measured counts as much as was made sure of
+        offered = RetainedGraph(predictions, size, weight)
         lighter = sorted((graph.weight, place) for place, graph in self._graphs.items() if graph.weight < weight)
         room = self._budget - self._size
         leaving = []
