@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint
 from typing import Any, NamedTuple
 
 import torch
+from loguru import logger
 
 from gradhooks import registry
 from gradhooks.conformance.derivatives import declares_stream
@@ -147,7 +148,10 @@ def _run_bench(chosen: argparse.Namespace) -> int:
             sharing.save(shared, chosen.save)
         return 0
     if chosen.promises:
-        kept = list(promises.promises(models, chosen.poses, chosen.many, chosen.repeats, chosen.device))
+        kept = []
+        for promise in promises.promises(models, chosen.poses, chosen.many, chosen.repeats, chosen.device):
+            logger.info("{}, {}: {:.3f}, at most {}", *promise)  # the whole takes its time
+            kept.append(promise)
         _say(promises.as_table(kept))
         if chosen.save:
             promises.save(kept, chosen.save)
