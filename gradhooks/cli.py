@@ -10,7 +10,6 @@ from importlib.metadata import EntryPoint
 from typing import Any, NamedTuple
 
 import torch
-from loguru import logger
 
 from gradhooks import registry
 from gradhooks.conformance.derivatives import declares_stream
@@ -150,7 +149,7 @@ def _run_bench(chosen: argparse.Namespace) -> int:
     if chosen.promises:
         kept = []
         for promise in promises.promises(models, chosen.poses, chosen.many, chosen.repeats, chosen.device):
-            logger.info("{}, {}: {:.3f}, at most {}", *promise)  # the whole takes its time
+            sys.stderr.write("{}, {}: {:.3f}, at most {}\n".format(*promise))  # the whole takes its time
             kept.append(promise)
         _say(promises.as_table(kept))
         if chosen.save:
