@@ -20,6 +20,7 @@ from trainers import (
     missing,
     transformers_trainer,
 )
+from witness import KEYS_ARE_ASKED_FOR
 
 import gradhooks
 
@@ -144,6 +145,7 @@ def test_lightning_validates_and_predicts_in_inference_mode(groups: list[Group],
 # -- Accelerate -----------------------------------------------------------------------------------------------------
 
 
+@KEYS_ARE_ASKED_FOR
 @pytest.mark.parametrize("kind", [Tied, Untied])
 def test_accelerate_saves_and_loads(kind: type[nn.Module], groups: list[Group], tmp_path: Path) -> None:
     accelerator = accelerator_of()
