@@ -44,14 +44,18 @@ class PosePredictions(torch.autograd.Function):
         coefficients = Coefficients(through_combination, None if direct is None else direct.to(through_combination))
         group, last = ctx.group, not _keeps_graph()
 
-        def of_own_poses() -> list[Tensor | None]:
-            own = coefficients if group.share.ranks.alone else coefficients.of(group.share.own)
+        def of_own_poses(own: Coefficients) -> list[Tensor | None]:
             gradients: list[Tensor | None] = ctx.ledger.gradients(kept, own, last=last)
             for listener in group.finished:
                 listener(group, ctx.predictions, own)
             return gradients
 
-        gradients = group.share.total_gradients(of_own_poses, coefficients.total, group.shadows.leaves)
+        if group.share.ranks.alone:
+            gradients = of_own_poses(coefficients)
+        else:
+            own = coefficients.of(group.share.own)
+            leaves = group.shadows.leaves
+            gradients = group.share.total_gradients(lambda: of_own_poses(own), coefficients.total, leaves)
         if last:
             ctx.group = ctx.ledger = None  # the user may keep the loss, and need not keep the poses with it
         typed = (

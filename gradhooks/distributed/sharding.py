@@ -10,15 +10,13 @@ Rules:
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from gradhooks.distributed.ranks import Notes, Ranks
-
-_SETTINGS = ("post_forward_mesh_info", "reshard_after_backward", "reduce_grads", "all_reduce_grads")
 
 
 class Sharding:
@@ -30,11 +28,15 @@ class Sharding:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        fsdp = sys.modules.get("torch.distributed.fsdp")  # who shards has imported it
-        kinds = () if fsdp is None else (fsdp.FSDPModule,)
-        self._wrapped: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
+        self._wrapped: list[Any] = []
+        self._axes: list[Ranks] = []
+        if "torch.distributed.tensor" not in sys.modules:  # who shards has imported it; others need not be looked at
+            return
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        if fsdp is not None:
+            self._wrapped = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
         self._reshard()
-        sharded = [part.sharded_param for group, _, _ in self._settings() for part in group.fsdp_params]
+        sharded = [part.sharded_param for _, group in self._groups() for part in group.fsdp_params]
         special = [parameter for parameter in model.parameters() if type(parameter) is not nn.Parameter]
         meshes = [tensor.device_mesh for tensor in (*special, *sharded) if hasattr(tensor, "device_mesh")]
         groups = {group.group_name: group for mesh in meshes for group in mesh.get_all_groups()}
@@ -46,32 +48,33 @@ class Sharding:
     @property
     def has_its_root_outside(self) -> bool:
         """Whether FSDP2 gathers the parameters at the call of a module that the model is part of."""
-        roots = [state._is_root for _, _, state in self._settings()]
+        roots = [state._is_root for state, _ in self._groups()]
         return bool(roots) and not any(root or root is None for root in roots)
 
-    @contextmanager
-    def together(self, doing: str, numbers: int = 0) -> Iterator[Notes]:
+    def together(self, doing: str, numbers: int = 0) -> AbstractContextManager[Notes]:
         """`Ranks.together` over all ranks of the mesh; what is heard is one list: the largest of each number."""
-        with _along(self._axes, doing, numbers) as notes:
-            yield notes
+        return _along(self._axes, doing, numbers)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Rule 3."""
-        settings = self._settings()
-        for group, _, _ in settings:
+        before = [
+            (state, group, group.post_forward_mesh_info, group.reshard_after_backward)
+            for state, group in self._groups()
+        ]
+        for _, group, _, _ in before:
             group.post_forward_mesh_info, group.reshard_after_backward = None, False
         succeeded = False
         try:
             yield
             succeeded = True
         finally:
-            for group, before, state in settings:
+            for state, group, mesh_info, reshards in before:
                 if not succeeded:  # FSDP2 does not expect that a forward fails, and would believe itself within one
                     group._training_state = type(group._training_state).IDLE
                     state._training_state = type(state._training_state).IDLE
                     state._state_ctx.iter_forward_root = None
-                group.post_forward_mesh_info, group.reshard_after_backward, *_ = before
+                group.post_forward_mesh_info, group.reshard_after_backward = mesh_info, reshards
                 if state._is_root and getattr(state, "_auto_reshard_after_forward", True):
                     group.post_forward_mesh_info = None  # as its first forward had decided, perhaps in this block
             self._reshard()
@@ -79,14 +82,14 @@ class Sharding:
     @contextmanager
     def unsynchronised(self) -> Iterator[None]:
         """Rule 2: backwards in the block add to gradients that no other rank gets to see."""
-        settings = self._settings()
-        for group, _, _ in settings:
+        before = [(group, group.reduce_grads, group.all_reduce_grads) for _, group in self._groups()]
+        for group, _, _ in before:
             group.reduce_grads = group.all_reduce_grads = False
         try:
             yield
         finally:
-            for group, (_, _, *synchronises), _ in settings:
-                group.reduce_grads, group.all_reduce_grads = synchronises
+            for group, reduces, all_reduces in before:
+                group.reduce_grads, group.all_reduce_grads = reduces, all_reduces
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
@@ -105,12 +108,13 @@ class Sharding:
                 for parameter, before in apart:
                     parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
 
-    def _settings(self) -> list[tuple[Any, tuple[Any, ...], Any]]:
+    def _groups(self) -> list[tuple[Any, Any]]:
+        """FSDP2's groups of parameters, each after the state of its module."""
         found = []
         for module in self._wrapped:
             state = module._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-            found += [(group, tuple(getattr(group, name) for name in _SETTINGS), state) for group in groups if group]
+            found += [(state, group) for group in groups if group]
         return found
 
     def _reshard(self) -> None:

@@ -100,8 +100,6 @@ class Share:
         Raises:
             DistributedError: A rank failed, the ranks have computed different losses, or a gradient is sparse.
         """
-        if self.ranks.alone:
-            return of_own()
         with self.ranks.together("its backward", 3 + len(leaves), largest=True) as notes:
             gradients = of_own()
             total, size = _fingerprint(coefficients)

@@ -1,6 +1,7 @@
 """bench --ranks: what it costs to share one group over processes."""
 
 import json
+import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -91,11 +92,9 @@ def _measured(poses: int, width: int, repeats: int, device: str) -> Shared:
     singly, jointly = in_turns(steps, repeats, torch.device(device))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     ranks = dist.get_world_size()
-    added = torch.tensor(jointly) - torch.tensor(singly)
+    added = statistics.median(joint - single for joint, single in zip(jointly, singly, strict=True))
     travels = 4 * (ranks * poses + parameters)
-    return Shared(
-        ranks, ranks * poses, parameters, torch.tensor(singly).median().item(), added.median().item(), travels
-    )
+    return Shared(ranks, ranks * poses, parameters, statistics.median(singly), added, travels)
 
 
 def as_table(found: Sequence[Shared]) -> str:
