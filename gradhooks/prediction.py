@@ -20,7 +20,8 @@ _made_by: Any = WeakTensorKeyDictionary()
 class _Predictions(tuple[Tensor, Tensor]):  # noqa: SLOT001 - a tuple has no room in slots
     """A named tuple to everybody but PyTorch, which makes those anew of their tensors alone.
 
-    Others look for `_fields` and `_asdict`; PyTorch looks for `_make` too, in older releases for no base but `tuple`.
+    Others look for `_fields` and `_asdict`; PyTorch looks for `_make` too. Older releases of it do not, but look for no
+    base but `tuple`: so this stands between `tuple` and the class that users get.
     """
 
     _fields = __match_args__ = ("combined", "poses")
