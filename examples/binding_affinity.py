@@ -24,7 +24,7 @@ from torch_geometric.nn import SchNet
 from tqdm import tqdm
 
 import gradhooks
-from gradhooks.measuring import Comparison, table
+from gradhooks.profiling import Comparison, table
 
 BATCH = 4  # ligands a step of the optimizer
 LEARNING_RATE = 5e-3

@@ -50,8 +50,8 @@ class Result(NamedTuple):
 
     Attributes:
         name: Its name.
-        accuracy: Share of the held-out bags whose label is right.
-        found: Share of the held-out bags with a 9 in which the heaviest image is a 9.
+        accuracy: PosePartition of the held-out bags whose label is right.
+        found: PosePartition of the held-out bags with a 9 in which the heaviest image is a 9.
         seconds: How long training took.
         shares: For each held-out bag, how much each image made the prediction, shape `(N,)`, of sum 1.
     """
@@ -156,7 +156,7 @@ def judge(name: str, scorer: gradhooks.MultiPose, bags: Sequence[Bag], seconds: 
             prediction = scorer(bag.images)
             right.append(bool((prediction.combined > 0) == (bag.label > 0)))
             # d logit / d prediction of an image: a number, or a vector where images have embeddings.
-            weights = prediction.weights.flatten(1).norm(dim=1)
+            weights = prediction.coefficients().flatten(1).norm(dim=1)
             shares.append(weights / weights.sum().clamp_min(1e-30))
             if bag.label > 0:
                 found.append(bool(bag.digits[weights.argmax()] == SOUGHT))
@@ -184,7 +184,7 @@ def plot(results: Sequence[Result], bags: Sequence[Bag], path: Path) -> None:
             bars.set_yticks([0, 1] if column == 0 else [])
     handles = [Patch(color=f"C{place}", label=result.name) for place, result in enumerate(results)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(results))
-    figure.suptitle("Share of each image in the prediction: a bag with a 9, and one without")
+    figure.suptitle("PosePartition of each image in the prediction: a bag with a 9, and one without")
     figure.savefig(path, dpi=120)
 
 

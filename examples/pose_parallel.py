@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import SchNet
 
 import gradhooks
-from gradhooks.measuring import table
+from gradhooks.profiling import table
 
 BLOCK = 100  # conformers that are embedded together; whole blocks go to a rank, so that all get the same conformers
 LEARNING_RATE = 1e-3

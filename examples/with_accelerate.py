@@ -20,7 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader
 
 import gradhooks
-from gradhooks.measuring import table
+from gradhooks.profiling import table
 
 
 def first(bags: Sequence[Bag]) -> Bag:

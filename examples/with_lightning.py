@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torch_geometric.nn import SchNet
 
 import gradhooks
-from gradhooks.measuring import table
+from gradhooks.profiling import table
 
 POSES = 4
 LEARNING_RATE = 5e-3

@@ -20,7 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 import gradhooks
-from gradhooks.measuring import table
+from gradhooks.profiling import table
 
 
 class BagClassifier(nn.Module):
@@ -42,7 +42,7 @@ def collate(bags: Sequence[Bag]) -> dict[str, Any]:
 
 
 def accuracy(found: EvalPrediction) -> dict[str, float]:
-    """Share of the bags whose label is right."""
+    """PosePartition of the bags whose label is right."""
     return {"accuracy": float(((found.predictions > 0) == (found.label_ids > 0)).mean())}
 
 

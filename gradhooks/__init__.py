@@ -10,52 +10,34 @@ from importlib.metadata import PackageNotFoundError, version
 
 from loguru import logger
 
-from gradhooks import accumulators, combinations, registry
+from gradhooks import accumulators, combinations, errors, registry, testing
+from gradhooks.accumulators import Accumulator
 from gradhooks.combination import Combination, GradientCombination, StreamWeights
 from gradhooks.decorator import multipose
-from gradhooks.errors import (
-    CombinationError,
-    ConcurrentUseError,
-    DistributedError,
-    GradhooksError,
-    GradhooksWarning,
-    HigherOrderError,
-    PluginError,
-    PosesError,
-    PredictionError,
-    ReplayError,
-    UnregisteredTensorError,
-)
-from gradhooks.measuring import check, compare, plan
-from gradhooks.multipose import MultiPose
+from gradhooks.engine.report import Report
 from gradhooks.prediction import MultiPosePrediction
-from gradhooks.report import GroupReport
+from gradhooks.profiling.comparison import compare
+from gradhooks.profiling.gradient_check import gradcheck
+from gradhooks.profiling.memory_estimate import estimate_memory
+from gradhooks.wrapper import MultiPose
 
 __all__ = [
+    "Accumulator",
     "Combination",
-    "CombinationError",
-    "ConcurrentUseError",
-    "DistributedError",
-    "GradhooksError",
-    "GradhooksWarning",
     "GradientCombination",
-    "GroupReport",
-    "HigherOrderError",
     "MultiPose",
     "MultiPosePrediction",
-    "PluginError",
-    "PosesError",
-    "PredictionError",
-    "ReplayError",
+    "Report",
     "StreamWeights",
-    "UnregisteredTensorError",
     "accumulators",
-    "check",
     "combinations",
     "compare",
+    "errors",
+    "estimate_memory",
+    "gradcheck",
     "multipose",
-    "plan",
     "registry",
+    "testing",
 ]
 
 try:

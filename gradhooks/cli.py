@@ -9,16 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any, NamedTuple
 
-import torch
-
 from gradhooks import registry
-from gradhooks.conformance.derivatives import declares_stream
-from gradhooks.conformance.kit import results
 from gradhooks.errors import GradhooksError
-from gradhooks.measuring import promises, sharing
-from gradhooks.measuring.bench import benchmark, save, summary
-from gradhooks.measuring.reference import REFERENCES
 from gradhooks.registry import Registry
+from gradhooks.testing.check_derivatives import declares_stream
+from gradhooks.testing.runner import results
 
 Subparsers = Any  # argparse's own type is private
 
@@ -119,51 +114,4 @@ def _run_check(chosen: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _add_bench(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("bench", help="measure time and memory on reference models (the README's figures)")
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(REFERENCES)}; all by default")
-    parser.add_argument("--poses", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.add_argument("--promises", action="store_true", help="what is promised, and whether it is met")
-    parser.add_argument("--many", type=int, default=1000, help="poses of a long group, for --promises")
-    parser.add_argument("--ranks", type=int, nargs="+", help="what sharing a group over so many processes costs")
-    parser.add_argument("--save", metavar="FILE", help="write the figures as JSON")
-    parser.set_defaults(run=_run_bench)
-
-
-def _run_bench(chosen: argparse.Namespace) -> int:
-    unknown = set(chosen.models) - set(REFERENCES)
-    if unknown:
-        _say(f"unknown model {', '.join(sorted(unknown))}: available are {', '.join(REFERENCES)}")
-        return 2
-    torch.set_num_threads(chosen.threads)
-    models = chosen.models or list(REFERENCES)
-    if chosen.ranks:
-        shared = list(sharing.sharing(chosen.ranks, chosen.repeats, chosen.device))
-        _say(sharing.as_table(shared))
-        if chosen.save:
-            sharing.save(shared, chosen.save)
-        return 0
-    if chosen.promises:
-        kept = []
-        for promise in promises.promises(models, chosen.poses, chosen.many, chosen.repeats, chosen.device):
-            sys.stderr.write("{}, {}: {:.3f}, at most {}\n".format(*promise))  # the whole takes its time
-            kept.append(promise)
-        _say(promises.as_table(kept))
-        if chosen.save:
-            promises.save(kept, chosen.save)
-        return 0
-    findings = []
-    for finding in benchmark(models, chosen.poses, chosen.repeats, chosen.device):
-        comparison = finding.comparison
-        _say(f"{finding.model}, {finding.combination} ({comparison.setting})", "", str(comparison), "")
-        findings.append(finding)
-    _say(summary(findings))
-    if chosen.save:
-        save(findings, chosen.save)
-    return 0
-
-
-COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_plugins, _add_check, _add_bench)
+COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_plugins, _add_check)

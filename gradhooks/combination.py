@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradhooks.dtypes import wide
+from gradhooks.numerics import wide
 
 
 class StreamWeights(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gradhooks.multipose import MultiPose
+from gradhooks.wrapper import MultiPose
 
 
 def multipose(combination: Any = "mean", **options: Any) -> Callable[[Any], Any]:

@@ -10,7 +10,7 @@ from torch.utils._pytree import register_pytree_node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradhooks.combination import BoundCombination
-from gradhooks.trees import map_tensors
+from gradhooks.engine.nested import map_tensors
 
 # How a prediction was combined, by its tensors. Trainers rebuild named tuples of their fields alone (Accelerate to cast
 # what is narrow, Lightning to move predictions), mostly around tensors that they left as they were.
@@ -24,29 +24,29 @@ class _Predictions(tuple[Tensor, Tensor]):  # noqa: SLOT001 - a tuple has no roo
     base but `tuple`: so this stands between `tuple` and the class that users get.
     """
 
-    _fields = __match_args__ = ("combined", "poses")
+    _fields = __match_args__ = ("combined", "per_pose")
 
     @property
     def combined(self) -> Tensor:
         return self[0]
 
     @property
-    def poses(self) -> Tensor:
+    def per_pose(self) -> Tensor:
         return self[1]
 
     def _asdict(self) -> dict[str, Tensor]:
-        return {"combined": self.combined, "poses": self.poses}
+        return {"combined": self.combined, "per_pose": self.per_pose}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(combined={self.combined!r}, poses={self.poses!r})"
+        return f"{type(self).__name__}(combined={self.combined!r}, per_pose={self.per_pose!r})"
 
 
 class MultiPosePrediction(_Predictions):
-    """What a group predicts; unpacks into `combined, poses`.
+    """What a group predicts; unpacks into `combined, per_pose`.
 
     Attributes:
         combined: The combination's result, by convention of the shape `(*prediction)` that one pose has.
-        poses: Shape `(N, *prediction)`, in the order of the poses. Losses may use it, alone or beside `combined`.
+        per_pose: Shape `(N, *prediction)`, in the order of the poses. Losses may use it, alone or beside `combined`.
     """
 
     _combination: BoundCombination | None
@@ -55,12 +55,12 @@ class MultiPosePrediction(_Predictions):
     def __new__(  # noqa: PYI034 - typing.Self needs Python 3.11
         cls,
         combined: Tensor,
-        poses: Tensor,
+        per_pose: Tensor,
         combination: BoundCombination | None = None,
         chosen: Tensor | None = None,
     ) -> "MultiPosePrediction":
-        self = super().__new__(cls, (combined, poses))
-        tensors = [tensor for tensor in (poses, combined) if isinstance(tensor, Tensor)]
+        self = super().__new__(cls, (combined, per_pose))
+        tensors = [tensor for tensor in (per_pose, combined) if isinstance(tensor, Tensor)]
         if combination is None:
             known = (_made_by[tensor] for tensor in tensors if tensor in _made_by)
             combination, chosen = next(known, (None, None))
@@ -70,13 +70,12 @@ class MultiPosePrediction(_Predictions):
         return self
 
     def __getnewargs__(self) -> tuple[Tensor, Tensor]:
-        return self.combined, self.poses
+        return self.combined, self.per_pose
 
     def _replace(self, **tensors: Tensor) -> "MultiPosePrediction":
         return MultiPosePrediction(**{**self._asdict(), **tensors}, combination=self._combination, chosen=self._chosen)
 
-    @property
-    def weights(self) -> Tensor:
+    def coefficients(self) -> Tensor:
         """`d combined / d pose prediction`, detached, shape `(N, *prediction)`: which poses made the prediction.
 
         Combines the predictions once more; no pose is run. A result of several numbers is summed first.
@@ -85,9 +84,11 @@ class MultiPosePrediction(_Predictions):
             AttributeError: This is a copy that has lost its combination (after pickling, or in another process).
         """
         if self._combination is None:
-            raise AttributeError("this prediction has lost its combination; read weights where the group was run")
+            raise AttributeError(
+                "this prediction has lost its combination; read coefficients() where the group was run"
+            )
         with torch.inference_mode(False), torch.enable_grad():
-            predictions = _ordinary(self.poses).detach().requires_grad_()
+            predictions = _ordinary(self.per_pose).detach().requires_grad_()
             combination = replace(self._combination, arguments=map_tensors(_ordinary, self._combination.arguments))
             combined = combination(predictions, None if self._chosen is None else _ordinary(self._chosen))
             (weights,) = torch.autograd.grad(combined.sum(), predictions)

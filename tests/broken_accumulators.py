@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradhooks.accumulators import Accumulator, Coefficients, Ledger, Recompute, Store
+from gradhooks.accumulators import Accumulation, Accumulator, Coefficients, Recompute, Store
 
 Gradients = list[Tensor | None]
 
 
-class BrokenLedger(Ledger):
+class BrokenLedger(Accumulation):
     """A right one, to be broken by subclasses."""
 
-    def __init__(self, group: Any, right: Ledger) -> None:
+    def __init__(self, group: Any, right: Accumulation) -> None:
         self.group = group
         self.right = right
         self.calls = 0
@@ -85,7 +85,7 @@ class DrawsAnew(BrokenLedger):
 
 
 class LeavesHooks(BrokenLedger):
-    def __init__(self, group: Any, right: Ledger) -> None:
+    def __init__(self, group: Any, right: Accumulation) -> None:
         super().__init__(group, right)
         for parameter in group.shadows.real:
             parameter.register_post_accumulate_grad_hook(lambda _: None)
@@ -94,11 +94,11 @@ class LeavesHooks(BrokenLedger):
 class Opens(Accumulator):
     name = "broken"
 
-    def __init__(self, ledger: type[BrokenLedger]) -> None:
-        self.ledger = ledger
+    def __init__(self, accumulation: type[BrokenLedger]) -> None:
+        self.accumulation = accumulation
 
-    def open(self, group: Any, predictions: Tensor) -> Ledger:
-        return self.ledger(group, Recompute().open(group, predictions))
+    def open(self, group: Any, predictions: Tensor) -> Accumulation:
+        return self.accumulation(group, Recompute().open(group, predictions))
 
 
 class Forgets(Recompute):
@@ -108,7 +108,7 @@ class Forgets(Recompute):
         super().__init__()
         self.groups = 0
 
-    def open(self, group: Any, predictions: Tensor) -> Ledger:
+    def open(self, group: Any, predictions: Tensor) -> Accumulation:
         self.groups += 1
         right = super().open(group, predictions)
         return right if self.groups == 1 else Doubled(group, right)

@@ -6,6 +6,7 @@ GRADHOOKS_TEST_DEVICE chooses the device (`cpu` by default, `cuda`, `cuda:1` ...
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 # Assertions of helpers are explained as those of the tests are.
 pytest.register_assert_rewrite("oracle", "witness", "trainers")
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from zoo import Place  # noqa: E402
 

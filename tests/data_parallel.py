@@ -118,7 +118,7 @@ class Encoded(Alone):
         contexts = [self.encoder(torch.stack(list(group)).mean(0)).tanh() for group in groups]
         shifted = [[pose + context for pose in group] for group, context in zip(groups, contexts, strict=True)]
         predictions = super().forward(shifted)
-        return [Prediction(self.head(prediction.combined), prediction.poses) for prediction in predictions]
+        return [Prediction(self.head(prediction.combined), prediction.per_pose) for prediction in predictions]
 
 
 def as_they_come(rank: int, step: int) -> float | None:

@@ -68,7 +68,7 @@ def of_combined(prediction: gradhooks.MultiPosePrediction) -> Tensor:
 
 
 def of_poses(prediction: gradhooks.MultiPosePrediction) -> Tensor:
-    return prediction.poses.tanh().square().sum()
+    return prediction.per_pose.tanh().square().sum()
 
 
 def of_both(prediction: gradhooks.MultiPosePrediction) -> Tensor:
@@ -76,7 +76,7 @@ def of_both(prediction: gradhooks.MultiPosePrediction) -> Tensor:
 
 
 def of_one_pose(prediction: gradhooks.MultiPosePrediction) -> Tensor:
-    return prediction.poses[-1].square().sum()
+    return prediction.per_pose[-1].square().sum()
 
 
 LOSSES: dict[str, Loss] = {"combined": of_combined, "poses": of_poses, "both": of_both, "one pose": of_one_pose}
@@ -144,7 +144,7 @@ def moved(combination: Any, specimen: Specimen) -> Any:
 def _trained(specimen: Specimen, combination: Any, prediction: gradhooks.MultiPosePrediction, loss: Loss) -> Trained:
     loss(prediction).backward()
     return Trained(
-        prediction=(prediction.combined.detach().clone(), prediction.poses.detach().clone()),
+        prediction=(prediction.combined.detach().clone(), prediction.per_pose.detach().clone()),
         gradients=gradients_of(leaves_of(specimen, combination)),
         buffers={name: buffer.clone() for name, buffer in specimen.model.named_buffers()},
         random_state=torch.get_rng_state(),

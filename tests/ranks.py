@@ -44,7 +44,7 @@ STARTING = 180.0  # seconds; imports of torch by several processes at once, on a
 
 
 class RankError(Exception):
-    """Ranks raised, died or did not answer."""
+    """Collectives raised, died or did not answer."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def test_every_module_that_others_build_on_has_a_floor() -> None:
 
 def test_an_upward_import_would_be_found() -> None:
     floors = {"errors": 0, "group": 1}
-    assert upward_imports("errors", "from gradhooks.group import Group", floors) == ["group"]
+    assert upward_imports("errors", "from gradhooks.engine.context import Group", floors) == ["group"]
     assert upward_imports("errors", "from gradhooks import group", floors) == ["group"]
     assert upward_imports("group", "from gradhooks.errors import GradhooksError", floors) == []
 

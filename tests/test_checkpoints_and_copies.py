@@ -248,7 +248,7 @@ def test_a_copied_prediction_has_lost_its_graph_and_not_its_numbers(double: Plac
         prediction = MultiPose(specimen.model, "min")(specimen.make_poses(3))
     twin = gradhooks.MultiPosePrediction(*pickle.loads(pickle.dumps(tuple(prediction))))  # noqa: S301  # our own
     assert torch.equal(twin.combined, prediction.combined)
-    assert torch.equal(twin.poses, prediction.poses)
+    assert torch.equal(twin.per_pose, prediction.per_pose)
 
 
 # -- a model that changes between groups ----------------------------------------------------------------------------
@@ -556,7 +556,7 @@ def test_what_cannot_be_wrapped(thing: Any) -> None:
 def test_forgotten_parentheses() -> None:
     with pytest.raises(TypeError, match=r"got the class Bare as its combination: write @multipose\(\) above"):
 
-        @gradhooks.multipose
+        @gradhooks.wrapper
         class Bare(nn.Module):
             pass
 
@@ -564,7 +564,7 @@ def test_forgotten_parentheses() -> None:
 def test_unknown_options_are_an_error() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'chunks'"):
         gradhooks.multipose("min", chunks=3)(mlp(4, 1))
-    with pytest.raises(gradhooks.PluginError, match="minn"):
+    with pytest.raises(gradhooks.errors.PluginError, match="minn"):
         gradhooks.multipose("minn")(mlp(4, 1))
 
 

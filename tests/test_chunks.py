@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zoo import Place, mlp
 
 import gradhooks
-from gradhooks.chunks import ran_out_of_memory
+from gradhooks.engine.chunk_sizes import ran_out_of_memory
 from gradhooks.testing import full_graph
 
 COUNT = 10
@@ -212,14 +212,14 @@ def test_prediction_in_chunks_that_fit(double: Place) -> None:
     model.eval()
     poses = double.randn(COUNT, 4)
     with torch.no_grad():
-        predictions = scorer(poses).poses
+        predictions = scorer(poses).per_pose
         model.room = 99
         torch.testing.assert_close(predictions, model(poses))
     assert model.seen[:6] == [2, 10, 5, 3, 3, 3]
 
 
 def test_a_list_needs_collate(double: Place) -> None:
-    with pytest.raises(gradhooks.PosesError, match="need collate="):
+    with pytest.raises(gradhooks.errors.PosesError, match="need collate="):
         gradhooks.MultiPose(Small(4), chunk_size="auto")(list(double.randn(4, 4)))
     with pytest.raises(ValueError, match="chunk_size must be at least 1, or 'auto', got 'all'"):
         gradhooks.MultiPose(Small(4), chunk_size="all")
@@ -245,7 +245,7 @@ def test_a_size_that_cannot_be_allocated_is_a_lack_of_memory() -> None:
 
 
 class Counting(nn.Module):
-    """Notes how many poses come at once with a graph."""
+    """Message how many poses come at once with a graph."""
 
     def __init__(self, inner: nn.Module | None = None) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ class Counting(nn.Module):
 
 
 def of_some(prediction: gradhooks.MultiPosePrediction) -> Tensor:
-    return prediction.poses[[1, 5, 6, 11, 14, 15]].square().sum()
+    return prediction.per_pose[[1, 5, 6, 11, 14, 15]].square().sum()
 
 
 def run_again(model: nn.Module, sizes: tuple[int, int | None], loss: Any, poses: Tensor) -> tuple[Gradients, list[int]]:
@@ -292,7 +292,7 @@ def test_where_all_matter_the_chunks_stay_and_so_does_every_bit(single: Place) -
     reference, poses = copy.deepcopy(model), single.randn(10, 4)
     predictions = torch.cat([reference(poses[start : start + 4]) for start in (0, 4, 8)])
     predictions.square().sum().backward()
-    found, again = run_again(model, (4, None), lambda prediction: prediction.poses.square().sum(), poses)
+    found, again = run_again(model, (4, None), lambda prediction: prediction.per_pose.square().sum(), poses)
     assert again == [2, 4, 4]
     assert_bit_equal(found, gradients_of(dict(reference.named_parameters())))
 
@@ -371,6 +371,6 @@ def test_a_leaf_of_skipped_poses_alone_gets_zeros_in_any_chunks(double: Place) -
     poses = double.randn(8, 4)
     poses[2, 0] = 9
     scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", chunk_size=1, forward_chunk_size=2)
-    scorer(poses).poses[3].sum().backward()
+    scorer(poses).per_pose[3].sum().backward()
     gradients = [leaf.grad for leaf in model.special.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)

@@ -418,10 +418,10 @@ def test_weights_of_a_prediction(name: str, model: str, grad_mode: Any, double: 
     scorer = MultiPose(specimen.model, BUILT_IN[name]().to(double.device))
     with grad_mode():
         prediction = scorer(specimen.make_poses(6))
-        weights = prediction.weights
-    assert weights.shape == prediction.poses.shape
+        weights = prediction.coefficients()
+    assert weights.shape == prediction.per_pose.shape
     assert not weights.requires_grad
-    close(weights, CLOSED_FORMS[name](prediction.poses.detach()), 1e-6 if "learnable" in name else 1e-11)
+    close(weights, CLOSED_FORMS[name](prediction.per_pose.detach()), 1e-6 if "learnable" in name else 1e-11)
     close(weights.sum(0), torch.ones_like(prediction.combined), 1e-9)
 
 
@@ -432,10 +432,10 @@ def test_weights_of_a_prediction_disturb_nothing(accumulator: str, double: Place
         combination = Boltzmann(0.9, learnable=True)
         prediction = MultiPose(specimen.model, combination, accumulator=accumulator)(specimen.make_poses(5))
         if look:
-            assert prediction.weights.shape == (5, 1)
+            assert prediction.coefficients().shape == (5, 1)
         of_both(prediction).backward()
         if look:
-            assert torch.equal(prediction.weights, prediction.weights)
+            assert torch.equal(prediction.coefficients(), prediction.coefficients())
         return gradients_of({**dict(specimen.model.named_parameters()), **dict(combination.named_parameters())})
 
     assert_same_gradients(trained(look=True), trained(look=False), tolerance=0.0)
@@ -445,8 +445,8 @@ def test_weights_of_a_prediction_know_the_arguments(double: Place) -> None:
     specimen = build("plain_mlp", double)
     mask = torch.tensor([True, False, True, True], device=double.device)
     prediction = MultiPose(specimen.model, "boltzmann")(specimen.make_poses(4), weights=mask)
-    assert prediction.weights[1].item() == 0
-    close(prediction.weights[mask], CLOSED_FORMS["boltzmann"](prediction.poses[mask].detach()))
+    assert prediction.coefficients()[1].item() == 0
+    close(prediction.coefficients()[mask], CLOSED_FORMS["boltzmann"](prediction.per_pose[mask].detach()))
 
 
 def test_weights_of_a_prediction_that_was_made_anew(double: Place) -> None:
@@ -454,7 +454,7 @@ def test_weights_of_a_prediction_that_was_made_anew(double: Place) -> None:
     for twin in (tree_map(torch.clone, prediction), prediction._replace(combined=prediction.combined.clone())):
         assert isinstance(twin, MultiPosePrediction)
         assert twin.combined is not prediction.combined
-        assert torch.equal(twin.weights, prediction.weights)
+        assert torch.equal(twin.coefficients(), prediction.coefficients())
 
 
 def test_a_prediction_is_a_named_tuple_to_who_asks(double: Place) -> None:
@@ -473,8 +473,8 @@ def test_weights_of_a_prediction_whose_arguments_were_made_in_inference_mode(wit
     scorer = MultiPose(specimen.model, "boltzmann", nonfinite="drop")
     with torch.inference_mode():
         prediction = scorer(specimen.make_poses(4), weights=torch.tensor([1.0, 0.0, 2.0, 1.0], device=double.device))
-        weights = prediction.weights if within else None
-    weights = prediction.weights if weights is None else weights
+        weights = prediction.coefficients() if within else None
+    weights = prediction.coefficients() if weights is None else weights
     assert weights[1].item() == 0
     close(weights.sum(0), torch.ones_like(prediction.combined), 1e-9)
     assert not weights.is_inference()
@@ -486,17 +486,17 @@ def test_weights_of_a_prediction_that_was_taken_apart_and_rebuilt(single: Place)
     prediction = MultiPose(torch.nn.Linear(3, 1).to(single.device).bfloat16(), "boltzmann")(poses)
     assert [part.dtype for part in prediction] == [torch.float32, torch.bfloat16]
     rebuilt = MultiPosePrediction(*(part.float() for part in prediction))
-    assert torch.equal(rebuilt.weights.bfloat16(), prediction.weights)
+    assert torch.equal(rebuilt.coefficients().bfloat16(), prediction.coefficients())
     with pytest.raises(AttributeError, match="lost its combination"):
-        _ = MultiPosePrediction(*(part.clone() for part in prediction)).weights
+        _ = MultiPosePrediction(*(part.clone() for part in prediction)).coefficients()
 
 
 def test_weights_of_a_prediction_that_has_lost_its_combination(double: Place) -> None:
     with pytest.raises(AttributeError, match="lost its combination"):
-        _ = MultiPosePrediction(double.randn(1), double.randn(3, 1)).weights
+        _ = MultiPosePrediction(double.randn(1), double.randn(3, 1)).coefficients()
 
 
 @pytest.mark.parametrize("combination", [Mean(), Min(), Max(normalize=True), Boltzmann()], ids=repr)
 def test_a_mask_that_leaves_nothing_is_refused(combination: gradhooks.Combination) -> None:
-    with pytest.raises(gradhooks.CombinationError, match="all 3 weights are 0"):
+    with pytest.raises(gradhooks.errors.CombinationError, match="all 3 weights are 0"):
         combination(torch.ones(3), weights=torch.zeros(3))

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradhooks
-from gradhooks.distributed.refusals import refuse_synchronised
+from gradhooks.distributed.validation import refuse_synchronized_modules
 
 
 class Collectives(TorchDispatchMode):
@@ -92,7 +92,7 @@ def test_nothing_is_sent_without_sync(name: str) -> None:
 
 
 def refused(model: nn.Module) -> str:
-    with pytest.raises(gradhooks.DistributedError) as caught:
+    with pytest.raises(gradhooks.errors.DistributedError) as caught:
         gradhooks.MultiPose(model)([torch.zeros(WIDTH)] * 2)
     return str(caught.value)
 
@@ -117,7 +117,7 @@ def synchronised_norm() -> nn.Module:
 def refused_norm(rank: int) -> str:
     gradhooks.MultiPose(synchronised_norm().eval())([torch.arange(4.0)] * 2)
     alone = dist.new_group([rank], use_local_synchronization=True)
-    refuse_synchronised(nn.SyncBatchNorm.convert_sync_batchnorm(Normalised(), alone))  # runs on GPUs only
+    refuse_synchronized_modules(nn.SyncBatchNorm.convert_sync_batchnorm(Normalised(), alone))  # runs on GPUs only
     return refused(synchronised_norm())
 
 
@@ -129,7 +129,9 @@ def test_normalisation_over_ranks_is_refused_where_there_are_some() -> None:
 
 def test_a_wrapper_inside_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.DataParallel(nn.Linear(4, 1)))
-    with pytest.raises(gradhooks.DistributedError, match=r"module '1' of the model is a DataParallel.*wrap the bare"):
+    with pytest.raises(
+        gradhooks.errors.DistributedError, match=r"module '1' of the model is a DataParallel.*wrap the bare"
+    ):
         gradhooks.MultiPose(model)([torch.zeros(4)])
 
 
@@ -142,7 +144,7 @@ def known_weights(rank: int, mode: dict[str, Any]) -> list[tuple[Tensor, Tensor]
     for training in (True, True, False):
         with torch.set_grad_enabled(training):
             prediction = module(group)
-            found.append((prediction.weights, bare(group).weights))
+            found.append((prediction.coefficients(), bare(group).coefficients()))
         if training:
             prediction.combined.sum().backward()
     return found
@@ -169,5 +171,7 @@ def test_a_data_parallel_wrapper_around_is_refused() -> None:
     """A replica's weights are no parameters: only what the combination has to train would be."""
     scorer = gradhooks.MultiPose(nn.Linear(4, 1), gradhooks.combinations.Boltzmann(learnable=True))
     for module, poses in ((scorer, [torch.zeros(4)]), (nn.Sequential(scorer), torch.zeros(3, 4))):
-        with pytest.raises(gradhooks.DistributedError, match=r"inside torch\.nn\.DataParallel.*one process for each"):
+        with pytest.raises(
+            gradhooks.errors.DistributedError, match=r"inside torch\.nn\.DataParallel.*one process for each"
+        ):
             replicated(module)(poses)

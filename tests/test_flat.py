@@ -10,7 +10,7 @@ from zoo import mlp
 from zoo.layers import ConvNet
 
 import gradhooks
-from gradhooks.memory import PeakMemory
+from gradhooks.engine.memory import PeakMemory
 from gradhooks.testing import full_graph
 
 

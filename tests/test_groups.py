@@ -92,7 +92,7 @@ class TestSeveralGroups:
     def test_in_one_loss(self, name: str, combination: str, accumulator: str, double: Place) -> None:
         def train(trainee: Trainee) -> None:
             first, second, third = trainee.predict(3), trainee.predict(4, 3), trainee.predict(1, 7)
-            margin = (first.combined - second.combined).square() + third.combined * first.poses.mean(0)
+            margin = (first.combined - second.combined).square() + third.combined * first.per_pose.mean(0)
             margin.sum().backward()
 
         assert_same_after(train, name, combination, accumulator, double)
@@ -188,7 +188,7 @@ class TestOneGroup:
     def test_two_losses_one_after_the_other(self, name: str, combination: str, accumulator: str, double: Place) -> None:
         def train(trainee: Trainee) -> None:
             prediction = trainee.predict()
-            prediction.poses.square().sum().backward(retain_graph=True)
+            prediction.per_pose.square().sum().backward(retain_graph=True)
             of_combined(prediction).backward()
 
         assert_same_after(train, name, combination, accumulator, double)
@@ -196,8 +196,8 @@ class TestOneGroup:
     def test_plain_sums_with_retain_graph(self, name: str, combination: str, accumulator: str, double: Place) -> None:
         def train(trainee: Trainee) -> None:  # coefficients of exactly 1: nothing needs scaling, all could be handed on
             prediction = trainee.predict()
-            prediction.poses.sum().backward(retain_graph=True)
-            prediction.poses.sum().backward()
+            prediction.per_pose.sum().backward(retain_graph=True)
+            prediction.per_pose.sum().backward()
 
         assert_same_after(train, name, combination, accumulator, double)
 
@@ -259,7 +259,7 @@ class TestOneGroup:
 @pytest.mark.parametrize("chosen", [slice(0, 1), slice(4, 5), slice(0, 5, 2), slice(5, 5)], ids=str)
 def test_a_loss_on_some_poses_only(accumulator: str, chosen: slice, double: Place) -> None:
     def train(trainee: Trainee) -> None:
-        trainee.predict(5).poses[chosen].square().sum().backward()
+        trainee.predict(5).per_pose[chosen].square().sum().backward()
 
     trainee = assert_same_after(train, "plain_mlp", "boltzmann", accumulator, double)
     assert trainee.scorer is not None
@@ -471,7 +471,7 @@ def test_prediction_alone(mode: Callable[[], Any], accumulator: str, double: Pla
     with torch.no_grad():
         expected = Trainee("shared_encoder_output", "boltzmann learnable", None, double).predict(5)
     torch.testing.assert_close(combined.clone(), expected.combined, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(predictions.clone(), expected.poses, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(predictions.clone(), expected.per_pose, rtol=1e-12, atol=1e-12)
 
 
 def test_a_model_that_is_frozen_trains_the_combination(accumulator: str, double: Place) -> None:
@@ -479,7 +479,7 @@ def test_a_model_that_is_frozen_trains_the_combination(accumulator: str, double:
         trainee.specimen.model.requires_grad_(False)
         prediction = trainee.predict(5)
         assert prediction.combined.requires_grad
-        assert not prediction.poses.requires_grad
+        assert not prediction.per_pose.requires_grad
         of_combined(prediction).backward()
 
     assert_same_after(train, "plain_mlp", "boltzmann learnable", accumulator, double)
@@ -508,7 +508,7 @@ def test_reports(accumulator: str, double: Place) -> None:
 
 
 def _of_the_first_too(prediction: MultiPosePrediction) -> Tensor:
-    return of_combined(prediction) + prediction.poses[0].sum()
+    return of_combined(prediction) + prediction.per_pose[0].sum()
 
 
 def test_each_group_has_a_report_of_its_own(accumulator: str, double: Place) -> None:

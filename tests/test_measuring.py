@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.targets import Promise, as_table
 from torch import Tensor, nn
 
 import gradhooks
 from gradhooks.cli import main
-from gradhooks.measuring.promises import Promise, as_table
-from gradhooks.memory import PeakMemory
+from gradhooks.engine.memory import PeakMemory
 
 
 class Wide(nn.Module):
@@ -58,7 +58,7 @@ def test_compare(combination: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [4, 16])
 def test_plan_predicts_the_peak_within_ten_percent(combination: str, accumulator: str, count: int) -> None:
     model, poses = Wide(), random_poses(count)
-    predicted = gradhooks.plan(model, poses[:2], combination, count=count)
+    predicted = gradhooks.estimate_memory(model, poses[:2], combination, count=count)
     combiner = gradhooks.registry.combinations.create(combination)
     scorer = gradhooks.MultiPose(model, combiner, accumulator=accumulator, tolerance=0)
     with PeakMemory() as memory:
@@ -72,7 +72,7 @@ def test_plan_predicts_the_peak_within_ten_percent(combination: str, accumulator
 def test_check_passes_a_good_model_and_names_unreached_parameters() -> None:
     model = Wide()
     model.unused = nn.Linear(2, 2)
-    proof = gradhooks.check(model, random_poses(3), "boltzmann")
+    proof = gradhooks.gradcheck(model, random_poses(3), "boltzmann")
     assert proof.passed
     assert proof.unreached == ("unused.weight", "unused.bias")
     assert "no pose reaches unused.weight" in str(proof)
@@ -90,7 +90,7 @@ class Drifting(nn.Module):
 
 
 def test_check_fails_a_model_that_cannot_be_repeated() -> None:
-    proof = gradhooks.check(Drifting(), random_poses(3), "boltzmann")
+    proof = gradhooks.gradcheck(Drifting(), random_poses(3), "boltzmann")
     assert not proof.passed
     assert not proof.replays
     assert "ANOTHER prediction" in str(proof)

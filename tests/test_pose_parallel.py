@@ -72,7 +72,7 @@ def of_combined(prediction: gradhooks.MultiPosePrediction) -> Tensor:
 
 
 def of_poses(prediction: gradhooks.MultiPosePrediction) -> Tensor:
-    return (prediction.poses.tanh() * torch.arange(1.0, 1 + len(prediction.poses)).unsqueeze(1)).sum()
+    return (prediction.per_pose.tanh() * torch.arange(1.0, 1 + len(prediction.per_pose)).unsqueeze(1)).sum()
 
 
 def of_both(prediction: gradhooks.MultiPosePrediction) -> Tensor:
@@ -116,7 +116,7 @@ def trained(
         ours.zero_grad()
         theirs.zero_grad()
         prediction = scorer(share_of(poses, split, rank))
-        assert len(prediction.poses) == sum(split)
+        assert len(prediction.per_pose) == sum(split)
         loss(prediction).backward()
         loss(full_graph(reference, poses, same)).backward()
         worst = max(worst, deviation(trainee, reference))
@@ -239,7 +239,7 @@ def predicted(rank: int) -> list[Any]:
     with torch.no_grad():
         combined, predictions = scorer(share_of(poses, [0, 3], rank))
         same = torch.equal(predictions, torch.stack([scorer.model(pose) for pose in poses]))
-    return [same, combined.requires_grad, scorer(share_of(poses, [0, 3], rank)).weights.shape]
+    return [same, combined.requires_grad, scorer(share_of(poses, [0, 3], rank)).coefficients().shape]
 
 
 def test_every_rank_gets_all_predictions() -> None:

@@ -50,7 +50,7 @@ def new_scorer(combination: Any = "boltzmann", model: nn.Module | None = None, *
 
 
 def of_both(prediction: gradhooks.MultiPosePrediction) -> Tensor:
-    return prediction.combined.square().sum() + prediction.poses.tanh().mean()
+    return prediction.combined.square().sum() + prediction.per_pose.tanh().mean()
 
 
 def after_a_fault(rank: int, fails_at: int, accumulator: str) -> list[Any]:
@@ -60,7 +60,7 @@ def after_a_fault(rank: int, fails_at: int, accumulator: str) -> list[Any]:
     model.readout.weight.grad = torch.ones_like(model.readout.weight)
     before = copy.deepcopy((model.state_dict(), model.readout.weight.grad, torch.get_rng_state()))
     model.fails_at = fails_at if rank == 1 else None
-    with pytest.raises(gradhooks.DistributedError) as caught:
+    with pytest.raises(gradhooks.errors.DistributedError) as caught:
         of_both(scorer(poses_of_rank(rank))).backward()
     in_backward = model.calls > len(poses_of_rank(rank))
     model.fails_at = None

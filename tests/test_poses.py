@@ -124,7 +124,7 @@ def expected_of(place: Place, combination: str = "boltzmann", count: int = COUNT
 def test_every_form(form: str, accumulator: str, double: Place) -> None:
     model = model_of(double)
     prediction = MultiPose(model, "boltzmann", accumulator=accumulator)(FORMS[form](*rows(double)))
-    assert (prediction.combined.shape, prediction.poses.shape) == ((1,), (COUNT, 1))
+    assert (prediction.combined.shape, prediction.per_pose.shape) == ((1,), (COUNT, 1))
     of_both(prediction).backward()
     assert_same_gradients(gradients_of(dict(model.named_parameters())), expected_of(double))
 
@@ -257,7 +257,7 @@ def test_chunks(form: str, accumulator: str, sizes: tuple[Any, Any], double: Pla
         collate=None if "stacked" in form else torch.stack,
     )
     prediction = scorer(FORMS[form](*rows(double)))
-    assert (prediction.combined.shape, prediction.poses.shape) == ((1,), (COUNT, 1))
+    assert (prediction.combined.shape, prediction.per_pose.shape) == ((1,), (COUNT, 1))
     of_both(prediction).backward()
     assert_same_gradients(gradients_of(dict(model.named_parameters())), expected_of(double))
     assert scorer.report.poses == COUNT
@@ -339,7 +339,7 @@ def test_batches_of_graphs(accumulator: str, sizes: tuple[Any, Any], double: Pla
         call=lambda model, batch: model(batch.z, batch.pos, batch.batch),
     )
     prediction = scorer(graphs)
-    assert (prediction.combined.shape, prediction.poses.shape) == ((1,), (COUNT, 1))
+    assert (prediction.combined.shape, prediction.per_pose.shape) == ((1,), (COUNT, 1))
     of_both(prediction).backward()
     plain, graphs = schnet(double)
     expected = {**dict(plain.named_parameters()), **positions(graphs)}
@@ -360,7 +360,7 @@ def test_a_batch_of_graphs_is_no_group(double: Place) -> None:
     with untouched(model), pytest.raises(PosesError, match=r"one Data; pass a list of poses"):
         MultiPose(model)(graphs[0])
     scorer = MultiPose(model, "mean", call=lambda model, graph: model(graph.z, graph.pos))
-    assert scorer(batch.to_data_list()).poses.shape == (COUNT, 1, 1)
+    assert scorer(batch.to_data_list()).per_pose.shape == (COUNT, 1, 1)
 
 
 # -- predictions ----------------------------------------------------------------------------------------------------
@@ -522,4 +522,4 @@ def test_a_stack_of_poses_for_a_model_of_single_poses(accumulator: str, double: 
     model, poses = Single().to(double.device, double.dtype), double.randn(COUNT, 4)
     with untouched(model), pytest.raises(PredictionError, match=r"must give 2 rows, .*poses.unbind\(\)"):
         MultiPose(model, accumulator=accumulator, chunk_size=2)(poses)
-    assert MultiPose(model, accumulator=accumulator)(poses.unbind()).poses.shape == (COUNT,)
+    assert MultiPose(model, accumulator=accumulator)(poses.unbind()).per_pose.shape == (COUNT,)

@@ -31,7 +31,7 @@ def test_python_blocks_run(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert len(blocks) > 5
     for number, code in enumerate(blocks):
         exec(compile(code, f"README.md, block {number}", "exec"), guide.__dict__)  # noqa: S102
-    assert "GroupReport(poses=100" in capsys.readouterr().out
+    assert "Report(poses=100" in capsys.readouterr().out
 
 
 def test_every_block_is_accounted_for() -> None:

@@ -135,9 +135,9 @@ def test_fault_in_a_replay_during_the_outer_backward(accumulator: str, pose: int
     scorer = gradhooks.MultiPose(model, "mean", accumulator=accumulator)
     reference = copy_with_gradients(model)
     torch.manual_seed(9)
-    full_graph(reference, make_poses(), scorer.combination).poses.square().sum().backward()
+    full_graph(reference, make_poses(), scorer.combination).per_pose.square().sum().backward()
     torch.manual_seed(9)
-    loss = scorer(make_poses()).poses.square().sum()
+    loss = scorer(make_poses()).per_pose.square().sum()
     before = State.of(model)
     model.fails_at_run = POSES + pose
     with pytest.raises(RuntimeError, match="injected"):
@@ -221,7 +221,7 @@ class Broken(gradhooks.Combination):
 def test_fault_in_a_combination(accumulator: str, where: str, message: str) -> None:
     model = make_model()
     before = State.of(model)
-    with pytest.raises((RuntimeError, gradhooks.CombinationError), match=message):
+    with pytest.raises((RuntimeError, gradhooks.errors.CombinationError), match=message):
         gradhooks.MultiPose(model, Broken(where), accumulator=accumulator)(make_poses())
     before.assert_equal(State.of(model))
 

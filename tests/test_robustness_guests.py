@@ -46,7 +46,7 @@ def test_two_threads_in_one_model_are_refused() -> None:
     thread = threading.Thread(target=lambda: first(poses).combined.sum().backward())
     thread.start()
     inside.wait(10)
-    with pytest.raises(gradhooks.ConcurrentUseError, match="another thread"):
+    with pytest.raises(gradhooks.errors.ConcurrentUseError, match="another thread"):
         gradhooks.MultiPose(model)(poses)
     leave.set()
     thread.join()
@@ -65,7 +65,7 @@ def test_a_backward_while_another_thread_runs_a_group_is_refused() -> None:
     thread = threading.Thread(target=lambda: gradhooks.MultiPose(model, call=wait)(random_poses()))
     thread.start()
     inside.wait(10)
-    with pytest.raises(gradhooks.ConcurrentUseError, match="another thread"):
+    with pytest.raises(gradhooks.errors.ConcurrentUseError, match="another thread"):
         loss.backward()
     leave.set()
     thread.join()
@@ -113,7 +113,7 @@ class Writer(nn.Module):
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_a_pose_changed_in_place_is_refused_by_name(accumulator: str) -> None:
     scorer = gradhooks.MultiPose(Writer(), accumulator=accumulator, call=lambda model, pose: model(pose))
-    with pytest.raises(gradhooks.PosesError, match=r"pose 0: the model changed pose\['positions'\] in place"):
+    with pytest.raises(gradhooks.errors.PosesError, match=r"pose 0: the model changed pose\['positions'\] in place"):
         scorer([{"positions": torch.randn(4)} for _ in range(3)])
 
 
@@ -141,8 +141,8 @@ def test_dropped_poses_leave_the_rest_right(accumulator: str, combination: str, 
     prediction.combined.sum().backward()
     torch.testing.assert_close(prediction.combined, wanted.combined)
     assert_same_gradients(model, reference)
-    assert prediction.weights[2] == 0
-    assert prediction.poses.shape == (6, 1)
+    assert prediction.coefficients()[2] == 0
+    assert prediction.per_pose.shape == (6, 1)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
@@ -150,9 +150,9 @@ def test_non_finite_predictions_raise_on_request(accumulator: str) -> None:
     model, poses = Undefined(float("nan")), random_poses()
     poses[4][0] = 0
     scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator, nonfinite="raise")
-    with pytest.raises(gradhooks.PredictionError, match="pose 4: its prediction is not finite"):
+    with pytest.raises(gradhooks.errors.PredictionError, match="pose 4: its prediction is not finite"):
         scorer(poses)
-    with torch.no_grad(), pytest.raises(gradhooks.PredictionError, match="pose 4"):
+    with torch.no_grad(), pytest.raises(gradhooks.errors.PredictionError, match="pose 4"):
         scorer(poses)
 
 
@@ -170,7 +170,7 @@ def test_a_group_of_which_nothing_is_left_is_refused() -> None:
     poses = random_poses()
     for pose in poses:
         pose[0] = 0
-    with pytest.raises(gradhooks.PredictionError, match="none of the 6 predictions"):
+    with pytest.raises(gradhooks.errors.PredictionError, match="none of the 6 predictions"):
         gradhooks.MultiPose(Undefined(float("nan")), nonfinite="drop")(poses)
 
 

@@ -44,7 +44,7 @@ def test_a_replay_that_differs_is_refused(source: str) -> None:
     draw, _ = SOURCES[source]
     model = Noisy(draw)
     combined = gradhooks.MultiPose(model, "boltzmann", accumulator="recompute")(poses()).combined
-    with pytest.raises(gradhooks.ReplayError, match=r"pose \d of 5: its second run differs.*replay_generators"):
+    with pytest.raises(gradhooks.errors.ReplayError, match=r"pose \d of 5: its second run differs.*generators"):
         combined.sum().backward()
     assert model.linear.weight.grad is None
 
@@ -53,7 +53,7 @@ def test_a_replay_that_differs_is_refused(source: str) -> None:
 def test_named_generators_are_replayed(source: str) -> None:
     draw, generator = SOURCES[source]
     model = Noisy(draw)
-    scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", replay_generators=[generator])
+    scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", generators=[generator])
     seen: list[Tensor] = []
     scorer.call = lambda model, pose: seen.append(pose) or model(pose)  # type: ignore[func-returns-value]
     prediction = scorer(poses())
@@ -62,7 +62,7 @@ def test_named_generators_are_replayed(source: str) -> None:
     # dy/dw = pose * (1 + noise), so the mean gradient satisfies w . g = mean of y without the bias.
     assert model.linear.weight.grad is not None
     torch.testing.assert_close(
-        (model.linear.weight.grad * model.linear.weight).sum(), (prediction.poses - model.linear.bias).mean()
+        (model.linear.weight.grad * model.linear.weight).sum(), (prediction.per_pose - model.linear.bias).mean()
     )
     assert len(seen) == 10
     assert after not in [draw() for _ in range(3)]
@@ -76,5 +76,5 @@ def test_accumulators_that_run_once_need_no_replay(accumulator: str) -> None:
 
 
 def test_what_is_no_generator_is_refused() -> None:
-    with pytest.raises(TypeError, match="replay_generators takes generators"):
-        gradhooks.MultiPose(nn.Linear(4, 1), replay_generators=[3])(poses())
+    with pytest.raises(TypeError, match="generators takes generators"):
+        gradhooks.MultiPose(nn.Linear(4, 1), generators=[3])(poses())

@@ -83,7 +83,7 @@ def groups_of(step: int, ranks: int, size: int) -> list[list[Tensor]]:
 
 
 def of_both(prediction: gradhooks.MultiPosePrediction) -> Tensor:
-    return prediction.combined.square().sum() + prediction.poses.tanh().mean()
+    return prediction.combined.square().sum() + prediction.per_pose.tanh().mean()
 
 
 def of_combined(prediction: gradhooks.MultiPosePrediction) -> Tensor:
@@ -243,7 +243,7 @@ def mended(rank: int, fails_at: int) -> float:
     fully_shard(model)
     scorer = gradhooks.MultiPose(model)
     groups = groups_of(0, 2, 4)
-    with pytest.raises(gradhooks.DistributedError, match="rank 1 of 2: ValueError: this pose is broken"):
+    with pytest.raises(gradhooks.errors.DistributedError, match="rank 1 of 2: ValueError: this pose is broken"):
         of_both(scorer(groups[rank])).backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     of_both(scorer(groups[rank])).backward()
@@ -286,13 +286,13 @@ def test_what_cannot_be_is_refused_with_the_way_out(how: str, way_out: str) -> N
     for fault in on_ranks(refused, how, keep_faults=True):
         assert isinstance(fault, Fault)
         assert fault.kind == "DistributedError"
-        pytest.raises(Exception, match=way_out).matches(gradhooks.DistributedError(fault.message))
+        pytest.raises(Exception, match=way_out).matches(gradhooks.errors.DistributedError(fault.message))
 
 
 def predicted(rank: int) -> int:
     scorer = nested(new_model())
     with torch.no_grad():
-        return len(scorer(groups_of(0, 2, 3)[rank]).poses)
+        return len(scorer(groups_of(0, 2, 3)[rank]).per_pose)
 
 
 def test_ranks_predict_groups_of_different_sizes() -> None:

@@ -18,7 +18,7 @@ from zoo import Place, Specimen, mlp
 from zoo.sharing import branched_by_negligible_poses
 
 import gradhooks
-from gradhooks.accumulators.unreached import SEARCHES
+from gradhooks.engine.unused_parameters import UNUSED_AFTER
 
 POSES = 100
 MOST_BACKWARDS = 15
@@ -112,8 +112,8 @@ def test_a_tolerance_of_zero_skips_exact_zeros_alone(accumulator: str, double: P
     prediction = scorer(specimen.make_poses(POSES))
     of_combined(prediction).backward()
     # Rounded differently, a denormal number may be another's zero.
-    nonzero = prediction.weights.abs() > 0
-    normal = prediction.weights.abs() > 1e-290
+    nonzero = prediction.coefficients().abs() > 0
+    normal = prediction.coefficients().abs() > 1e-290
     assert normal.sum() <= scorer.report.backwards <= nonzero.sum() + 1
     assert POSES > scorer.report.backwards > trained_by_default(specimen)
     assert scorer.report.skipped == POSES - scorer.report.backwards
@@ -149,7 +149,7 @@ def test_a_coarse_tolerance_skips_more_and_errs_by_no_more(accumulator: str, dou
 # -- what the report says -------------------------------------------------------------------------------------------
 
 
-def reported(accumulator: str, loss: Any, place: Place, combination: str = "min") -> gradhooks.GroupReport:
+def reported(accumulator: str, loss: Any, place: Place, combination: str = "min") -> gradhooks.Report:
     specimen = spread(place, 5)
     scorer = gradhooks.MultiPose(specimen.model, combination, accumulator=accumulator)
     trained(specimen, scorer, loss)
@@ -159,7 +159,7 @@ def reported(accumulator: str, loss: Any, place: Place, combination: str = "min"
 
 
 def of_ten_poses(prediction: gradhooks.MultiPosePrediction) -> Tensor:
-    return prediction.poses[::10].square().sum()
+    return prediction.per_pose[::10].square().sum()
 
 
 def test_the_report_of_a_recomputed_group(double: Place) -> None:
@@ -201,7 +201,7 @@ def test_the_report_of_auto_says_who_did_it_and_why(double: Place) -> None:
 def test_the_report_before_the_backward(double: Place) -> None:
     specimen = spread(double, 5)
     scorer = gradhooks.MultiPose(specimen.model, "min", accumulator="recompute")
-    assert scorer.report == gradhooks.GroupReport()
+    assert scorer.report == gradhooks.Report()
     scorer(specimen.make_poses(POSES))
     assert (scorer.report.poses, scorer.report.backwards, scorer.report.skipped) == (POSES, 0, 0)
     with torch.no_grad():
@@ -240,13 +240,13 @@ def test_an_unused_parameter_is_not_looked_for_for_ever(double: Place) -> None:
     def counted(model: nn.Module, pose: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        return gradhooks.poses.call_model(model, pose)
+        return gradhooks.engine.pose_inputs.call_model(model, pose)
 
     scorer = gradhooks.MultiPose(specimen.model, "min", accumulator="recompute", call=counted)
     counts = []
-    for _ in range(SEARCHES + 2):
+    for _ in range(UNUSED_AFTER + 2):
         calls = 0
         of_combined(scorer(specimen.make_poses(8))).backward()
         counts.append(calls - scorer.report.recomputed)
     searched = 8 + 8 - scorer.report.recomputed
-    assert counts == [searched] * SEARCHES + [8, 8]
+    assert counts == [searched] * UNUSED_AFTER + [8, 8]

@@ -138,8 +138,8 @@ def test_lightning_validates_and_predicts_in_inference_mode(groups: list[Group],
     )
     assert found == pytest.approx(expected, rel=1e-6)  # Lightning logs float32
     for (poses, _), prediction in zip(groups, trainer.predict(lightning_module(ours), loader_of(groups)), strict=True):
-        assert prediction.poses.shape == (len(poses), 1)
-        torch.testing.assert_close(prediction.weights.sum(0), torch.ones(1).double())
+        assert prediction.per_pose.shape == (len(poses), 1)
+        torch.testing.assert_close(prediction.coefficients().sum(0), torch.ones(1).double())
 
 
 # -- Accelerate -----------------------------------------------------------------------------------------------------
@@ -177,4 +177,4 @@ def test_accelerate_in_mixed_precision_returns_predictions(grad_mode: Any, group
         assert isinstance(prediction, gradhooks.MultiPosePrediction)
         assert [part.dtype for part in prediction] == [torch.float32, torch.float32]
         assert torch.equal(prediction.combined, expected.combined)
-        torch.testing.assert_close(prediction.weights, expected.weights.float(), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(prediction.coefficients(), expected.coefficients().float(), rtol=1e-2, atol=1e-2)

@@ -10,14 +10,14 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger
+from gradhooks.accumulators.base import Accumulation, Accumulator, Coefficients
 from gradhooks.accumulators.declaration import declared
 from gradhooks.accumulators.recompute import Recompute
 from gradhooks.accumulators.store import Store
 from gradhooks.accumulators.stream import Stream
-from gradhooks.accumulators.sums import Gradients
-from gradhooks.group import Chunk, Group
-from gradhooks.timing import Stopwatch
+from gradhooks.engine.context import Chunk, Group
+from gradhooks.engine.gradient_sums import Gradients
+from gradhooks.engine.stopwatch import Stopwatch
 
 # What a graphless forward costs of a step until it was measured: 0.15 for SchNet, 0.29 for a transformer and a CNN.
 FORWARD_SHARE = 0.25
@@ -74,7 +74,7 @@ class Auto(Accumulator):
         """What a graphless forward costs of a step, as far as that is known."""
         return statistics.median_low([FORWARD_SHARE, *self._shares])
 
-    def open(self, group: Group, predictions: Tensor) -> Ledger:
+    def open(self, group: Group, predictions: Tensor) -> Accumulation:
         if group.combination.combine_gradients is not None:
             group.report.reason = "the combination works on the poses' gradients"
             return self._chosen(Store(), group, predictions)
@@ -87,16 +87,16 @@ class Auto(Accumulator):
         group.report.reason = self._reason(declaration.uniform)
         if self._streams:
             return self._chosen(Stream(), group, predictions)
-        ledger = self._chosen(Recompute(), group, predictions)
+        accumulation = self._chosen(Recompute(), group, predictions)
         timed = len(self._shares) + len(self._timings) < TIMED
-        return TimedLedger(ledger, group, self._timings) if timed else ledger
+        return TimedAccumulation(accumulation, group, self._timings) if timed else accumulation
 
     @staticmethod
-    def _chosen(accumulator: Accumulator, group: Group, predictions: Tensor) -> Ledger:
+    def _chosen(accumulator: Accumulator, group: Group, predictions: Tensor) -> Accumulation:
         group.report.accumulator = accumulator.name
-        ledger = accumulator.open(group, predictions)
+        accumulation = accumulator.open(group, predictions)
         logger.debug("{} poses by {}: {}", group.report.poses, group.report.accumulator, group.report.reason)
-        return ledger
+        return accumulation
 
     def _read_clocks(self) -> None:
         pending = [(timing, timing.share) for timing in self._timings]
@@ -131,7 +131,7 @@ class Auto(Accumulator):
         if declaration is None:
             return
         weights = torch.tensor(declaration.log_weights, dtype=torch.float64).nan_to_num(nan=math.inf)
-        least = math.log(group.negligible(predictions.dtype) or torch.finfo(torch.float64).tiny)
+        least = math.log(group.skip_threshold(predictions.dtype) or torch.finfo(torch.float64).tiny)
         came = (weights >= weights.cummax(0).values + least).double().mean().item()
         stayed = (weights >= weights.max() + least).double().mean().item()
         direct = 0.0 if coefficients.direct is None else (coefficients.direct != 0).double().mean().item()
@@ -142,11 +142,11 @@ class Auto(Accumulator):
         self._groups += 1
 
 
-class TimedLedger(Ledger):
-    """Leaves all work to another ledger and holds the watches: four marks a group, none for each pose."""
+class TimedAccumulation(Accumulation):
+    """Leaves all work to another accumulation and holds the watches: four marks a group, none for each pose."""
 
-    def __init__(self, ledger: Ledger, group: Group, timings: list[Timing]) -> None:
-        self._ledger = ledger
+    def __init__(self, accumulation: Accumulation, group: Group, timings: list[Timing]) -> None:
+        self._ledger = accumulation
         self._group = group
         self._timings = timings
         device = group.shadows.leaves[0].device

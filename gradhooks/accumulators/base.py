@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gradhooks.engine.context import Chunk, Group
 from gradhooks.errors import CombinationError
-from gradhooks.group import Chunk, Group
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Coefficients:
         return Coefficients(self.through_combination[own], None if self.direct is None else self.direct[own], largest)
 
 
-class Ledger(ABC):
+class Accumulation(ABC):
     """What an accumulator keeps of one group until its coefficients are known.
 
     Attributes:
@@ -54,7 +54,7 @@ class Ledger(ABC):
 
         Args:
             chunk: Which poses.
-            predictions: Shape `(n, *prediction)`, with its graph wherever `keeps_graph` was true. A ledger that wants
+            predictions: Shape `(n, *prediction)`, with its graph wherever `keeps_graph` was true. A accumulation that wants
                 the graph used must do so now.
         """
 
@@ -100,7 +100,7 @@ class Accumulator(ABC):
         return self.name
 
     @abstractmethod
-    def open(self, group: Group, predictions: Tensor) -> Ledger:
+    def open(self, group: Group, predictions: Tensor) -> Accumulation:
         """Begin a group whose first chunk has just run.
 
         Args:

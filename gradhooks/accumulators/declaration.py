@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradhooks.engine.context import Group
 from gradhooks.errors import CombinationError
-from gradhooks.group import Group
 
 
 class Declaration(NamedTuple):

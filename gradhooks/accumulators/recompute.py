@@ -7,13 +7,13 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from gradhooks.accumulators.again import replayed_gradients
-from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger, refuse_gradient_combination
+from gradhooks.accumulators.base import Accumulation, Accumulator, Coefficients, refuse_gradient_combination
 from gradhooks.accumulators.declaration import declared
-from gradhooks.accumulators.retained import RetainedGraphs, budget_in_bytes
-from gradhooks.accumulators.sums import Gradients, RunningSums
-from gradhooks.accumulators.unreached import zero_where_reached
-from gradhooks.group import Chunk, Group
+from gradhooks.accumulators.kept_graphs import KeptGraphs, budget_in_bytes
+from gradhooks.engine.context import Chunk, Group
+from gradhooks.engine.gradient_sums import Gradients, RunningSums
+from gradhooks.engine.rerun import replayed_gradients
+from gradhooks.engine.unused_parameters import zero_where_reached
 
 
 class Recompute(Accumulator):
@@ -41,21 +41,21 @@ class Recompute(Accumulator):
     def __str__(self) -> str:
         return self.name if self.retain is None else f"{self.name}, retain={self.retain}"
 
-    def open(self, group: Group, predictions: Tensor) -> Ledger:
+    def open(self, group: Group, predictions: Tensor) -> Accumulation:
         refuse_gradient_combination(group, self.name)
         budget = budget_in_bytes(self.retain, predictions.device)
-        return RecomputeLedger(group, RetainedGraphs(budget, group.known_storages()) if budget else None)
+        return RecomputeAccumulation(group, KeptGraphs(budget, group.known_storages()) if budget else None)
 
-    def take_over(self, group: Group, predictions: Tensor, reason: str) -> Ledger:
+    def take_over(self, group: Group, predictions: Tensor, reason: str) -> Accumulation:
         """Open a group in the place of an accumulator that cannot serve it; the report will say why."""
         group.report.accumulator, group.report.reason = self.name, reason
         return self.open(group, predictions)
 
 
-class RecomputeLedger(Ledger):
+class RecomputeAccumulation(Accumulation):
     """Keeps what a second run needs, and as many graphs as it may."""
 
-    def __init__(self, group: Group, retained: RetainedGraphs | None) -> None:
+    def __init__(self, group: Group, retained: KeptGraphs | None) -> None:
         self._group = group
         self._chunks: list[Chunk] = []
         self._retained = retained
@@ -84,7 +84,7 @@ class RecomputeLedger(Ledger):
     def gradients(self, kept: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
         (predictions,) = kept
         group = self._group
-        matters = mattering(coefficients, group.negligible(predictions.dtype))
+        matters = significant_poses(coefficients, group.skip_threshold(predictions.dtype))
         retained = {} if self._retained is None else self._retained.live(forget=last)
         gradients = replayed_gradients(
             group, self._chunks, predictions, coefficients.total, matters, retained=retained, retain_graph=not last
@@ -94,9 +94,9 @@ class RecomputeLedger(Ledger):
         return gradients
 
 
-def mattering(coefficients: Coefficients, negligible: float) -> Tensor:
+def significant_poses(coefficients: Coefficients, skip_threshold: float) -> Tensor:
     """Which poses have a coefficient worth a backward, shape `(N,)`, on the CPU. NaN is."""
     size = reduce(coefficients.total.detach().abs(), "n ... -> n", "max").to("cpu", torch.float64)
     known = coefficients.largest
     largest = torch.where(size.isfinite(), size, 0).max() if known is None else known.to("cpu", torch.float64)
-    return ~(size <= largest * negligible) & (size != 0)
+    return ~(size <= largest * skip_threshold) & (size != 0)

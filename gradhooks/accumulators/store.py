@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gradhooks.accumulators.again import replayed_gradients
-from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger
+from gradhooks.accumulators.base import Accumulation, Accumulator, Coefficients
 from gradhooks.accumulators.recompute import Recompute
-from gradhooks.accumulators.sums import Gradients, accumulate, all_finite
-from gradhooks.dtypes import wide
+from gradhooks.engine.context import Chunk, Group
+from gradhooks.engine.gradient_sums import Gradients, accumulate, all_finite
+from gradhooks.engine.rerun import replayed_gradients
 from gradhooks.errors import CombinationError
-from gradhooks.group import Chunk, Group
+from gradhooks.numerics import wide
 
 
 class Store(Accumulator):
@@ -32,7 +32,7 @@ class Store(Accumulator):
         self.device = None if device is None else torch.device(device)
         self.dtype = dtype
 
-    def open(self, group: Group, predictions: Tensor) -> Ledger:
+    def open(self, group: Group, predictions: Tensor) -> Accumulation:
         if predictions.numel() != len(predictions):
             if group.combination.combine_gradients is not None:
                 raise CombinationError(
@@ -41,10 +41,10 @@ class Store(Accumulator):
                     "choose or make one number"
                 )
             return Recompute().take_over(group, predictions, "predictions of more than one number are not stored")
-        return StoreLedger(group, self.device, self.dtype, group.underflow_guard(predictions))
+        return StoreAccumulation(group, self.device, self.dtype, group.fp16_scale(predictions))
 
 
-class StoreLedger(Ledger):
+class StoreAccumulation(Accumulation):
     """A list of gradients for each pose, None where the pose does not reach the leaf."""
 
     keeps_graph = True

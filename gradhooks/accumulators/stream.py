@@ -6,15 +6,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradhooks.accumulators.again import replayed_gradients
-from gradhooks.accumulators.base import Accumulator, Coefficients, Ledger, refuse_gradient_combination
+from gradhooks.accumulators.base import Accumulation, Accumulator, Coefficients, refuse_gradient_combination
 from gradhooks.accumulators.declaration import Declaration, declared, without
-from gradhooks.accumulators.online import OnlineWeights
+from gradhooks.accumulators.online_softmax import OnlineSoftmax
 from gradhooks.accumulators.recompute import Recompute
-from gradhooks.accumulators.sums import Gradients, RunningSums, add_into, all_finite, weighted
-from gradhooks.dtypes import wide
+from gradhooks.engine.context import Chunk, Group
+from gradhooks.engine.gradient_sums import Gradients, RunningSums, add_into, all_finite, weighted
+from gradhooks.engine.rerun import replayed_gradients
 from gradhooks.errors import CombinationError, GradhooksWarning
-from gradhooks.group import Chunk, Group
+from gradhooks.numerics import wide
 
 
 class Stream(Accumulator):
@@ -25,17 +25,19 @@ class Stream(Accumulator):
 
     name = "stream"
 
-    def open(self, group: Group, predictions: Tensor) -> Ledger:
+    def open(self, group: Group, predictions: Tensor) -> Accumulation:
         refuse_gradient_combination(group, self.name)
         declaration = declared(group, predictions)
         if declaration is None:
             reason = "the combination declares no stream_weights, or a prediction is more than one number"
             return Recompute().take_over(group, predictions, reason)
-        return StreamLedger(group, declaration, group.negligible(predictions.dtype), group.underflow_guard(predictions))
+        return StreamAccumulation(
+            group, declaration, group.skip_threshold(predictions.dtype), group.fp16_scale(predictions)
+        )
 
 
-class StreamLedger(Ledger):
-    """Running sums of gradients, `R = 1 + K`, with the weights of `OnlineWeights`.
+class StreamAccumulation(Accumulation):
+    """Running sums of gradients, `R = 1 + K`, with the weights of `OnlineSoftmax`.
 
     Once the coefficients are known, numbers `a` are fitted to them, `c_i = sum_k a_k weights[i, k]`. What that leaves
     of a coefficient, and what the loss reads beside the combination, is had by running the pose again.
@@ -43,12 +45,12 @@ class StreamLedger(Ledger):
 
     keeps_graph = True
 
-    def __init__(self, group: Group, first: Declaration, negligible: float, guard: float) -> None:
+    def __init__(self, group: Group, first: Declaration, skip_threshold: float, guard: float) -> None:
         self._group = group
         self._features = features = len(first.features[0])
         self._uniform = first.uniform
-        self._online = OnlineWeights(features, negligible)
-        self._negligible = negligible
+        self._online = OnlineSoftmax(features, skip_threshold)
+        self._negligible = skip_threshold
         self._sums = RunningSums(group.shadows, count=1 + features)
         self._chunks: list[Chunk] = []
         self._had_backward: list[bool] = []

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gradhooks.combination import Combination, StreamWeights
-from gradhooks.combinations.precision import log_weights, widest
+from gradhooks.combinations.pose_weights import log_weights, widest
 from gradhooks.errors import CombinationError
 
 ROOM_TEMPERATURE = 0.592485  # R * 298.15 K in kcal/mol, R = 1.987204e-3 kcal/(mol K) (CODATA 2018)

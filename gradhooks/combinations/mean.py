@@ -2,7 +2,7 @@ import torch
 from torch import Tensor
 
 from gradhooks.combination import Combination, StreamWeights
-from gradhooks.combinations.precision import log_weights, widest
+from gradhooks.combinations.pose_weights import log_weights, widest
 
 
 class Mean(Combination):

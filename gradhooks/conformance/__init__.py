@@ -1,1 +1,0 @@
-"""The conformance kit: proves a combination or an accumulator. `gradhooks.testing` offers it to users."""

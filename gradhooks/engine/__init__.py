@@ -1,0 +1,1 @@
+"""One group through the model: poses, state, parameter hooks, first and second run."""

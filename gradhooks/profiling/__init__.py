@@ -1,0 +1,1 @@
+"""Tools that measure and check a user's own model: compare, estimate_memory, gradcheck."""
