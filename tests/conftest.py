@@ -13,10 +13,10 @@ import pytest
 import torch
 
 # Assertions of helpers are explained as those of the tests are.
-pytest.register_assert_rewrite("oracle", "witness", "trainers")
+pytest.register_assert_rewrite("training_reference", "model_state", "trainers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from zoo import Place  # noqa: E402
+from model_zoo import Place  # noqa: E402
 
 hypothesis.settings.register_profile("gradhooks", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("gradhooks")

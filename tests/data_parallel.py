@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from oracle import AttentionPooling, Gradients, distances, gradients_of, of_both, of_combined, of_poses
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from training_reference import AttentionPooling, Gradients, distances, gradients_of, of_both, of_combined, of_poses
 
 import gradhooks
 from gradhooks.accumulators import Auto, Recompute, Store, Stream

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import gradhooks
-from gradhooks import timing
+from gradhooks.engine import stopwatch as timing
 from gradhooks.accumulators.auto import TIMED, Auto
 
 COUNT = 10

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import ACCUMULATORS, COMBINATIONS, assert_same_gradients, gradients_of, of_both
+from model_state import KEYS_ARE_ASKED_FOR
+from model_zoo import Place, build, mlp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from witness import KEYS_ARE_ASKED_FOR
-from zoo import Place, build, mlp
+from training_reference import ACCUMULATORS, COMBINATIONS, assert_same_gradients, gradients_of, of_both
 
 import gradhooks
 from gradhooks import MultiPose

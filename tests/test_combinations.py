@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import ACCUMULATORS, assert_same_gradients, gradients_of, of_both
+from model_zoo import Place, build, mlp
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from zoo import Place, build, mlp
+from training_reference import ACCUMULATORS, assert_same_gradients, gradients_of, of_both
 
 import gradhooks
-from gradhooks import CombinationError, MultiPose, MultiPosePrediction
+from gradhooks import MultiPose, MultiPosePrediction
+from gradhooks.errors import CombinationError
 from gradhooks.combinations import Boltzmann, Max, Mean, Min
 
 BUILT_IN: dict[str, Callable[[], gradhooks.Combination]] = {

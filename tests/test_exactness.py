@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from oracle import (
+from model_zoo import ZOO, Place, Specimen, build
+from model_zoo.sharing import reused_gradient_memory
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from training_reference import (
     ACCUMULATORS,
     COMBINATIONS,
     LOSSES,
@@ -18,10 +22,6 @@ from oracle import (
     train_by_full_graph,
     train_by_group,
 )
-from torch import Tensor
-from torch.utils._pytree import tree_map_only
-from zoo import ZOO, Place, Specimen, build
-from zoo.sharing import reused_gradient_memory
 
 # Sharp and streamed in one sum; all poses matter, two sums; not streamable, of parameters of its own.
 TELLING_COMBINATIONS = ["min", "boltzmann learnable", "attention"]

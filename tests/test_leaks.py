@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import ACCUMULATORS, COMBINATIONS, of_both, of_combined
+from model_state import HOOKS, hooks_of, same_structure
+from model_zoo import Place, Specimen, build
 from torch import Tensor
-from witness import HOOKS, hooks_of, same_structure
-from zoo import Place, Specimen, build
+from training_reference import ACCUMULATORS, COMBINATIONS, of_both, of_combined
 
 import gradhooks
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import COMBINATIONS
-from ranks import on_ranks
+from multiprocess import on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
+from training_reference import COMBINATIONS
 
 import gradhooks
 from gradhooks.testing import full_graph

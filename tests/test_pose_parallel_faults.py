@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Fault, on_ranks
+from multiprocess import Fault, on_ranks
 from torch import Tensor, nn
 
 import gradhooks

@@ -58,7 +58,7 @@ def test_relative_paths_in_the_prose_exist() -> None:
 
 
 def test_every_trait_names_tests_that_exist() -> None:
-    from zoo import ZOO  # noqa: PLC0415 - beside this file
+    from model_zoo import ZOO  # noqa: PLC0415 - beside this file
 
     section = README.split("## What holds, and what is refused")[1].split("\n## ")[0]
     rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]

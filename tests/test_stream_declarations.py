@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
+from model_zoo import Place, Specimen, build, mlp
+from torch import Tensor, nn
+from training_reference import (
     COMBINATIONS,
     assert_same_gradients,
     distances,
@@ -18,11 +20,10 @@ from oracle import (
     of_combined,
     train_by_full_graph,
 )
-from torch import Tensor, nn
-from zoo import Place, Specimen, build, mlp
 
 import gradhooks
-from gradhooks import CombinationError, GradhooksWarning, StreamWeights
+from gradhooks import StreamWeights
+from gradhooks.errors import CombinationError, GradhooksWarning
 
 Declare = Callable[[Tensor], StreamWeights | None]
 

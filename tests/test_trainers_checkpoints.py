@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_state import KEYS_ARE_ASKED_FOR
 from torch import Tensor, nn
 from trainers import (
     OF_TRAINERS,
@@ -20,7 +21,6 @@ from trainers import (
     missing,
     transformers_trainer,
 )
-from witness import KEYS_ARE_ASKED_FOR
 
 import gradhooks
 

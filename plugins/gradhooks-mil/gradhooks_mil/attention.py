@@ -1,7 +1,8 @@
 import torch
 from torch import Tensor, nn
 
-from gradhooks import Combination, CombinationError
+from gradhooks import Combination
+from gradhooks.errors import CombinationError
 
 
 class Attention(Combination):

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from gradhooks import Combination, CombinationError, StreamWeights
+from gradhooks import Combination, StreamWeights
+from gradhooks.errors import CombinationError
 from gradhooks_mil.logarithms import NEGLIGIBLE, log_mean, log_one_minus_exp
 
 

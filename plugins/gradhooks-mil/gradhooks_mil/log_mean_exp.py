@@ -2,7 +2,8 @@ import math
 
 from torch import Tensor
 
-from gradhooks import Combination, CombinationError, StreamWeights
+from gradhooks import Combination, StreamWeights
+from gradhooks.errors import CombinationError
 from gradhooks_mil.logarithms import log_mean
 
 

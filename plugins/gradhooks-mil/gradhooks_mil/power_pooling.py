@@ -2,7 +2,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from gradhooks import Combination, CombinationError, StreamWeights
+from gradhooks import Combination, StreamWeights
+from gradhooks.errors import CombinationError
 
 
 class PowerPooling(Combination):

@@ -1,6 +1,7 @@
 from torch import Tensor
 
-from gradhooks import Combination, CombinationError
+from gradhooks import Combination
+from gradhooks.errors import CombinationError
 
 
 class TopKMean(Combination):

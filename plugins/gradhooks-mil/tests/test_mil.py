@@ -5,7 +5,8 @@ import gradhooks_mil
 import pytest
 import torch
 
-from gradhooks import Combination, CombinationError, MultiPose
+from gradhooks import Combination, MultiPose
+from gradhooks.errors import CombinationError
 from gradhooks.testing import parametrize_with_checks
 
 torch.set_num_threads(1)

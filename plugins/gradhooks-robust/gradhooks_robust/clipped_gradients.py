@@ -3,7 +3,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from gradhooks import CombinationError
+from gradhooks.errors import CombinationError
 from gradhooks_robust.wrapper import GradientWrapper, contributions, inner_products, weighted_sums
 
 

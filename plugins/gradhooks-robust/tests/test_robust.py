@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradhooks import CombinationError, GradientCombination, MultiPose
+from gradhooks import GradientCombination, MultiPose
+from gradhooks.errors import CombinationError
 from gradhooks.testing import full_graph, parametrize_with_checks
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zoo.kit import MOST_POSES, Place, Specimen, species
+from model_zoo.specimen import MOST_POSES, Place, Specimen, species
 
 ATOMS = 4
 

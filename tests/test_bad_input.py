@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
+from model_state import untouched
+from model_zoo import Place, Specimen, build, mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from training_reference import (
     ACCUMULATORS,
     COMBINATIONS,
     assert_same_gradients,
@@ -17,10 +21,6 @@ from oracle import (
     train_by_full_graph,
     train_by_group,
 )
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from witness import untouched
-from zoo import Place, Specimen, build, mlp
 
 import gradhooks
 from gradhooks import (

@@ -4,7 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
+from model_zoo import Place, Specimen, mlp
+from model_zoo.sharing import branched_by_negligible_poses
+from torch import Tensor, nn
+from training_reference import (
     COMBINATIONS,
     assert_bit_equal,
     assert_same_gradients,
@@ -13,9 +16,6 @@ from oracle import (
     of_combined,
     train_by_full_graph,
 )
-from torch import Tensor, nn
-from zoo import Place, Specimen, mlp
-from zoo.sharing import branched_by_negligible_poses
 
 import gradhooks
 from gradhooks.engine.unused_parameters import UNUSED_AFTER

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 from data_parallel import ACCUMULATORS, SCENARIOS, Course, Weights, course_of, deviation, module_of
-from oracle import assert_bit_equal, distances
-from ranks import on_ranks
+from multiprocess import on_ranks
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
+from training_reference import assert_bit_equal, distances
 
 FLAGS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
+from model_zoo import Place, mlp
+from torch import Tensor, nn
+from training_reference import (
     ACCUMULATORS,
     COMBINATIONS,
     Gradients,
@@ -17,8 +19,6 @@ from oracle import (
     of_both,
     of_combined,
 )
-from torch import Tensor, nn
-from zoo import Place, mlp
 
 import gradhooks
 from gradhooks.engine.chunk_sizes import ran_out_of_memory

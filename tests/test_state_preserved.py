@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
+from model_state import differing, hooks_of, numbers, same_structure, structure, untouched
+from model_zoo import ZOO, Place, Specimen, build
+from torch import Tensor, nn
+from training_reference import (
     ACCUMULATORS,
     COMBINATIONS,
     Trained,
@@ -21,9 +24,6 @@ from oracle import (
     train_by_full_graph,
     train_by_group,
 )
-from torch import Tensor, nn
-from witness import differing, hooks_of, numbers, same_structure, structure, untouched
-from zoo import ZOO, Place, Specimen, build
 
 import gradhooks
 

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
+from model_state import untouched
+from model_zoo import Place, Specimen, build
+from torch import Tensor, nn
+from training_reference import (
     ACCUMULATORS,
     COMBINATIONS,
     LOSSES,
@@ -20,9 +23,6 @@ from oracle import (
     train_by_full_graph,
     train_by_group,
 )
-from torch import Tensor, nn
-from witness import untouched
-from zoo import Place, Specimen, build
 
 from gradhooks import MultiPose, MultiPosePrediction
 from gradhooks.testing import full_graph

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from oracle import (
+from model_zoo import Place, build
+from training_reference import (
     COMBINATIONS,
     Gradients,
     Trained,
@@ -15,7 +16,6 @@ from oracle import (
     of_both,
     train_by_full_graph,
 )
-from zoo import Place, build
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
-from zoo.kit import MOST_POSES, Place, Specimen, some_of, species
+from model_zoo.specimen import MOST_POSES, Place, Specimen, some_of, species
 
 
 def _net(place: Place, reparametrise: Callable[[nn.Linear], nn.Module]) -> Specimen:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from data_parallel import ACCUMULATORS, SCENARIOS, WIDTH, Normalised, Plain, module_of
-from ranks import on_ranks
+from multiprocess import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,7 +1,7 @@
 """Models named by the edge case that each is, with the poses that they eat."""
 
-from zoo import checkpointed, derivatives, graphs, inputs, layers, reparametrised, sharing, stateful, wrapped
-from zoo.kit import MOST_POSES, ZOO, Place, Species, Specimen, build, mlp
+from model_zoo import checkpointed, derivatives, graphs, inputs, layers, reparametrised, sharing, stateful, wrapped
+from model_zoo.specimen import MOST_POSES, ZOO, Place, Species, Specimen, build, mlp
 
 __all__ = [
     "MOST_POSES",

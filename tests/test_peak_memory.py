@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from model_zoo import mlp
+from model_zoo.layers import ConvNet
 from torch import Tensor, nn
-from zoo import mlp
-from zoo.layers import ConvNet
 
 import gradhooks
 from gradhooks.engine.memory import PeakMemory

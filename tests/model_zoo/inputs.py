@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zoo.kit import MOST_POSES, Place, Specimen, mlp, some_of, species
+from model_zoo.specimen import MOST_POSES, Place, Specimen, mlp, some_of, species
 
 
 class Scorer(nn.Module):

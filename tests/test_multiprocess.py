@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankError, on_ranks
+from multiprocess import RankError, on_ranks
 from torch import Tensor
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.kit import MOST_POSES, Place, Specimen, some_of, species
+from model_zoo.specimen import MOST_POSES, Place, Specimen, some_of, species
 
 
 class EnergyAndForces(nn.Module):

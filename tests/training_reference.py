@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from model_zoo import Specimen
 from torch import Tensor, nn
-from zoo import Specimen
 
 import gradhooks
 from gradhooks.testing import full_graph

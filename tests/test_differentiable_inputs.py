@@ -7,11 +7,19 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from oracle import ACCUMULATORS, COMBINATIONS, Gradients, assert_same_gradients, gradients_of, of_both, of_combined
+from model_zoo import Place, Specimen, build, mlp
+from model_zoo.derivatives import EnergyAndForces, _marked_pose
+from model_zoo.graphs import geometric
 from torch import Tensor, nn
-from zoo import Place, Specimen, build, mlp
-from zoo.derivatives import EnergyAndForces, _marked_pose
-from zoo.graphs import geometric
+from training_reference import (
+    ACCUMULATORS,
+    COMBINATIONS,
+    Gradients,
+    assert_same_gradients,
+    gradients_of,
+    of_both,
+    of_combined,
+)
 
 import gradhooks
 from gradhooks.testing import full_graph

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from zoo.kit import MOST_POSES, Place, Specimen, mlp, some_of, species
+from model_zoo.specimen import MOST_POSES, Place, Specimen, mlp, some_of, species
 
 
 @species(same_in_every_dtype=False)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # its usual name
 
-from zoo.kit import MOST_POSES, Place, Specimen, mlp, some_of, species
+from model_zoo.specimen import MOST_POSES, Place, Specimen, mlp, some_of, species
 
 
 @species()

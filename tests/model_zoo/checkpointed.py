@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.kit import MOST_POSES, Place, Specimen, mlp, some_of, species
+from model_zoo.specimen import MOST_POSES, Place, Specimen, mlp, some_of, species
 
 
 class Checkpointed(nn.Module):

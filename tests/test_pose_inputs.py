@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
+from model_state import untouched
+from model_zoo import Place, Specimen, build, mlp
+from model_zoo.graphs import all_edges, geometric
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from training_reference import (
     ACCUMULATORS,
     COMBINATIONS,
     assert_same_gradients,
@@ -18,13 +23,9 @@ from oracle import (
     train_by_full_graph,
     train_by_group,
 )
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from witness import untouched
-from zoo import Place, Specimen, build, mlp
-from zoo.graphs import all_edges, geometric
 
-from gradhooks import MultiPose, PosesError, PredictionError
+from gradhooks import MultiPose
+from gradhooks.errors import PosesError, PredictionError
 from gradhooks.testing import full_graph
 
 COUNT = 5

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import gradhooks
-from zoo.kit import MOST_POSES, Place, Specimen, mlp, some_of, species
+from model_zoo.specimen import MOST_POSES, Place, Specimen, mlp, some_of, species
 
 
 @species()
