@@ -1,8 +1,8 @@
-"""Train on groups of poses with the memory of one, and the gradient of all.
+"""Train on groups of poses with the memory of one pose, and the gradient of the full graph.
 
 >>> import torch, gradhooks
 >>> scorer = gradhooks.MultiPose(torch.nn.Linear(3, 1), "min")
->>> combined, poses = scorer([torch.randn(3) for _ in range(100)])
+>>> combined, per_pose = scorer([torch.randn(3) for _ in range(100)])
 >>> combined.square().sum().backward()
 """
 
@@ -46,3 +46,7 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 logger.disable("gradhooks")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradhooks.numerics import wide
+from gradhooks.numerics import at_least_float32
 
 
 class StreamWeights(NamedTuple):
@@ -123,7 +123,7 @@ class BoundCombination:
 
     def __call__(self, predictions: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Combine the predictions, shape `(N, *prediction)`, or those that are `chosen`, shape `(N,)`, boolean."""
-        seen = predictions.to(wide(predictions.dtype))
+        seen = predictions.to(at_least_float32(predictions.dtype))
         if chosen is None:
             return self.combination(seen, **self.arguments)
         return self.combination(seen[chosen], **self._of_poses(chosen))
@@ -134,7 +134,7 @@ class BoundCombination:
         if stream_weights is None:
             return None
         declaration: StreamWeights | None = stream_weights(
-            predictions.to(wide(predictions.dtype)), **self._of_poses(slice(start, start + len(predictions)))
+            predictions.to(at_least_float32(predictions.dtype)), **self._of_poses(slice(start, start + len(predictions)))
         )
         return declaration
 

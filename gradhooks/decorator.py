@@ -1,62 +1,100 @@
-"""`@gradhooks.multipose(...)`: a class whose instances are born wrapped."""
+"""`@gradhooks.multipose(...)`: a class of models whose instances are wrapped in `MultiPose`."""
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from gradhooks.accumulators.base import Accumulator
+from gradhooks.options import OPTION_NAMES, OptionTypes, refuse_unknown_options
 from gradhooks.wrapper import MultiPose
 
+P = ParamSpec("P")
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
-def multipose(combination: Any = "mean", **options: Any) -> Callable[[Any], Any]:
+if TYPE_CHECKING:
+
+    class DecoratedModel(MultiPose[ModelT], Generic[P, ModelT]):
+        """What a type checker sees of a decorated class: constructed as the class is, and used as a `MultiPose`."""
+
+        forward: Callable[..., Any]  # a subclass defines the forward of one pose
+
+        def __init__(self, *args: P.args, **kwargs: P.kwargs) -> None: ...
+
+        def __getattr__(self, name: str) -> Any: ...  # type: ignore[override]
+
+
+class Decorator(Protocol):
+    """What `multipose` returns."""
+
+    @overload
+    def __call__(self, model: ModelT) -> MultiPose[ModelT]: ...
+    @overload
+    def __call__(self, model: Callable[P, ModelT]) -> "type[DecoratedModel[P, ModelT]]": ...
+
+
+def multipose(
+    combination: str | Callable[[Tensor], Tensor] = "mean",
+    *,
+    accumulator: str | Accumulator = "auto",
+    **options: Unpack[OptionTypes],
+) -> Decorator:
     """Wrap a class of models, or one model, in `MultiPose`.
 
-    A decorated class stays a class: calling it makes a `MultiPose` around a bare instance, of which `isinstance` with
-    the class is true; subclasses define the forward of one pose, and are wrapped too.
+    A decorated class stays a class. Calling it makes a `MultiPose` around a bare instance, for which `isinstance` with
+    the class is true. Subclasses define the forward of one pose and are wrapped too.
 
     Args:
         combination: As for `MultiPose`.
+        accumulator: As for `MultiPose`.
         **options: As for `MultiPose`.
 
     Returns:
-        A decorator for a subclass of `torch.nn.Module`; of an instance it makes a `MultiPose`.
+        A decorator for a subclass of `torch.nn.Module`; for an instance it returns a `MultiPose`.
+
+    Raises:
+        TypeError: An option does not exist, or a class was passed as the combination.
     """
     if isinstance(combination, type) and issubclass(combination, nn.Module):
         raise TypeError(
             f"multipose got the class {combination.__name__} as its combination: write @multipose() above a model "
             "class, and pass a combination by name or as an instance"
         )
+    refuse_unknown_options(options, ["accumulator", *OPTION_NAMES])
 
     def wrap(model: Any) -> Any:
         if isinstance(model, nn.Module):
-            return MultiPose(model, combination, **options)
+            return MultiPose(model, combination, accumulator=accumulator, **options)
         if isinstance(model, type) and issubclass(model, nn.Module):
-            return _decorated(model, functools.partial(MultiPose, combination=combination, **options))
+            return _decorated(
+                model, functools.partial(MultiPose, combination=combination, accumulator=accumulator, **options)
+            )
         raise TypeError(f"multipose wraps a torch.nn.Module or a class of them, got {model!r}")
 
     return wrap
 
 
 class MultiPoseClass(type):
-    """Class of decorated classes: calling one makes a bare instance and wraps it.
+    """The metaclass of decorated classes: calling one makes a bare instance and wraps it.
 
-    A metaclass, and not a function or a subclass of `MultiPose` in the class's place, so that subclasses, `super()`,
-    pickling by reference and `isinstance` mean the bare model, whose class this still is.
+    It is a metaclass, instead of a function or a subclass of `MultiPose` in place of the class, so that subclasses,
+    `super()`, pickling by reference and `isinstance` refer to the bare model, whose class this remains.
     """
 
-    _wrap: Callable[[nn.Module], MultiPose]
+    _wrap: Callable[[nn.Module], MultiPose[Any]]
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> MultiPose:
+    def __call__(cls, *args: Any, **kwargs: Any) -> MultiPose[Any]:
         try:
             bare = super().__call__(*args, **kwargs)
-        except RecursionError as fault:
+        except RecursionError as error:
             name = cls.__name__
             raise TypeError(
                 f"{name}.__init__ calls itself without end: in a decorated class write super(), since in "
-                f"super({name}, self) the name {name} means the decorated class"
-            ) from fault
+                f"super({name}, self) the name {name} refers to the decorated class"
+            ) from error
         return cls._wrap(bare)
 
     def __instancecheck__(cls, instance: object) -> bool:
@@ -70,7 +108,7 @@ class MultiPoseClass(type):
         return inspect.Signature(parameters[1:])
 
 
-def _decorated(model: type[nn.Module], wrap: Callable[[nn.Module], MultiPose]) -> type[nn.Module]:
+def _decorated(model: type[nn.Module], wrap: Callable[[nn.Module], MultiPose[Any]]) -> type[nn.Module]:
     metaclass: type = MultiPoseClass
     if not issubclass(metaclass, type(model)):  # the class has a metaclass of its own, as abstract classes do
         metaclass = type("MultiPoseClass", (MultiPoseClass, type(model)), {})

@@ -1,48 +1,48 @@
-"""What can go wrong, one class for each way out.
+"""Exceptions of gradhooks, each named after what has to change.
 
-Every class is also the builtin that PyTorch users would catch for such a fault.
+Every class also derives from the builtin exception that PyTorch raises for errors of this kind.
 """
 
 
 class GradhooksError(Exception):
-    """Base of every error that gradhooks raises on purpose."""
+    """Base class of every exception that gradhooks raises on purpose."""
 
 
 class PosesError(GradhooksError, ValueError):
-    """Change the poses: the group is empty, ragged where it must not be, or not a group at all."""
+    """Change the poses: the group is empty, its poses disagree in shape, or it is not a group of poses."""
 
 
 class PredictionError(GradhooksError, ValueError):
-    """Change `call=` or the model: what came out is no usable prediction."""
+    """Change `call=` or the model: the model's output cannot be used as a prediction."""
 
 
 class UnregisteredTensorError(GradhooksError, RuntimeError):
-    """Register the tensor: the prediction depends on a leaf that gradhooks cannot intercept."""
+    """Register the tensor: a prediction depends on a leaf tensor whose gradient cannot be intercepted."""
 
 
 class ReplayError(GradhooksError, RuntimeError):
-    """Make the model repeatable, or choose an accumulator that runs every pose once."""
+    """Make the model repeatable, or use an accumulator that runs each pose once: a second run gave another result."""
 
 
 class ConcurrentUseError(GradhooksError, RuntimeError):
-    """Give each thread a model of its own: two groups cannot be in one model at once."""
+    """Give each thread its own copy of the model: two groups cannot run through one model at the same time."""
 
 
 class DistributedError(GradhooksError, RuntimeError):
-    """Several processes: wrap the other way round, or mend the rank that has failed, which the message names."""
+    """Several processes: wrap the modules in another order, or repair the rank that the message names."""
 
 
 class HigherOrderError(GradhooksError, RuntimeError):
-    """Use the full graph for this step: derivatives of the delivered gradient do not exist."""
+    """Use the full graph for this step: the accumulated gradient cannot be differentiated again."""
 
 
 class CombinationError(GradhooksError, ValueError):
-    """Mend the combination: it returned something that its contract excludes."""
+    """Repair the combination or its arguments: they do not satisfy the contract of `gradhooks.Combination`."""
 
 
 class PluginError(GradhooksError, LookupError):
-    """Install, mend or rename a plugin: a name could not be turned into an object."""
+    """Install, repair or rename a plugin: a registered name could not be turned into an object."""
 
 
 class GradhooksWarning(UserWarning):
-    """Something costs more than it should; the gradient is right all the same."""
+    """The step costs more than it should. The gradient is correct."""

@@ -1,242 +1,275 @@
-"""MultiPose: the only place that sequences the steps."""
+"""MultiPose: the module that a user wraps around a model. It sequences the steps; the engine does them."""
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, get_args
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self, Unpack
 
-from gradhooks import registry, state_dict
+from gradhooks import registry
 from gradhooks.accumulators.base import Accumulator
-from gradhooks.autograd_function import tied_to_leaves
+from gradhooks.accumulators.sharded_recompute import begin_sharded
+from gradhooks.autograd_function import attach_to_graph
 from gradhooks.combination import BoundCombination
 from gradhooks.distributed.collectives import Collectives
-from gradhooks.distributed.pose_parallel import PosePartition
 from gradhooks.distributed.sharded_model import ShardedModel
-from gradhooks.distributed.validation import refuse_sharded, refuse_synchronized_modules, refuse_to_share
-from gradhooks.engine.chunk_sizes import ChunkSize, ChunkSizes, ChunkSizeState
-from gradhooks.engine.context import Group
-from gradhooks.engine.forward import send_through
-from gradhooks.engine.model_state import ModelState
-from gradhooks.engine.pose_inputs import (
-    Call,
-    Collate,
-    Nonfinite,
-    Poses,
-    arrange,
-    call_model,
-    finite_rows,
-)
-from gradhooks.engine.prediction_only import predict
+from gradhooks.distributed.validation import refuse_sharded_parameters, refuse_synchronized_modules
+from gradhooks.engine.chunk_sizes import ChunkSize
+from gradhooks.engine.forward import predict, run_forward
+from gradhooks.engine.group_setup import make_context
+from gradhooks.engine.learned import Learned
+from gradhooks.engine.model_call import Call, finite_rows
+from gradhooks.engine.pose_inputs import Collate
 from gradhooks.engine.progress import Progress
 from gradhooks.engine.report import Report
-from gradhooks.engine.shadow_parameters import ShadowParameters
-from gradhooks.engine.training_flags import initialise_lazy, modes_of
-from gradhooks.errors import PosesError, PredictionError
+from gradhooks.errors import PredictionError
+from gradhooks.options import OPTION_NAMES, Nonfinite, Options, OptionTypes, refuse_unknown_options
 from gradhooks.prediction import MultiPosePrediction
+from gradhooks.state_dict import key_modifiers, use_keys_of_bare_model
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
+ModelT = TypeVar("ModelT", bound=nn.Module)
+T = TypeVar("T")
 
 
-class MultiPose(nn.Module):
-    """A model that takes groups: runs each pose through `model`, one at a time, and combines the predictions.
+class _Option(Generic[T]):
+    """An attribute that reads from the options, and replaces them, validated, when it is set."""
 
-    Training is what it was: `loss.backward()` fills `.grad` with what the graph of all poses would have given, at about
-    the memory of one.
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, instance: "MultiPose[Any]", owner: type) -> T: ...
+    def __get__(self, instance: "MultiPose[Any] | None", owner: type) -> Self | T:
+        return self if instance is None else getattr(instance.options, self._name)
+
+    def __set__(self, instance: "MultiPose[Any]", value: T) -> None:
+        instance._set_options(instance.options.changed(**{self._name: value}), instance.accumulator)
+
+
+class MultiPose(nn.Module, Generic[ModelT]):
+    """Runs groups of poses through a model, in chunks, and combines their predictions.
+
+    `loss.backward()` fills `.grad` with the gradient of the full graph, which contains the graphs of all poses, with
+    about the memory of one pose.
 
     Args:
         model: Any module. It is neither copied nor changed.
         combination: A registered name, or an object: a `Combination`, or any callable from predictions of shape
             `(N, *prediction)` to a tensor.
         accumulator: A registered name or an `Accumulator`.
-        call: `call(model, pose)` returns the prediction of a pose. The default passes a tuple as `model(*pose)`, a
+        memory: How much the graphs may take that are kept for the outer backward, so that their poses need no second
+            run: bytes, a string such as `"2GiB"`, or a fraction of the free memory when a group begins. Used by "auto"
+            and "recompute".
+        chunk_size: How many poses go through the model at once. `"auto"` uses as many as fit in half of the free memory,
+            and half as many after running out of memory: the group starts again, and later groups use the smaller size.
+        collate: Makes the model's input from a list of poses, with one row per pose; needed to chunk a list.
+        call: `call(model, pose)` returns the prediction of a pose. By default a tuple is passed as `model(*pose)`, a
             mapping as `model(**pose)`, anything else as `model(pose)`.
-        chunk_size: How many poses go through the model at once with a graph. `"auto"` is as many as fit in half of the
-            memory that is free before the first group, and half as many whenever it runs out: the group is then begun
-            again, and later ones know.
-        forward_chunk_size: How many go through at once where no graph is kept; None is `chunk_size`. Other batch sizes
-            can mean other kernels, so agreement to the last bit is given up where the two differ.
-        collate: Makes the model's input of a list of poses, so that it gives a row for each; needed to chunk a list.
-        tolerance: A pose whose coefficient is this small relative to the largest gets no backward. None is the largest
-            tolerance that leaves the result within half a rounding error; 0 skips only what is exactly zero.
-        nonfinite: What to do with a prediction that is NaN or infinite: let it through as the full graph would, raise,
-            or leave the pose out of the combination.
-        generators: Random sources that the model draws from beside PyTorch's default generators (a
-            `torch.Generator`, one of numpy's, the modules `random` and `numpy.random`): a second run then draws alike.
-        process_group: Collectives that share every group, or a `DeviceMesh` of one axis. Each passes its own poses, any
-            number, also none, and all get the predictions of all, in the order of the ranks. Combination and loss are
-            to be computed alike on all of them; `.grad` is then on each what one process with all poses would have.
-        progress: True for a bar where tqdm is installed, or a function of `(done, total)`, called after each chunk.
+        tolerance: Poses with a coefficient of at most this size relative to the largest get no backward. None is the
+            largest tolerance that changes the result by less than half a rounding error; 0 skips exact zeros only.
+        nonfinite: What to do with a prediction that is NaN or infinite: "propagate" it as the full graph does, "raise",
+            or "drop" the pose from the combination.
+        generators: Random sources of the model in addition to PyTorch's default generators, restored for a second run: a
+            `torch.Generator`, one of numpy, the modules `random` and `numpy.random`.
+        process_group: Ranks that share each group, or a `DeviceMesh` of one axis. Each rank passes poses of its own, any
+            number or none, and gets the predictions of all, in the order of the ranks. Combination and loss must be
+            computed equally on all ranks; `.grad` is then on each what one process with all poses would have.
+        progress: True for a bar (needs tqdm), or a function of `(done, total)`, called after each chunk.
+
+    All options are attributes, and are validated when they are set.
 
     Attributes:
+        model: The bare model.
         report: The `Report` of the last group.
+
+    Raises:
+        TypeError: An option does not exist, or has the wrong type.
+        ValueError: An option is out of range, or the accumulator does not use it.
     """
 
-    # Of Hugging Face's Trainer: keyword arguments of the forward go to the combination, not to a loss.
+    # Read by the Trainer of transformers: keyword arguments of forward go to the combination, not to a loss.
     accepts_loss_kwargs = False
+
+    model: ModelT
+    combination: Any
+    report: Report
+    options: Options
+
+    memory = _Option[str | float]()
+    chunk_size = _Option[ChunkSize]()
+    collate = _Option[Collate | None]()
+    call = _Option[Call]()
+    tolerance = _Option[float | None]()
+    nonfinite = _Option[Nonfinite]()
+    generators = _Option[tuple[object, ...]]()
+    process_group = _Option[Any]()
+    progress = _Option[Progress]()
 
     def __init__(
         self,
-        model: nn.Module,
+        model: ModelT,
         combination: str | Callable[[Tensor], Tensor] = "mean",
         *,
         accumulator: str | Accumulator = "auto",
-        call: Call | None = None,
-        chunk_size: ChunkSize = 1,
-        forward_chunk_size: ChunkSize | None = None,
-        collate: Collate | None = None,
-        tolerance: float | None = None,
-        nonfinite: Nonfinite = "propagate",
-        generators: Iterable[object] = (),
-        process_group: "ProcessGroup | DeviceMesh | None" = None,
-        progress: Progress = False,
+        **options: Unpack[OptionTypes],
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an instance of torch.nn.Module, got {model!r}")
+        refuse_unknown_options(options, ["accumulator", *OPTION_NAMES])
         self.model = model
-        self.combination = registry.combinations.resolve(combination)
-        self.accumulator: Accumulator = registry.accumulators.resolve(accumulator)
-        self.call = call_model if call is None else call
-        self.chunk_size = _at_least_one("chunk_size", chunk_size)
-        self.forward_chunk_size = _at_least_one("forward_chunk_size", forward_chunk_size or chunk_size)
-        self._experience = ChunkSizeState()
-        self.collate = collate
-        if tolerance is not None and not 0 <= tolerance < 1:
-            raise ValueError(f"tolerance must be in [0, 1), relative to the largest coefficient, got {tolerance}")
-        self.tolerance = tolerance
-        if nonfinite not in get_args(Nonfinite):
-            raise ValueError(f"nonfinite must be one of {', '.join(get_args(Nonfinite))}, got {nonfinite!r}")
-        self.nonfinite = nonfinite
-        self.generators = tuple(generators)
-        self.ranks = Collectives(process_group)
-        self.progress = progress
+        self.combination = combination
+        self._set_options(Options(**options), registry.accumulators.resolve(accumulator))  # type: ignore[arg-type]
+        self._learned = Learned()
         self.report = Report()
-        state_dict.use_keys_of_the_bare_model(self)
+        use_keys_of_bare_model(self)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            model = self.__dict__.get("_modules", {}).get("model")
-            if model is None:  # not constructed yet, as while unpickling
-                raise
-            return getattr(model, name)
+    @property
+    def accumulator(self) -> Accumulator:
+        """The accumulator; set it by name or as an object."""
+        return self._accumulator
+
+    @accumulator.setter
+    def accumulator(self, accumulator: str | Accumulator) -> None:
+        self._set_options(self.options, registry.accumulators.resolve(accumulator))
+
+    def _set_options(self, options: Options, accumulator: Accumulator) -> None:
+        ignored = sorted(accumulator.ignored_options & options.changed_from_default())
+        if ignored:
+            raise ValueError(
+                f"the accumulator {accumulator.name!r} does not use {', '.join(f'{name}=' for name in ignored)}; leave "
+                "it out, or use accumulator='auto' or 'recompute'"
+            )
+        object.__setattr__(self, "options", options)
+        object.__setattr__(self, "_accumulator", accumulator)
+
+    if TYPE_CHECKING:
+        # Hides nn.Module.__getattr__, which makes every attribute valid: a misspelt one is an error.
+        __getattr__: None  # type: ignore[assignment, misc]
+
+        def __call__(self, poses: Any, **arguments: Any) -> MultiPosePrediction: ...
+
+    else:
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                model = self.__dict__.get("_modules", {}).get("model")
+                if model is None:  # not constructed yet, as during unpickling
+                    raise
+            try:
+                return getattr(model, name)
+            except AttributeError as error:
+                described = f"neither MultiPose nor its model, a {type(model).__name__}, has an attribute {name!r}"
+                raise AttributeError(described, name=name, obj=self) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # As it is read: a head that is exchanged is the model's, not one of the wrapper's that nobody would use.
-        if "report" in self.__dict__ and self._is_of_the_model(name):  # what is set last in `__init__`
+        if name in OPTION_NAMES or name == "accumulator":
+            object.__setattr__(self, name, value)
+        elif name == "combination":
+            self.__dict__.pop(name, None)  # a callable that is not a module is a plain attribute, a module a child
+            self._modules.pop(name, None)
+            super().__setattr__(name, registry.combinations.resolve(value))
+        elif self._belongs_to_model(name):  # mirrors __getattr__: assigning scorer.head replaces model.head
             setattr(self.model, name, value)
         else:
             super().__setattr__(name, value)
 
-    def _is_of_the_model(self, name: str) -> bool:
+    def _belongs_to_model(self, name: str) -> bool:
+        if "report" not in self.__dict__:  # the last attribute that __init__ sets
+            return False
         if name in self.__dict__ or name in self._modules or hasattr(MultiPose, name):
             return False
         model = self.model
-        return any(name in there for there in (model.__dict__, model._modules, model._parameters, model._buffers))
+        return any(name in names for names in (model.__dict__, model._modules, model._parameters, model._buffers))
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        # What torch's distributed checkpoints ask of a module whose state_dict hooks change keys.
-        return state_dict.hidden_parents(self, self.model)
+        # Read by torch.distributed.checkpoint for modules whose state_dict hooks change keys.
+        return key_modifiers(self, self.model)
+
+    def extra_repr(self) -> str:
+        options = self.options
+        shown = [
+            f"accumulator={self.accumulator}",
+            f"memory={options.memory!r}",
+            f"chunk_size={options.chunk_size!r}",
+        ]
+        if not isinstance(self.combination, nn.Module):  # modules are printed as children
+            shown.insert(0, f"combination={BoundCombination(self.combination, 1).name}")
+        changed = options.changed_from_default() - {"memory", "chunk_size"}
+        return ", ".join([*shown, *(f"{name}={getattr(options, name)!r}" for name in sorted(changed))])
 
     def forward(self, poses: Any, **arguments: Any) -> MultiPosePrediction:
         """Predict a group.
 
         Args:
-            poses: An iterable of poses, or a tensor or mapping of tensors with the poses along axis 0, which the model
-                gets in slices and answers with a row for each.
-            **arguments: Go to the combination: masks, weights of the poses, known energies. A tensor with `N` rows has
-                one for each pose; with a `process_group`, for each pose of all ranks, in their order.
+            poses: An iterable of poses, or a tensor or mapping of tensors with the poses along axis 0, of which the
+                model gets slices, and for which it returns a row per pose.
+            **arguments: Passed to the combination: masks, weights of the poses, known energies. A tensor with `N` rows
+                has one row per pose; with a `process_group`, per pose of all ranks, in their order.
 
         Returns:
-            `(combined, poses)`, both part of the user's graph.
+            `combined` and `per_pose`, both part of autograd's graph.
 
         Raises:
-            PosesError: The group is empty or no group.
-            PredictionError: What the model returned is no floating-point tensor of one shape for all poses, is not
-                finite though it must be, or does not require grad although something could be trained.
-            UnregisteredTensorError: It depends on a leaf that cannot be intercepted.
-            DistributedError: The model holds a data-parallel wrapper, or is sharded; or a rank of the `process_group`
-                has failed, and all stop.
-            ConcurrentUseError: Another thread is running a group through the model.
+            PosesError: The group is empty, or not a group.
+            PredictionError: The model's output is not a floating-point tensor of one shape for all poses, is not finite
+                although it must be, or does not require grad although the model has trainable parameters.
+            UnregisteredTensorError: A prediction depends on a leaf whose gradient cannot be intercepted.
+            DistributedError: The model contains a data-parallel wrapper, or is sharded in a way that cannot be served,
+                or another rank of the `process_group` failed.
+            ConcurrentUseError: Another thread runs a group through the model.
         """
-        # A compiler could only break at every step of what follows; models that are compiled themselves stay so.
-        run = _outside_compiler if torch.compiler.is_compiling() else MultiPose._run
+        # A compiler could only break the graph at every step of what follows. A compiled model inside stays compiled.
+        run = _run_outside_compiler if torch.compiler.is_compiling() else MultiPose._run
         return run(self, poses, arguments)
 
     def _run(self, poses: Any, arguments: dict[str, Any]) -> MultiPosePrediction:
         refuse_synchronized_modules(self.model)
-        sharding = ShardedModel(self.model)
-        if sharding:
-            refuse_sharded(sharding, self.ranks, self.accumulator.name, recomputes=self.accumulator.recomputes)
-        with self.ranks.together("taking its poses", 1) as notes:
-            arranged, shadows = self._arranged(poses, sharding)
-            notes.told = [len(arranged)]
-        share = PosePartition(self.ranks, [int(count) for (count,) in notes.heard])
-        if share.total == 0:
-            raise PosesError("the group is empty on every rank: a group needs at least one pose")
-        self.report = Report(poses=len(arranged), accumulator=self.accumulator.name)
-        combination = BoundCombination(self.combination, share.total, arguments)
-        group = Group(
-            model=self.model,
-            call=self.call,
-            poses=arranged,
-            share=share,
-            sharding=sharding,
-            shadows=shadows,
-            replay=ModelState(self.model, self.generators),
-            combination=combination,
-            tolerance=self.tolerance,
-            nonfinite=self.nonfinite,
-            progress=self.progress,
-            report=self.report,
-            modes=modes_of(self.model),
-            sizes=ChunkSizes(self.chunk_size, self.forward_chunk_size, self._experience),
-            makes_leaves=bool(sharding),  # or it may mark the user's own inputs
-        )
-        if not (torch.is_grad_enabled() and shadows.real):
-            predictions = predict(group)
-            return self._combined(combination, predictions, predictions)
-        accumulation, predictions = send_through(group, self.accumulator)
-        through_combination, direct = tied_to_leaves(group, accumulation, predictions)
-        return self._combined(combination, through_combination, direct)
-
-    def _arranged(self, poses: Any, sharding: ShardedModel) -> tuple[Poses, ShadowParameters]:
-        """The poses of this process, and stand-ins for what they and the model would train."""
-        arranged = arrange(poses, self.collate, may_be_empty=not self.ranks.alone)
-        if (self.chunk_size, self.forward_chunk_size) != (1, 1) and not arranged.batched:
-            raise PosesError(
-                "chunks of more than one pose need collate= to make a batch of a list, or poses stacked in a tensor"
+        accumulator, options = self.accumulator, self.options
+        sharded = ShardedModel(self.model)
+        if sharded:
+            collectives = Collectives(options.process_group)
+            refuse_sharded_parameters(
+                sharded, collectives, accumulator.name, supports_sharded=accumulator.supports_sharded
             )
-        initialise_lazy(self.model, lambda: self.call(self.model, arranged.between(0, 1)))
-        shadows = ShadowParameters(None if sharding else self.model)
-        if torch.is_grad_enabled():
-            if sharding and any(parameter.requires_grad for parameter in self.model.parameters()):
-                shadows.cut(torch.zeros((), requires_grad=True))  # what ties the predictions to autograd's graph
-            arranged = arranged.cut(shadows.cut)
-        if not self.ranks.alone:
-            refuse_to_share(shadows.inputs, self.combination)
-        return arranged, shadows
+        context = make_context(
+            self.model, options, self.combination, poses, arguments, sharded=sharded, learned=self._learned
+        )
+        self.report = context.report
+        if not (torch.is_grad_enabled() and context.shadows.real):
+            context.report.accumulator = accumulator.name
+            context.report.reason = "no gradient is computed: grad mode is off, or nothing requires grad"
+            predictions = predict(context)
+            return _combined(context.combination, predictions, predictions, options)
+        first_run = run_forward(context, begin_sharded if sharded else accumulator.begin)
+        for_combination, for_user = attach_to_graph(context, *first_run)
+        return _combined(context.combination, for_combination, for_user, options)
 
-    def _combined(self, combination: BoundCombination, predictions: Tensor, poses: Tensor) -> MultiPosePrediction:
-        """Combine `predictions`; the user gets `poses`, the same numbers. Both have shape `(N, *prediction)`."""
-        finite = None
-        if self.nonfinite == "drop":
-            finite = finite_rows(predictions)
-            if not finite.any():
-                raise PredictionError(f"none of the {len(finite)} predictions of the group is finite: nothing is left")
-        return MultiPosePrediction(combination(predictions, finite), poses, combination, finite)
+
+# The signature that help() and editors show at run time; type checkers read `Unpack[OptionTypes]`.
+_parameters = list(inspect.signature(MultiPose.__init__).parameters.values())[:-1]
+_parameters += list(inspect.signature(Options).parameters.values())
+MultiPose.__init__.__signature__ = inspect.Signature(_parameters)  # type: ignore[attr-defined]
+
+
+def _combined(
+    combination: BoundCombination, predictions: Tensor, per_pose: Tensor, options: Options
+) -> MultiPosePrediction:
+    """Return the combined predictions; `per_pose`, equal to them, goes to the user. Shapes: `(N, *prediction)`."""
+    finite = None
+    if options.nonfinite == "drop":
+        finite = finite_rows(predictions)
+        if not finite.any():
+            raise PredictionError(f"none of the {len(finite)} predictions of the group is finite, so none is left")
+    return MultiPosePrediction(combination(predictions, finite), per_pose, combination, finite)
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
-def _outside_compiler(scorer: MultiPose, poses: Any, arguments: dict[str, Any]) -> MultiPosePrediction:
+def _run_outside_compiler(scorer: MultiPose[Any], poses: Any, arguments: dict[str, Any]) -> MultiPosePrediction:
     return scorer._run(poses, arguments)
-
-
-def _at_least_one(name: str, value: ChunkSize) -> ChunkSize:
-    if value != "auto" and (isinstance(value, str) or value < 1):
-        raise ValueError(f"{name} must be at least 1, or 'auto', got {value!r}")
-    return value

@@ -21,7 +21,7 @@ from training_reference import (
 )
 
 import gradhooks
-from gradhooks.engine.chunk_sizes import ran_out_of_memory
+from gradhooks.engine.memory_budget import ran_out_of_memory
 from gradhooks.testing import full_graph
 
 COUNT = 10

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import gradhooks
 from gradhooks.accumulators import Recompute
-from gradhooks.engine.memory import PeakMemory
+from gradhooks.profiling.peak_memory import PeakMemory
 from gradhooks.testing import full_graph
 
 ROWS, WIDTH = 256, 32

@@ -10,7 +10,7 @@ from model_zoo.layers import ConvNet
 from torch import Tensor, nn
 
 import gradhooks
-from gradhooks.engine.memory import PeakMemory
+from gradhooks.profiling.peak_memory import PeakMemory
 from gradhooks.testing import full_graph
 
 

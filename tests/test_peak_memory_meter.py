@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradhooks.engine.memory import PeakMemory
+from gradhooks.profiling.peak_memory import PeakMemory
 
 ROW = 1000  # float32 numbers, so 4000 bytes
 BYTES = 4 * ROW

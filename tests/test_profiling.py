@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gradhooks
 from gradhooks.cli import main
-from gradhooks.engine.memory import PeakMemory
+from gradhooks.profiling.peak_memory import PeakMemory
 
 
 class Wide(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from benchmarks.report import reference
 from gradhooks.accumulators import Accumulator
 from gradhooks.combination import Combination
-from gradhooks.engine.pose_inputs import call_model
+from gradhooks.engine.model_call import call_model
 from gradhooks.profiling.timing import in_turns, peak_of
 from gradhooks.profiling.training_steps import all_ways
 from gradhooks.profiling.undisturbed import undisturbed

@@ -1,122 +1,161 @@
-"""The contract of an accumulator: how `sum_i c_i dy_i/dtheta` is had without N graphs."""
+"""The contract of an accumulator, which computes `sum_i c_i dy_i/dtheta` without keeping N graphs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, Protocol
 
 import torch
+from loguru import logger
 from torch import Tensor
 
-from gradhooks.engine.context import Chunk, Group
+from gradhooks.combination import BoundCombination, StreamWeights
+from gradhooks.engine.accumulation import Accumulation
+from gradhooks.engine.gradient_sums import Gradients
+from gradhooks.engine.parameter_hooks import Receiver
+from gradhooks.engine.report import Report
+from gradhooks.engine.rerun import NO_GRAPHS
 from gradhooks.errors import CombinationError
+from gradhooks.options import Options
 
 
-@dataclass(frozen=True)
-class Coefficients:
-    """`dL/dy`, once the loss is known; both of shape `(N, *prediction)`, float32 or wider.
+class Hooks(Protocol):
+    """What `Engine.intercept` returns."""
 
-    Attributes:
-        through_combination: What came through the combination.
-        direct: What came from the loss straight to the pose predictions, or None.
-        largest: Shape `()`: the largest finite absolute total of the whole group, where these are but a part of it.
-    """
+    def close(self) -> None:
+        """Remove the hooks. Closing twice does no harm."""
 
-    through_combination: Tensor
-    direct: Tensor | None
-    largest: Tensor | None = None
+
+class Engine(Protocol):
+    """What an accumulator sees of a group. All tensors are on the device of the model unless said otherwise."""
 
     @property
-    def total(self) -> Tensor:
-        """Their sum."""
-        return self.through_combination if self.direct is None else self.through_combination + self.direct
+    def options(self) -> Options:
+        """The options of the group, frozen."""
 
-    def of(self, own: slice) -> "Coefficients":
-        """Those of some poses."""
-        size = self.total.detach().abs()
-        largest = torch.where(size.isfinite(), size, 0).max()
-        return Coefficients(self.through_combination[own], None if self.direct is None else self.direct[own], largest)
+    @property
+    def combination(self) -> BoundCombination:
+        """The combination with the arguments of this call."""
 
+    @property
+    def report(self) -> Report:
+        """The report. An accumulator sets `accumulator`, `reason`, `skipped` and `graphs_kept`."""
 
-class Accumulation(ABC):
-    """What an accumulator keeps of one group until its coefficients are known.
+    @property
+    def pose_count(self) -> int:
+        """The number of poses on this process."""
 
-    Attributes:
-        keeps_graph: Whether the next chunk must come with its graph.
-    """
+    @property
+    def leaves(self) -> Sequence[Tensor]:
+        """The tensors at which the backward of each pose ends: shadow parameters, then detached pose inputs."""
 
-    keeps_graph: bool
+    @property
+    def leaf_names(self) -> list[str]:
+        """The name of each leaf: that of the parameter, or `"input 0"`, `"input 1"`, ..."""
 
-    @abstractmethod
-    def add(self, chunk: Chunk, predictions: Tensor) -> None:
-        """Take note of a chunk; called once for each, in order.
+    def declare(self, predictions: Tensor, start: int) -> StreamWeights | None:
+        """Return what the combination declares for the predictions, shape `(n,)`, of the poses from `start` on."""
 
-        Args:
-            chunk: Which poses.
-            predictions: Shape `(n, *prediction)`, with its graph wherever `keeps_graph` was true. A accumulation that wants
-                the graph used must do so now.
+    def intercept(self, receive: Receiver, indices: Iterable[int]) -> Hooks:
+        """Pass each gradient that arrives in a leaf to `receive(index, gradient)` instead of adding it to `.grad`."""
+
+    def backward(
+        self, predictions: Tensor, cotangents: Tensor, *, retain_graph: bool = False, poses: int | None = None
+    ) -> None:
+        """Run a backward from live predictions, with cotangents of the same shape, to the leaves.
+
+        `poses` is the number of poses to add to `report.backwards`; None counts all rows.
         """
 
-    def watching(self) -> AbstractContextManager[None]:
-        """Entered around the forward of each chunk but the first."""
-        return nullcontext()
+    def rerun(
+        self,
+        predictions: Tensor,
+        cotangents: Tensor,
+        selected: Tensor,
+        *,
+        kept_graphs: Mapping[int, Tensor] = NO_GRAPHS,
+        retain_graph: bool = False,
+    ) -> Gradients:
+        """Run the selected poses again and return `sum_i cotangents[i] dy_i/dtheta` for each leaf.
 
-    @abstractmethod
-    def close(self, predictions: Tensor) -> Sequence[Tensor]:
-        """The group is complete.
+        Call it in `Accumulation.gradients`. Model state, random state and autocast are those of the first run, and are
+        restored afterwards.
 
         Args:
-            predictions: Shape `(N, *prediction)`, detached.
+            predictions: Shape `(N, *prediction)`: those of the first run, with which the second run is compared.
+            cotangents: Shape `(N, *prediction)`.
+            selected: Shape `(N,)`, bool, on the CPU.
+            kept_graphs: Live predictions by the first pose of their chunk, which need no second run.
+            retain_graph: Whether these are needed again.
 
-        Returns:
-            The tensors that `gradients` will need. Autograd keeps them: it frees them after the backward, checks that
-            nobody changed them in place, and lets `save_on_cpu` move them.
+        Raises:
+            ReplayError: A second run gave other predictions.
         """
 
-    @abstractmethod
-    def gradients(self, kept: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> list[Tensor | None]:
-        """One total gradient for each leaf of the group, None where no pose reaches it.
+    def add_zeros_for_skipped(self, gradients: Gradients, skipped: Tensor) -> None:
+        """Replace None by zeros in `gradients` for leaves that only skipped poses, shape `(N,)`, bool, reach."""
 
-        Args:
-            kept: What `close` returned.
-            coefficients: The coefficients.
-            last: Whether `kept` may be overwritten: nobody will ask again.
+    def reached_leaves(self, predictions: Tensor) -> set[int]:
+        """Return the indices of the leaves below live predictions."""
+
+    def storage_addresses(self) -> set[int]:
+        """Return the addresses of the storages of the model and the leaves."""
+
+    def skip_threshold(self, dtype: torch.dtype) -> float:
+        """Return the size relative to the largest coefficient below which a pose gets no backward.
+
+        All such poses together change the result by less than half a rounding error, unless the option `tolerance`
+        says otherwise.
+        """
+
+    def fp16_scale(self, predictions: Tensor) -> float:
+        """Return a power of two by which to scale the cotangents of a backward that runs before the loss is known.
+
+        The gradients of a mean of N poses are small. In float16 most would underflow, where a backward after the loss
+        is protected by the scale of a `GradScaler`. The scale is 1 without float16.
         """
 
 
 class Accumulator(ABC):
-    """A way to accumulate; holds options and, at most, what it has learned. Subclass it for a plugin.
+    """A way to accumulate. An instance holds options and what it has learned, and serves many groups.
 
     Attributes:
-        name: What the report calls it.
-        recomputes: Whether it may run poses again instead, as it must where parameters are spread over ranks.
+        name: The name in the report.
+        ignored_options: Names of the options of `MultiPose` that this accumulator does not use; setting one is an error.
+        supports_sharded: Whether the second run may take its place where parameters are sharded over ranks.
     """
 
     name: ClassVar[str]
-    recomputes: ClassVar[bool] = False
+    ignored_options: ClassVar[frozenset[str]] = frozenset()
+    supports_sharded: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return self.name
 
     @abstractmethod
-    def open(self, group: Group, predictions: Tensor) -> Accumulation:
+    def begin(self, engine: Engine, predictions: Tensor) -> Accumulation:
         """Begin a group whose first chunk has just run.
 
         Args:
-            group: The group.
-            predictions: Live, shape `(n, *prediction)`: the first chunk, which `add` will get next.
+            engine: The group.
+            predictions: Live, shape `(n, *prediction)`: the first chunk, which `Accumulation.add` gets next.
         """
 
 
-def refuse_gradient_combination(group: Group, accumulator: str) -> None:
-    """Refuse a group whose combination needs the gradients themselves.
+def set_accumulator(engine: Engine, name: str, reason: str) -> None:
+    """Write to the report which accumulator does the work, and why."""
+    engine.report.accumulator, engine.report.reason = name, reason
+    logger.debug("{} poses by {}: {}", engine.pose_count, name, reason)
+
+
+def refuse_gradient_combination(engine: Engine, accumulator: str) -> None:
+    """Refuse a group whose combination needs the gradients of the poses.
 
     Raises:
         CombinationError: It defines `combine_gradients`.
     """
-    if group.combination.combine_gradients is not None:
+    if engine.combination.combine_gradients is not None:
         raise CombinationError(
-            f"combination {group.combination.name} defines combine_gradients, which needs the gradient of every pose; "
+            f"combination {engine.combination.name} defines combine_gradients, which needs the gradient of every pose; "
             f"the accumulator {accumulator!r} keeps none of them, use accumulator='store' or 'auto'"
         )
+

@@ -1,102 +1,94 @@
-"""Run every pose twice: without a graph, and where it matters once more when its coefficient is known."""
+"""Recompute: run every pose without a graph, and those that matter again once their coefficients are known."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from einops import reduce
+from loguru import logger
 from torch import Tensor
 
-from gradhooks.accumulators.base import Accumulation, Accumulator, Coefficients, refuse_gradient_combination
-from gradhooks.accumulators.declaration import declared
-from gradhooks.accumulators.kept_graphs import KeptGraphs, budget_in_bytes
-from gradhooks.engine.context import Chunk, Group
-from gradhooks.engine.gradient_sums import Gradients, RunningSums
-from gradhooks.engine.rerun import replayed_gradients
-from gradhooks.engine.unused_parameters import zero_where_reached
+from gradhooks.accumulators.base import Accumulator, Engine, refuse_gradient_combination, set_accumulator
+from gradhooks.accumulators.kept_graphs import KeptGraphs
+from gradhooks.accumulators.online_softmax import declaration_of
+from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
+from gradhooks.engine.gradient_sums import Gradients
+from gradhooks.engine.memory_budget import memory_in_bytes
+from gradhooks.engine.rerun import NO_GRAPHS
 
 
 class Recompute(Accumulator):
-    """Gradient checkpointing at the level of a pose: any combination, any number of outputs, one extra forward.
+    """Gradient checkpointing per pose: serves every combination and prediction shape, for one more forward.
 
-    The outer backward re-runs the poses that matter, last to first, each with its coefficient as cotangent. In this
-    order, which is autograd's own, the sums agree bit for bit with the full graph.
-
-    Args:
-        retain: Memory for graphs that are kept, so that their poses need no second forward: bytes (`"2GiB"`, an int) or
-            a fraction of what is free when a group begins (a float). The poses that weigh most are kept where the
-            combination declares weights, the first ones elsewhere.
-
-    Raises:
-        ValueError: `retain` is none of these.
+    The outer backward runs the poses that matter again, last to first, each with its coefficient as cotangent. This is
+    the order of autograd, so the sums agree bit for bit with the full graph. With the option `memory`, graphs are kept
+    that need no second run: those of the poses with the largest log-weights if the combination declares them, else those
+    of the first poses.
     """
 
     name = "recompute"
-    recomputes = True
+    supports_sharded = True
 
-    def __init__(self, retain: str | float | None = None) -> None:
-        budget_in_bytes(retain, torch.device("cpu"))
-        self.retain = retain
+    def begin(self, engine: Engine, predictions: Tensor) -> Accumulation:
+        return self.begin_because(engine, predictions, "it was requested by name")
 
-    def __str__(self) -> str:
-        return self.name if self.retain is None else f"{self.name}, retain={self.retain}"
-
-    def open(self, group: Group, predictions: Tensor) -> Accumulation:
-        refuse_gradient_combination(group, self.name)
-        budget = budget_in_bytes(self.retain, predictions.device)
-        return RecomputeAccumulation(group, KeptGraphs(budget, group.known_storages()) if budget else None)
-
-    def take_over(self, group: Group, predictions: Tensor, reason: str) -> Accumulation:
-        """Open a group in the place of an accumulator that cannot serve it; the report will say why."""
-        group.report.accumulator, group.report.reason = self.name, reason
-        return self.open(group, predictions)
+    def begin_because(self, engine: Engine, predictions: Tensor, reason: str) -> Accumulation:
+        """Begin a group for a reason that the report shows, such as another accumulator that cannot serve it."""
+        refuse_gradient_combination(engine, self.name)
+        set_accumulator(engine, self.name, reason)
+        budget = memory_in_bytes(engine.options.memory, predictions.device)
+        return RecomputeAccumulation(engine, KeptGraphs(budget, engine.storage_addresses()) if budget else None)
 
 
 class RecomputeAccumulation(Accumulation):
-    """Keeps what a second run needs, and as many graphs as it may."""
+    """Keeps the predictions, and as many graphs as fit in `memory`."""
 
-    def __init__(self, group: Group, retained: KeptGraphs | None) -> None:
-        self._group = group
-        self._chunks: list[Chunk] = []
-        self._retained = retained
-        self.keeps_graph = retained is not None
+    def __init__(self, engine: Engine, kept: KeptGraphs | None) -> None:
+        self._engine = engine
+        self._kept = kept
+        self._stop = 0
+        self.keeps_graph = kept is not None
 
-    def watching(self) -> AbstractContextManager[None]:
-        if self._retained is None or self._retained.has_room_for(len(self._group.poses) - self._chunks[-1].stop):
+    def forward_context(self) -> AbstractContextManager[None]:
+        if self._kept is None or self._kept.has_room_for(self._engine.pose_count - self._stop):
             return nullcontext()
-        return self._retained.measuring()
+        return self._kept.measuring()
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
-        self._chunks.append(chunk)
-        if chunk.start == 0 and self._group.sizes.is_new(chunk.stop) and predictions.requires_grad:
-            with RunningSums(self._group.shadows, count=1):  # forgets what arrives
-                self._group.backward(predictions, torch.zeros_like(predictions))
-        if self._retained is not None and predictions.requires_grad and chunk.start > 0:  # nobody measured the first
-            claim = declared(self._group, predictions, chunk.start)
-            uniform = claim is None or claim.uniform
-            kept = self._retained.offer(chunk.start, predictions, 0.0 if claim is None else max(claim.log_weights))
-            self.keeps_graph = kept or not uniform  # where all weigh alike, what does not fit now never will
-            self._group.report.retained = len(self._retained)
+        self._stop = chunk.stop
+        if self._kept is not None and predictions.requires_grad and chunk.start > 0:  # the first was not measured
+            declaration = declaration_of(self._engine, predictions, chunk.start)
+            log_weight = 0.0 if declaration is None else max(declaration.log_weights)
+            uniform = declaration is None or declaration.uniform
+            fits = self._kept.offer(chunk.start, predictions, log_weight)
+            self.keeps_graph = fits or not uniform  # with uniform weights nothing is replaced, so no later graph fits
+            self._engine.report.graphs_kept = self._kept.pose_count
 
     def close(self, predictions: Tensor) -> Sequence[Tensor]:
         return [predictions]
 
-    def gradients(self, kept: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
-        (predictions,) = kept
-        group = self._group
-        matters = significant_poses(coefficients, group.skip_threshold(predictions.dtype))
-        retained = {} if self._retained is None else self._retained.live(forget=last)
-        gradients = replayed_gradients(
-            group, self._chunks, predictions, coefficients.total, matters, retained=retained, retain_graph=not last
+    def gradients(self, saved: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
+        (predictions,) = saved
+        engine = self._engine
+        selected = significant_poses(coefficients, engine.skip_threshold(predictions.dtype))
+        kept_graphs = NO_GRAPHS if self._kept is None else self._kept.live_predictions(release=last)
+        gradients = engine.rerun(
+            predictions, coefficients.total, selected, kept_graphs=kept_graphs, retain_graph=not last
         )
-        group.report.skipped = len(group.poses) - int(matters.sum())
-        zero_where_reached(group, self._chunks, matters, gradients)
+        engine.report.skipped = engine.pose_count - int(selected.sum())
+        logger.debug("{} of {} poses skipped: negligible coefficients", engine.report.skipped, engine.pose_count)
+        engine.add_zeros_for_skipped(gradients, ~selected)
         return gradients
 
 
-def significant_poses(coefficients: Coefficients, skip_threshold: float) -> Tensor:
-    """Which poses have a coefficient worth a backward, shape `(N,)`, on the CPU. NaN is."""
+def significant_poses(coefficients: Coefficients, threshold: float) -> Tensor:
+    """Return which poses get a backward, shape `(N,)`, bool, on the CPU. A pose with a NaN coefficient does.
+
+    Args:
+        coefficients: The coefficients.
+        threshold: Size relative to the largest coefficient; smaller ones are skipped.
+    """
     size = reduce(coefficients.total.detach().abs(), "n ... -> n", "max").to("cpu", torch.float64)
-    known = coefficients.largest
-    largest = torch.where(size.isfinite(), size, 0).max() if known is None else known.to("cpu", torch.float64)
-    return ~(size <= largest * skip_threshold) & (size != 0)
+    largest = coefficients.largest
+    largest = torch.where(size.isfinite(), size, 0).max() if largest is None else largest.to("cpu", torch.float64)
+    return ~(size <= largest * threshold) & (size != 0)

@@ -1,4 +1,4 @@
-"""Recompute for models whose parameters are spread over ranks: by backwards on the real leaves."""
+"""ShardedRecompute: recompute for models whose parameters are sharded, by backwards at the real parameters."""
 
 from collections.abc import Sequence
 
@@ -6,75 +6,82 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from gradhooks.accumulators.base import Accumulation, Coefficients
+from gradhooks.accumulators.base import set_accumulator
 from gradhooks.accumulators.recompute import significant_poses
-from gradhooks.engine.context import Chunk, Group
-from gradhooks.engine.gradient_sums import Gradients, RunningSums
-from gradhooks.engine.rerun import refuse_drift
+from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
+from gradhooks.engine.drift import refuse_drift
+from gradhooks.engine.gradient_sums import Gradients
+from gradhooks.engine.parameter_hooks import RunningSums
+from gradhooks.engine.pose_engine import PoseEngine
+
+
+def begin_sharded(engine: PoseEngine, predictions: Tensor) -> Accumulation:
+    """Begin a group whose parameters are sharded over ranks, in place of "auto" or "recompute"."""
+    del predictions
+    set_accumulator(engine, "recompute", "the parameters are sharded over ranks, so nothing can replace them")
+    return ShardedAccumulation(engine)
 
 
 class ShardedAccumulation(Accumulation):
-    """Re-runs poses inside the outer backward, as many on every rank, and lets the last one synchronise.
+    """Runs poses again inside the outer backward, equally many on every rank; only the last backward synchronizes.
 
-    What arrives in the parameters stays there: the gradients that it returns are those of pose inputs alone.
+    What arrives in the parameters stays there. The gradients that it returns are those of pose inputs.
     """
 
     keeps_graph = False
 
-    def __init__(self, group: Group) -> None:
-        group.report.accumulator = "recompute"
-        group.report.reason = "the parameters are spread over ranks"
-        self._group = group
-        self._chunks: list[Chunk] = []
+    def __init__(self, engine: PoseEngine) -> None:
+        self._engine = engine
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
-        del predictions
-        self._chunks.append(chunk)
+        del chunk, predictions
 
     def close(self, predictions: Tensor) -> Sequence[Tensor]:
         return [predictions]
 
-    def gradients(self, kept: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
-        del last  # nothing is kept that could be overwritten
-        (predictions,) = kept
-        group, sharding = self._group, self._group.sharding
-        turns = self._turns(coefficients, group.skip_threshold(predictions.dtype))
+    def gradients(self, saved: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
+        del last  # nothing is saved that could be overwritten
+        (predictions,) = saved
+        context = self._engine.context
+        sharded = context.sharded
+        jobs = self._jobs(coefficients, self._engine.skip_threshold(predictions.dtype))
         with (
-            group.rerunning(),
-            sharding.gathered(),
-            sharding.all_or_nothing(),
-            RunningSums(group.shadows, count=1) as sums,
+            context.rerunning(),
+            sharded.keep_unsharded(),
+            sharded.restore_grad_on_error(),
+            RunningSums(self._engine, count=1) as sums,
         ):
             second: list[Tensor] = []
-            with sharding.together("its backward"), sharding.unsynchronised():
-                for turn, (chunk, cotangent) in enumerate(turns, 1):
-                    group.replay.restore(chunk.before)
-                    live = group.run(chunk.start, chunk.stop)
+            with sharded.all_or_none("its backward"), sharded.without_synchronization():
+                for number, (chunk, cotangents) in enumerate(jobs, 1):
+                    context.state.restore(chunk.before)
+                    live = context.run(context.poses, chunk)
                     second.append(live.detach())
-                    if turn < len(turns):
-                        group.backward(live, cotangent)
-                places = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk, _ in turns])
-                refuse_drift(group, places, torch.cat(second), predictions, packed=False)
-            group.backward(live, cotangent)
+                    if number < len(jobs):
+                        context.backward(live, cotangents)
+                indices = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk, _ in jobs])
+                refuse_drift(context, indices, torch.cat(second), predictions, packed=False)
+            context.backward(live, cotangents)
             return sums.take()[0]
 
-    def _turns(self, coefficients: Coefficients, skip_threshold: float) -> list[tuple[Chunk, Tensor]]:
-        """The chunks to run, last to first, and their cotangents: as many on this rank as on that with the most."""
+    def _jobs(self, coefficients: Coefficients, threshold: float) -> list[tuple[Chunk, Tensor]]:
+        """Return the chunks to run, last to first, with their cotangents: as many as the rank with the most has."""
+        engine = self._engine
         size = reduce(coefficients.total.detach().abs(), "n ... -> n", "max")
-        matters = significant_poses(coefficients, skip_threshold)
-        wanted = [chunk for chunk in self._chunks if matters[chunk.start : chunk.stop].any()]
-        with self._group.sharding.together("its backward", 1) as notes:
-            notes.told = [max(1, len(wanted))]
-        count = int(notes.heard[0][0])
-        # Those that come for the sake of others bring what they have: the heaviest of the rest, then nothing at all.
-        others = [chunk for chunk in self._chunks if chunk not in wanted]
+        significant = significant_poses(coefficients, threshold)
+        needed = [chunk for chunk in engine.chunks if significant[chunk.start : chunk.stop].any()]
+        with engine.context.sharded.all_or_none("its backward", 1) as message:
+            message.sent = [max(1, len(needed))]
+        count = int(message.received[0][0])
+        # A rank with fewer chunks adds the largest of its other chunks, then repeats one with zero cotangents.
+        others = [chunk for chunk in engine.chunks if chunk not in needed]
         others.sort(key=lambda chunk: size[chunk.start : chunk.stop].max().item(), reverse=True)
-        chosen = sorted([*wanted, *others[: count - len(wanted)]], key=lambda chunk: chunk.start, reverse=True)
-        turns = [(chunk, coefficients.total[chunk.start : chunk.stop]) for chunk in chosen]
-        chunk, cotangent = turns[-1]
-        idle = [(chunk, torch.zeros_like(cotangent))] * (count - len(turns))
-        report = self._group.report
-        report.backwards += count
-        report.recomputed += sum(chunk.stop - chunk.start for chunk in chosen)
-        report.skipped = len(self._group.poses) - sum(chunk.stop - chunk.start for chunk in chosen)
-        return [*idle, *turns]
+        chosen = sorted([*needed, *others[: count - len(needed)]], key=lambda chunk: chunk.start, reverse=True)
+        jobs = [(chunk, coefficients.total[chunk.start : chunk.stop]) for chunk in chosen]
+        chunk, cotangents = jobs[-1]
+        padding = [(chunk, torch.zeros_like(cotangents))] * (count - len(jobs))
+        poses = sum(chunk.stop - chunk.start for chunk in chosen)
+        engine.report.backwards += count
+        engine.report.recomputed += poses
+        engine.report.skipped = engine.pose_count - poses
+        return [*padding, *jobs]

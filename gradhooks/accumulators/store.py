@@ -1,71 +1,78 @@
-"""Keep every pose's gradient."""
+"""Store: keep the gradient of every pose."""
 
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from gradhooks.accumulators.base import Accumulation, Accumulator, Coefficients
+from gradhooks.accumulators.base import Accumulator, Engine, set_accumulator
 from gradhooks.accumulators.recompute import Recompute
-from gradhooks.engine.context import Chunk, Group
+from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
 from gradhooks.engine.gradient_sums import Gradients, accumulate, all_finite
-from gradhooks.engine.rerun import replayed_gradients
 from gradhooks.errors import CombinationError
-from gradhooks.numerics import wide
+from gradhooks.numerics import at_least_float32
 
 
 class Store(Accumulator):
-    """One backward for each pose, whose gradient is kept: N copies of the gradients.
+    """One backward per pose, whose gradient is kept: N copies of the gradients.
 
-    Serves every loss without running a pose twice, and combinations that work on the gradients themselves. Predictions
-    of more than one number are recomputed.
+    Serves every loss without running a pose twice, and combinations that work on the gradients. Predictions of more than
+    one number are recomputed.
 
     Args:
-        device: Where to keep them, the leaf's own if None. Towards `"cpu"` on CUDA, copies go through pinned memory
-            beside the computation.
-        dtype: In which precision to keep them, the leaf's own if None.
+        device: The device on which the gradients are kept; None keeps them where they are. From CUDA to `"cpu"` they
+            are copied through pinned memory, asynchronously.
+        dtype: The dtype in which they are kept; None keeps that of the parameter.
     """
 
     name = "store"
+    ignored_options = frozenset({"memory", "tolerance"})
 
     def __init__(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         self.device = None if device is None else torch.device(device)
         self.dtype = dtype
 
-    def open(self, group: Group, predictions: Tensor) -> Accumulation:
-        if predictions.numel() != len(predictions):
-            if group.combination.combine_gradients is not None:
-                raise CombinationError(
-                    f"combination {group.combination.name}: combine_gradients gets one gradient of each pose, and the "
-                    f"model predicts {tuple(predictions.shape[1:])}, of which each number has its own; let call= "
-                    "choose or make one number"
-                )
-            return Recompute().take_over(group, predictions, "predictions of more than one number are not stored")
-        return StoreAccumulation(group, self.device, self.dtype, group.fp16_scale(predictions))
+    def begin(self, engine: Engine, predictions: Tensor) -> Accumulation:
+        return self.begin_because(engine, predictions, "it was requested by name")
+
+    def begin_because(self, engine: Engine, predictions: Tensor, reason: str) -> Accumulation:
+        """Begin a group for a reason that the report shows."""
+        if predictions.numel() == len(predictions):
+            set_accumulator(engine, self.name, reason)
+            return StoreAccumulation(engine, self.device, self.dtype, engine.fp16_scale(predictions))
+        if engine.combination.combine_gradients is not None:
+            raise CombinationError(
+                f"combination {engine.combination.name}: combine_gradients needs scalar predictions; pose 0 has shape "
+                f"{tuple(predictions.shape[1:])}. Choose or make one number with call="
+            )
+        return Recompute().begin_because(
+            engine, predictions, "'store' keeps the gradient of one number per pose, and a prediction has several"
+        )
 
 
 class StoreAccumulation(Accumulation):
-    """A list of gradients for each pose, None where the pose does not reach the leaf."""
+    """A list of gradients per pose, None where the pose does not reach the leaf."""
 
     keeps_graph = True
 
-    def __init__(self, group: Group, device: torch.device | None, dtype: torch.dtype | None, guard: float) -> None:
-        self._group = group
+    def __init__(
+        self, engine: Engine, device: torch.device | None, dtype: torch.dtype | None, fp16_scale: float
+    ) -> None:
+        self._engine = engine
         self._device = device
         self._dtype = dtype
-        self._guard = guard
-        self._chunks: list[Chunk] = []
+        self._fp16_scale = fp16_scale
         self._gradients: list[Gradients] = []
-        self._hooks = group.shadows.intercept(self._receive, range(len(group.shadows.leaves)))
+        self._hooks = engine.intercept(self._receive, range(len(engine.leaves)))
 
-    def _receive(self, place: int, gradient: Tensor) -> None:
-        pose = self._gradients[-1]
-        known = pose[place]
-        if known is not None:  # a parameter that several reentrant checkpoints use receives from each
-            gradient = gradient + known.to(gradient)
-        pose[place] = self._kept(gradient)
+    def _receive(self, index: int, gradient: Tensor) -> None:
+        of_pose = self._gradients[-1]
+        earlier = of_pose[index]
+        if earlier is not None:  # a parameter that several reentrant checkpoints use receives one gradient from each
+            gradient = gradient + earlier.to(gradient)
+        of_pose[index] = self._to_store(gradient)
 
-    def _kept(self, gradient: Tensor) -> Tensor:
+    def _to_store(self, gradient: Tensor) -> Tensor:
         gradient = gradient.to(self._dtype or gradient.dtype)
         device = self._device or gradient.device
         if device.type != "cpu" or gradient.device.type != "cuda" or gradient.is_sparse:
@@ -74,35 +81,35 @@ class StoreAccumulation(Accumulation):
         return pinned.copy_(gradient, non_blocking=True)
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
-        self._chunks.append(chunk)
-        rows = predictions.numel()
-        for row, one in enumerate(torch.eye(rows, dtype=predictions.dtype, device=predictions.device)):
-            self._gradients.append([None] * len(self._group.shadows.leaves))
+        del chunk
+        count = predictions.numel()
+        for row, one_hot in enumerate(torch.eye(count, dtype=predictions.dtype, device=predictions.device)):
+            self._gradients.append([None] * len(self._engine.leaves))
             if predictions.requires_grad:
-                cotangent = self._guard * one.view_as(predictions)
-                self._group.backward(predictions, cotangent, retain_graph=row < rows - 1)
-                self._group.report.backwards += 1
+                cotangents = self._fp16_scale * one_hot.view_as(predictions)
+                self._engine.backward(predictions, cotangents, retain_graph=row < count - 1, poses=1)
 
     def close(self, predictions: Tensor) -> Sequence[Tensor]:
         self._hooks.close()
         if self._device is not None and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # the copies run beside the host
-        self._present = [[gradient is not None for gradient in pose] for pose in self._gradients]
-        kept = [gradient for pose in self._gradients for gradient in pose if gradient is not None]
+            torch.cuda.synchronize()  # waits for the asynchronous copies
+        self._present = [[gradient is not None for gradient in of_pose] for of_pose in self._gradients]
+        stored = [gradient for of_pose in self._gradients for gradient in of_pose if gradient is not None]
         self._gradients = []
-        return [predictions, *kept]
+        return [predictions, *stored]
 
-    def gradients(self, kept: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
-        predictions, *stored = kept
-        combine = self._group.combination.combine_gradients
+    def gradients(self, saved: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
+        predictions, *stored = saved
+        combine = self._engine.combination.combine_gradients
         if combine is not None:
             return self._combined(combine, stored, predictions, coefficients.total)
-        totals = self._summed(stored, (coefficients.total.flatten().double() / self._guard).tolist(), overwrite=last)
-        if self._guard == 1 or all_finite([totals]):
+        factors = (coefficients.total.flatten().double() / self._fp16_scale).tolist()
+        totals = self._summed(stored, factors, overwrite=last)
+        if self._fp16_scale == 1 or all_finite([totals]):
             return totals
-        # Scaled up, a gradient of float16 left its range: have it again, with the true coefficients alone.
-        every = torch.ones(len(self._group.poses), dtype=torch.bool)
-        return replayed_gradients(self._group, self._chunks, predictions, coefficients.total, every)
+        # Scaled up, a float16 gradient overflowed: run all poses again with their coefficients, without a scale.
+        selected = torch.ones(self._engine.pose_count, dtype=torch.bool)
+        return self._engine.rerun(predictions, coefficients.total, selected)
 
     def _combined(
         self,
@@ -111,41 +118,43 @@ class StoreAccumulation(Accumulation):
         predictions: Tensor,
         coefficients: Tensor,
     ) -> Gradients:
-        """What the combination makes of the gradients."""
+        """Return what the combination makes of the gradients."""
         pending = iter(stored)
-        rows = [[next(pending) / self._guard if there else None for there in present] for present in self._present]
-        names = [self._group.names()[id(real)] for real in self._group.shadows.real]
+        rows = [[next(pending) / self._fp16_scale if there else None for there in present] for present in self._present]
+        names = self._engine.leaf_names
         stacks = {}
-        for place, (leaf, name) in enumerate(zip(self._group.shadows.leaves, names, strict=True)):
-            column = [row[place] for row in rows]
+        for index, (leaf, name) in enumerate(zip(self._engine.leaves, names, strict=True)):
+            column = [row[index] for row in rows]
             if any(gradient is not None for gradient in column):
-                nothing = torch.zeros_like(leaf, dtype=wide(leaf.dtype))
-                stacks[name] = torch.stack([nothing if row is None else row.to(nothing) for row in column])
-        delivered = combine(stacks, predictions.flatten(), coefficients.flatten())
-        self._check(stacks, delivered)
-        return [delivered.get(name) for name in names]
+                zeros = torch.zeros_like(leaf, dtype=at_least_float32(leaf.dtype))
+                stacks[name] = torch.stack([zeros if gradient is None else gradient.to(zeros) for gradient in column])
+        combined = combine(stacks, predictions.flatten(), coefficients.flatten())
+        self._check(stacks, combined)
+        return [combined.get(name) for name in names]
 
-    def _check(self, stacks: Mapping[str, Tensor], delivered: Mapping[str, Tensor]) -> None:
-        for name in {*stacks, *delivered}:
-            found = delivered[name].shape if name in delivered else "nothing"
-            if name not in stacks or found != stacks[name].shape[1:]:
+    def _check(self, stacks: Mapping[str, Tensor], combined: Mapping[str, Tensor]) -> None:
+        for name in {*stacks, *combined}:
+            shape = tuple(combined[name].shape) if name in combined else "nothing"
+            expected = tuple(stacks[name].shape[1:]) if name in stacks else "nothing"
+            if shape != expected:
                 raise CombinationError(
-                    f"combination {self._group.combination.name}: combine_gradients must return a gradient of shape "
-                    f"{tuple(stacks[name].shape[1:]) if name in stacks else 'nothing'} for {name!r}, got {found}"
+                    f"combination {self._engine.combination.name}: combine_gradients must return a gradient of shape "
+                    f"{expected} for {name!r}, got {shape}"
                 )
 
-    def _summed(self, stored: Sequence[Tensor], coefficients: Sequence[float], *, overwrite: bool) -> Gradients:
-        leaves = self._group.shadows.leaves
+    def _summed(self, stored: Sequence[Tensor], factors: Sequence[float], *, overwrite: bool) -> Gradients:
+        """Return `sum_i factors[i] * gradient_i` for each leaf."""
+        leaves = self._engine.leaves
         totals: Gradients = [None] * len(leaves)
         pending = iter(stored)
-        for present, coefficient in zip(self._present, coefficients, strict=True):
-            for place in (place for place, there in enumerate(present) if there):
-                gradient = next(pending)
-                if coefficient == 0:  # not 0 times the gradient, which may be NaN where a pose was dropped
-                    totals[place] = torch.zeros_like(leaves[place]) if totals[place] is None else totals[place]
+        for present, factor in zip(self._present, factors, strict=True):
+            for index in (index for index, there in enumerate(present) if there):
+                gradient, total, leaf = next(pending), totals[index], leaves[index]
+                if factor == 0:  # 0 times a gradient that is NaN, that of a dropped pose, would be NaN
+                    totals[index] = torch.zeros_like(leaf) if total is None else total
                     continue
-                widened = gradient.to(leaves[place].device, wide(leaves[place].dtype), non_blocking=True)
-                if widened is gradient and not overwrite and totals[place] is None:
-                    widened = gradient.clone()  # the first to be taken over must not be what is kept
-                totals[place] = accumulate(totals[place], widened, coefficient)
+                widened = gradient.to(leaf.device, at_least_float32(leaf.dtype), non_blocking=True)
+                if widened is gradient and not overwrite and total is None:
+                    widened = gradient.clone()  # the total must not share memory with what is stored
+                totals[index] = accumulate(total, widened, factor)
         return totals

@@ -25,12 +25,12 @@ class Message:
     """What each rank tells the others at the end of a common step: a few numbers, equally many from each.
 
     Attributes:
-        told: Those of this rank.
-        heard: Those of all, by rank; or one list, with the largest of each.
+        sent: Those of this rank.
+        received: Those of all, by rank; or one list, with the maximum of each.
     """
 
-    told: Sequence[float] = ()
-    heard: list[list[float]] = field(default_factory=list)
+    sent: Sequence[float] = ()
+    received: list[list[float]] = field(default_factory=list)
 
 
 class Collectives:
@@ -53,23 +53,23 @@ class Collectives:
             )
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         """Whether there is nobody to talk to."""
         return self._group is None
 
     @property
-    def own(self) -> int:
+    def rank(self) -> int:
         """The number of this rank, from 0 on."""
         return 0 if self._group is None else dist.get_rank(self._group)
 
     @contextmanager
-    def together(self, doing: str, numbers: int, *, largest: bool = False) -> Iterator[Message]:
+    def all_or_none(self, doing: str, numbers: int, *, maximum: bool = False) -> Iterator[Message]:
         """A step that either all ranks complete or none: whoever fails says so, where the others would wait for it.
 
         Args:
             doing: What, for the message.
-            numbers: How many numbers each rank tells in the block; at its end it has heard those of all.
-            largest: Whether only the largest of each is wanted: many numbers of many ranks would take their time.
+            numbers: How many numbers each rank tells in the block; at its end it has received those of all.
+            maximum: Whether only the maximum of each is wanted: many numbers of many ranks would take their time.
 
         Raises:
             DistributedError: On every rank, if one raised; on that one from its own error.
@@ -77,7 +77,7 @@ class Collectives:
         notes = Message()
         if self._group is None:
             yield notes
-            notes.heard = [list(notes.told)]
+            notes.received = [list(notes.sent)]
             return
         fault: BaseException | None = None
         try:
@@ -85,11 +85,11 @@ class Collectives:
         except BaseException as caught:  # also an interrupt: the others must not wait for this rank
             fault = caught
         try:
-            told = [float(fault is not None), *(notes.told if fault is None else [0.0] * numbers)]
-            heard = self._exchanged(told, largest)
-            if any(status for status, *_ in heard):
+            sent = [float(fault is not None), *(notes.sent if fault is None else [0.0] * numbers)]
+            received = self._exchanged(sent, maximum)
+            if any(status for status, *_ in received):
                 self._stop(fault, doing)
-            notes.heard = [rest for _, *rest in heard]
+            notes.received = [rest for _, *rest in received]
         finally:
             del fault  # with its traceback it would hold this frame, and the graphs of a pose
 
@@ -104,9 +104,9 @@ class Collectives:
             f"every rank has stopped, with its model as before, since one failed in {doing}. {'; '.join(named)}"
         ) from fault
 
-    def _exchanged(self, numbers: Sequence[float], largest: bool) -> list[list[float]]:
+    def _exchanged(self, numbers: Sequence[float], maximum: bool) -> list[list[float]]:
         own = torch.tensor(numbers, dtype=torch.float64)
-        if not largest:
+        if not maximum:
             return self._of_all(own).tolist()
         travelling = own.to(self._meeting_place(own.device))
         dist.all_reduce(travelling, dist.ReduceOp.MAX, group=self._group)
@@ -127,7 +127,7 @@ class Collectives:
             return torch.device("cuda", torch.cuda.current_device()) if device.type == "cpu" else device
         return torch.device("cpu") if backend == "gloo" else device
 
-    def rows_of_all(self, own: Tensor, counts: Sequence[int]) -> Tensor:
+    def gather_rows(self, own: Tensor, counts: Sequence[int]) -> Tensor:
         """The rows of all ranks, one after the other.
 
         Args:
@@ -138,7 +138,7 @@ class Collectives:
         padded[: len(own)] = own
         return torch.cat([rows[:count] for rows, count in zip(self._of_all(padded), counts, strict=True)])
 
-    def summed(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+    def sum_tensors(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """The sum of each tensor over the ranks, all of which bring the same shapes and types in the same order."""
         pending, found = deque(tensors), []
         while pending:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from gradhooks.distributed.collectives import Collectives
 from gradhooks.errors import DistributedError, PredictionError
-from gradhooks.numerics import wide
+from gradhooks.numerics import at_least_float32
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _AXES = 8
-OUTLINE = 3 + _AXES  # numbers that tell what predictions look like
+METADATA_LENGTH = 3 + _AXES  # numbers that tell what predictions look like
 _NONE, _DENSE, _SPARSE = range(3)
 # Collectives that compute one loss on one kind of machine agree to the last bit, and different losses differ in the first.
 _SAME_LOSS = 1e-3
@@ -31,7 +31,7 @@ class PosePartition:
         counts: How many poses each has, in their order.
     """
 
-    ranks: Collectives
+    collectives: Collectives
     counts: list[int]
 
     @property
@@ -42,32 +42,32 @@ class PosePartition:
     @property
     def first(self) -> int:
         """How many poses come before those of this rank."""
-        return sum(self.counts[: self.ranks.own])
+        return sum(self.counts[: self.collectives.rank])
 
     @property
-    def own(self) -> slice:
+    def rows(self) -> slice:
         """The rows of this rank in a tensor of all poses."""
-        return slice(self.first, self.first + self.counts[self.ranks.own])
+        return slice(self.first, self.first + self.counts[self.collectives.rank])
 
-    def outline(self, own: Tensor, *, differentiable: bool = False) -> list[float]:
+    def encode_metadata(self, own: Tensor, *, differentiable: bool = False) -> list[float]:
         """What this rank tells of its predictions: whether anything can be trained; axes, type and sizes.
 
         Raises:
             PredictionError: There are no words for them.
         """
-        if self.ranks.alone:
+        if self.collectives.is_single:
             return [differentiable]
         sizes = own.shape[1:]
         if len(sizes) > _AXES or own.dtype not in _DTYPES:
             raise PredictionError(f"predictions of shape {tuple(sizes)} and {own.dtype} are not gathered over ranks")
         return [differentiable, len(sizes), _DTYPES.index(own.dtype), *sizes, *[0] * (_AXES - len(sizes))]
 
-    def predictions_of_all(self, own: Tensor, outlines: Sequence[Sequence[float]], device: torch.device) -> Tensor:
+    def gather_predictions(self, own: Tensor, outlines: Sequence[Sequence[float]], device: torch.device) -> Tensor:
         """Gather the predictions.
 
         Args:
             own: Those of this rank, shape `(n, *prediction)`; any shape where it has no poses.
-            outlines: What each rank said of its own (`outline`).
+            outlines: What each rank said of its own (`encode_metadata`).
             device: Where a rank without poses has its model.
 
         Returns:
@@ -76,7 +76,7 @@ class PosePartition:
         Raises:
             PredictionError: They have not one shape and type.
         """
-        if self.ranks.alone:
+        if self.collectives.is_single:
             return own
         kinds = {tuple(told[1:]) for told, count in zip(outlines, self.counts, strict=True) if count}
         if len(kinds) > 1:
@@ -85,9 +85,9 @@ class PosePartition:
         axes, dtype, *sizes = map(int, kinds.pop())
         if not len(own):
             own = torch.empty(0, *sizes[:axes], dtype=_DTYPES[dtype], device=device)
-        return self.ranks.rows_of_all(own, self.counts)
+        return self.collectives.gather_rows(own, self.counts)
 
-    def total_gradients(
+    def sum_gradients(
         self, of_own: Callable[[], list[Tensor | None]], coefficients: Tensor, leaves: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """The gradients of all ranks together, one for each leaf, None where no pose of any rank reaches it.
@@ -100,11 +100,11 @@ class PosePartition:
         Raises:
             DistributedError: A rank failed, the ranks have computed different losses, or a gradient is sparse.
         """
-        with self.ranks.together("its backward", 3 + len(leaves), largest=True) as notes:
+        with self.collectives.all_or_none("its backward", 3 + len(leaves), maximum=True) as notes:
             gradients = of_own()
             total, size = _fingerprint(coefficients)
-            notes.told = [total, -total, size, *map(_kind, gradients)]
-        highest, lowest, largest, *kinds = notes.heard[0]
+            notes.sent = [total, -total, size, *map(_kind, gradients)]
+        highest, lowest, largest, *kinds = notes.received[0]
         if highest + lowest > _SAME_LOSS * largest:
             self._refuse_different_losses(total)
         if _SPARSE in kinds:
@@ -114,15 +114,15 @@ class PosePartition:
             )
         reached = [place for place, kind in enumerate(kinds) if kind]
         travelling = (_handed_over(gradients, place, leaves[place]) for place in reached)
-        for place, gradient in zip(reached, self.ranks.summed(travelling), strict=True):
+        for place, gradient in zip(reached, self.collectives.sum_tensors(travelling), strict=True):
             gradients[place] = gradient
         return gradients
 
     def _refuse_different_losses(self, total: float) -> None:
-        with self.ranks.together("its backward", 1) as notes:
-            notes.told = [total]
-        first = notes.heard[0][0]
-        rank, other = max(enumerate(told for (told,) in notes.heard), key=lambda found: abs(found[1] - first))
+        with self.collectives.all_or_none("its backward", 1) as notes:
+            notes.sent = [total]
+        first = notes.received[0][0]
+        rank, other = max(enumerate(told for (told,) in notes.received), key=lambda found: abs(found[1] - first))
         raise DistributedError(
             f"rank {rank} has computed another loss than rank 0 of the group that they share: a weighted sum of its "
             f"coefficients is {other:.6g}, that of rank 0 {first:.6g}. All ranks of a process_group must get the same "
@@ -132,7 +132,7 @@ class PosePartition:
 
 def _handed_over(gradients: list[Tensor | None], place: int, leaf: Tensor) -> Tensor:
     gradient, gradients[place] = gradients[place], None  # to be freed with its bucket
-    return torch.zeros_like(leaf, dtype=wide(leaf.dtype)) if gradient is None else gradient
+    return torch.zeros_like(leaf, dtype=at_least_float32(leaf.dtype)) if gradient is None else gradient
 
 
 def _fingerprint(coefficients: Tensor) -> list[float]:

@@ -46,17 +46,17 @@ class ShardedModel:
         return bool(self._axes)
 
     @property
-    def has_its_root_outside(self) -> bool:
+    def fsdp_root_is_outside(self) -> bool:
         """Whether FSDP2 gathers the parameters at the call of a module that the model is part of."""
         roots = [state._is_root for state, _ in self._groups()]
         return bool(roots) and not any(root or root is None for root in roots)
 
-    def together(self, doing: str, numbers: int = 0) -> AbstractContextManager[Message]:
-        """`Collectives.together` over all ranks of the mesh; what is heard is one list: the largest of each number."""
+    def all_or_none(self, doing: str, numbers: int = 0) -> AbstractContextManager[Message]:
+        """`Collectives.all_or_none` over all ranks of the mesh; what is heard is one list: the largest of each number."""
         return _along(self._axes, doing, numbers)
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def keep_unsharded(self) -> Iterator[None]:
         """Rule 3."""
         before = [
             (state, group, group.post_forward_mesh_info, group.reshard_after_backward)
@@ -80,7 +80,7 @@ class ShardedModel:
             self._reshard()
 
     @contextmanager
-    def unsynchronised(self) -> Iterator[None]:
+    def without_synchronization(self) -> Iterator[None]:
         """Rule 2: backwards in the block add to gradients that no other rank gets to see."""
         before = [(group, group.reduce_grads, group.all_reduce_grads) for _, group in self._groups()]
         for group, _, _ in before:
@@ -92,7 +92,7 @@ class ShardedModel:
                 group.reduce_grads, group.all_reduce_grads = reduces, all_reduces
 
     @contextmanager
-    def all_or_nothing(self) -> Iterator[None]:
+    def restore_grad_on_error(self) -> Iterator[None]:
         """The gradients of the block are added to `.grad` if it ends well; else `.grad` is as before."""
         apart = [(parameter, parameter.grad) for parameter in self._model.parameters() if parameter.grad is not None]
         for parameter, _ in apart:
@@ -128,10 +128,10 @@ def _along(axes: Sequence[Collectives], doing: str, numbers: int) -> Iterator[Me
     if not axes:
         notes = Message()
         yield notes
-        notes.heard = [list(notes.told)]
+        notes.received = [list(notes.sent)]
         return
-    with axes[0].together(doing, numbers, largest=True) as outer:
+    with axes[0].all_or_none(doing, numbers, maximum=True) as outer:
         with _along(axes[1:], doing, numbers) as inner:
             yield inner
-        outer.told = inner.heard[0]
-    inner.heard = outer.heard
+        outer.sent = inner.received[0]
+    inner.received = outer.received

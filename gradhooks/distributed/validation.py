@@ -53,36 +53,36 @@ def refuse_synchronized_modules(model: nn.Module) -> None:
             )
 
 
-def refuse_sharded(sharding: ShardedModel, ranks: Collectives, accumulator: str, *, recomputes: bool) -> None:
+def refuse_sharded_parameters(sharded: ShardedModel, ranks: Collectives, accumulator: str, *, supports_sharded: bool) -> None:
     """Refuse what cannot be done with parameters that are spread over ranks.
 
     Args:
         sharding: How they are spread.
         ranks: Who shares the poses of a group.
         accumulator: What the user has chosen.
-        recomputes: Whether it may run poses again.
+        supports_sharded: Whether it may run poses again.
 
     Raises:
         DistributedError: It may not; or poses are shared as well; or whoever gathers the parameters stands outside.
     """
-    if not recomputes:
+    if not supports_sharded:
         raise DistributedError(
             f"the parameters of the model are spread over ranks, and the accumulator {accumulator!r} takes gradients "
             "of single poses, which no rank has; use accumulator='auto' or 'recompute'"
         )
-    if not ranks.alone:
+    if not ranks.is_single:
         raise DistributedError(
             "the parameters of the model are spread over ranks, each of which must have groups of its own: use "
             "MultiPose without process_group, or a model that is whole on each rank"
         )
-    if sharding.has_its_root_outside:
+    if sharded.fsdp_root_is_outside:
         raise DistributedError(
             "fully_shard stands around MultiPose, and around modules inside its model; apply it to the model and its "
             "modules: MultiPose(fully_shard(model)), or as one piece: fully_shard(MultiPose(model))"
         )
 
 
-def refuse_to_share(inputs: Sequence[Tensor], combination: object) -> None:
+def refuse_pose_parallel(inputs: Sequence[Tensor], combination: object) -> None:
     """Refuse a group that cannot be shared over the ranks of a `process_group`.
 
     Raises:

@@ -1,1 +1,1 @@
-"""One group through the model: poses, state, parameter hooks, first and second run."""
+"""One group through the model: pose inputs, model state, parameter hooks, the first and the second run."""

@@ -1,145 +1,116 @@
-"""ChunkSizes: how many poses go through the model at once; fixed, or as many as fit.
+"""ChunkSizes: how many poses go through the model at once; a fixed number, or as many as fit.
 
 Rules:
-    1. "auto" runs two poses for a look at what they need, and begins with as many as fit in half of what is free: a
-       backward may need as much again. A group that runs out of memory is begun again with chunks half as large, from
-       the state before it: no chunk has to be taken back, and nothing is copied in case one must.
-    2. What went wrong once is not tried again: the size is remembered, and never grows. Filling the memory to the brim
-       would only let the user's own code fail.
-    3. The first chunk of a group has a graph. Where the size is new it goes through a backward, whatever the
-       accumulator, so that it fails there, and not in a replay that may have no choice of its chunks.
+    1. "auto" measures what two poses need and starts with as many as fit in half of the free memory, since the backward
+       may need as much again. A group that runs out of memory starts again with chunks of half the size, from the state
+       before it. No chunk has to be undone, and nothing is copied in case one must be.
+    2. After running out of memory the smaller size is kept and never grows, which leaves room for the user's own code.
+    3. A size that is used for the first time goes through a backward in the first chunk, whatever the accumulator, so
+       that it fails there and not in the second run, which cannot always choose its chunks.
 """
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import torch
 from loguru import logger
 from torch import Tensor
 
-from gradhooks.engine.memory import free_bytes, noting_saved
+from gradhooks.engine.learned import ChunkSizeState
+from gradhooks.engine.memory_budget import free_bytes, ran_out_of_memory
+from gradhooks.engine.saved_tensors import record_saved_tensors
 
 ChunkSize = int | Literal["auto"]
 Result = TypeVar("Result")
 
-# Of what is free (rule 1).
-SHARE = 0.5
+SHARE_OF_FREE_MEMORY = 0.5  # Rule 1
 
 
-@dataclass
-class ChunkSizeState:
-    """What was found, from group to group.
-
-    Attributes:
-        size: As many poses may go through at once; None before the first group.
-        proven: As many went forward and backward.
-        mixes: Whether predictions depend on what else is in their chunk.
-        in_vain: How many groups in a row no pose reached a parameter, by its name, though all were looked at.
-    """
-
-    size: int | None = None
-    proven: int = 0
-    mixes: bool = False
-    in_vain: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
 class ChunkSizes:
-    """The sizes for one group.
+    """The chunk sizes of one group.
 
-    Attributes:
-        with_graph: Poses in a chunk with a graph.
-        graphless: Poses in a chunk without.
-        experience: Where "auto" looks up what fits, and notes what does not.
+    Args:
+        option: The option `chunk_size`.
+        state: What earlier groups have shown about `"auto"`.
     """
 
-    with_graph: ChunkSize = 1
-    graphless: ChunkSize = 1
-    experience: ChunkSizeState = field(default_factory=ChunkSizeState)
-    _asked: int = 0
+    def __init__(self, option: ChunkSize, state: ChunkSizeState) -> None:
+        self._option = option
+        self._state = state
+        self._last = 0
 
     @property
     def automatic(self) -> bool:
-        """Whether running out of memory is not the end."""
-        return "auto" in (self.with_graph, self.graphless)
+        """Whether a smaller size may be tried after running out of memory."""
+        return self._option == "auto"
 
     @property
-    def unknown(self) -> bool:
-        """Whether the first poses must be measured."""
-        return self.automatic and self.experience.size is None
+    def needs_measuring(self) -> bool:
+        """Whether the memory of the first poses must be measured."""
+        return self.automatic and self._state.size is None
 
-    def measure(self, run: Callable[[int], Tensor], count: int, known: Container[int]) -> None:
-        """Rule 1: learn what a pose needs. Its state is the caller's to put back.
+    def measure(self, run: Callable[[int], Tensor], count: int, excluded: Container[int]) -> None:
+        """Learn what a pose needs (Rule 1). The caller restores the model state.
 
         Args:
-            run: Runs the first so many poses.
-            count: N. Two are run where there are, since a normalisation over the batch refuses one.
-            known: Storages that are there anyway.
+            run: Runs the given number of poses, from the first on.
+            count: The number of poses. Two are run if there are, since a normalization over the batch refuses one.
+            excluded: Addresses of storages that do not count.
         """
-        few = min(2, count)
+        measured = min(2, count)
         try:
-            with torch.enable_grad(), noting_saved(known) as saved:
-                predictions = run(few)
-        except (RuntimeError, MemoryError) as fault:
-            if not ran_out_of_memory(fault):
+            with torch.enable_grad(), record_saved_tensors(excluded) as saved:
+                predictions = run(measured)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out_of_memory(error):
                 raise
-            self.experience.size = 1
+            self._state.size = 1
             return
         needed = sum(saved.values()) + predictions.nbytes
-        self.experience.size = max(1, int(SHARE * free_bytes(predictions.device) * few / needed))
-        logger.debug("{} poses need {} bytes: up to {} at once", few, needed, self.experience.size)
+        self._state.size = max(1, int(SHARE_OF_FREE_MEMORY * free_bytes(predictions.device) * measured / needed))
+        logger.debug("{} poses need {} bytes: chunks of up to {} poses", measured, needed, self._state.size)
 
-    def next(self, remaining: int, *, with_graph: bool) -> int:
-        """How many of the `remaining` poses go through next."""
-        size = self.with_graph if with_graph else self.graphless
-        if size != "auto":
-            self._asked = 0
-            return min(size, remaining)
-        self._asked = min(self.experience.size or 1, remaining)
-        return self._asked
+    def next(self, remaining: int) -> int:
+        """Return the size of the next chunk, if `remaining` poses are left."""
+        if self._option != "auto":
+            return min(self._option, remaining)
+        self._last = min(self._state.size or 1, remaining)
+        return self._last
 
-    def is_new(self, count: int) -> bool:
-        """Rule 3: whether nobody knows yet that `count` poses can go through forward and backward."""
-        return self.with_graph == "auto" and count > self.experience.proven
+    def is_unproven(self, count: int) -> bool:
+        """Return whether `count` poses at once have not yet gone through forward and backward (Rule 3)."""
+        return self.automatic and count > self._state.proven
 
-    def proved(self, count: int) -> None:
-        """`count` poses went forward and backward."""
-        self.experience.proven = max(self.experience.proven, count)
+    def mark_proven(self, count: int) -> None:
+        """Record that `count` poses at once went through forward and backward."""
+        self._state.proven = max(self._state.proven, count)
 
-    def until_they_fit(self, attempt: Callable[[], Result], *, in_any_chunks: bool = True) -> Result:
-        """The result of `attempt`, which asks for sizes, leaves no trace where it fails, and may be called again.
+    def retry_smaller(self, attempt: Callable[[], Result], *, resizable: bool = True) -> Result:
+        """Return the result of `attempt`; after running out of memory, halve the size and call it again.
 
         Args:
-            attempt: What may run out of memory.
-            in_any_chunks: Whether it will go by the sizes that it is told. Else only later groups will.
+            attempt: A function that asks for sizes and leaves no trace if it raises.
+            resizable: Whether `attempt` uses the sizes. If not, only later groups benefit.
 
         Raises:
-            RuntimeError: The memory runs out with one pose, or with a fixed number.
+            RuntimeError: The memory runs out with one pose, or with a fixed size.
         """
         while True:
             try:
                 return attempt()
-            except (RuntimeError, MemoryError) as fault:
-                if not (ran_out_of_memory(fault) and self.halve() and in_any_chunks):
+            except (RuntimeError, MemoryError) as error:
+                if not (ran_out_of_memory(error) and self._halve() and resizable):
                     raise
-            # Here nothing holds the frames of the failure, and with them the tensors, any more.
+            # The frames of the failed attempt, and their tensors, are released here.
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
 
-    def halve(self) -> bool:
-        """What was asked for last did not fit; returns whether fewer can be tried."""
-        if self._asked <= 1:
+    def _halve(self) -> bool:
+        """Halve the size that was used last; return False if it was 1 or fixed."""
+        if not self.automatic or self._last <= 1:
             return False
-        self.experience.size = (self._asked + 1) // 2
-        self.experience.proven = min(self.experience.proven, self.experience.size)
-        logger.debug("out of memory with {} poses at once: on with {}", self._asked, self.experience.size)
+        state = self._state
+        state.size = (self._last + 1) // 2
+        state.proven = min(state.proven, state.size)
+        logger.debug("out of memory with {} poses at once: continuing with {}", self._last, state.size)
         return True
-
-
-def ran_out_of_memory(fault: BaseException) -> bool:
-    """Whether an error says that there is not enough memory, on whatever device and by whatever library."""
-    if isinstance(fault, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    said = ("DefaultCPUAllocator", "not enough memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(fault, RuntimeError) and any(words in str(fault) for words in said)

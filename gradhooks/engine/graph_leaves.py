@@ -1,4 +1,4 @@
-"""Which leaves autograd would reach from a tensor."""
+"""Find the leaf tensors that autograd reaches from a tensor."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,10 +11,10 @@ _AccumulateGrad = type(torch.autograd.graph.get_gradient_edge(torch.zeros((), re
 
 
 def reached_leaves(root: Tensor) -> tuple[list[Tensor], list[Any]]:
-    """Walk the graph below `root`, in less than half a microsecond a node.
+    """Walk the graph below `root`, at less than half a microsecond per node.
 
     Returns:
-        The leaves, each once, and the reentrant checkpoints, which hide their part of the graph until the backward.
+        The leaves without duplicates, and the nodes of reentrant checkpoints, whose graphs exist only in the backward.
     """
     leaves: list[Tensor] = []
     checkpoints: list[Any] = []
@@ -34,17 +34,17 @@ def reached_leaves(root: Tensor) -> tuple[list[Tensor], list[Any]]:
     return leaves, checkpoints
 
 
-def nodes_of(leaves: Iterable[Tensor]) -> set[Any]:
-    """Where the graph ends for these leaves."""
+def accumulation_nodes(leaves: Iterable[Tensor]) -> set[Any]:
+    """Return the graph nodes at which the backward of these leaves ends."""
     return {torch.autograd.graph.get_gradient_edge(leaf).node for leaf in leaves}
 
 
-def other_leaves(root: Tensor, known: set[Any]) -> list[Tensor]:
-    """The leaves below `root` that end in none of the `known` nodes, in half the time of `reached_leaves`."""
+def other_leaves(root: Tensor, known_nodes: set[Any]) -> list[Tensor]:
+    """Return the leaves below `root` that are not in `known_nodes`, in half the time of `reached_leaves`."""
     if root.grad_fn is None:
         return []
     leaves: list[Tensor] = []
-    seen: set[Any] = {None, *known}
+    seen: set[Any] = {None, *known_nodes}
     pending: list[Any] = [root.grad_fn]
     while pending:
         for following, _ in pending.pop().next_functions:
@@ -57,21 +57,21 @@ def other_leaves(root: Tensor, known: set[Any]) -> list[Tensor]:
     return leaves
 
 
-def reached_inside(checkpoint: Any) -> list[Tensor]:
-    """Run what a reentrant checkpoint will run in the backward, for a look at the leaves below it.
+def leaves_inside_checkpoint(checkpoint: Any) -> list[Tensor]:
+    """Run the function of a reentrant checkpoint and return the leaves below its outputs.
 
-    Draws random numbers and writes buffers as any forward does: to be undone by the caller.
+    This draws random numbers and writes buffers as any forward does; the caller restores them.
     """
     inputs = list(checkpoint.inputs)
     tensors = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in checkpoint.saved_tensors]
-    for place, tensor in zip(checkpoint.tensor_indices, tensors, strict=True):
-        inputs[place] = tensor
+    for index, tensor in zip(checkpoint.tensor_indices, tensors, strict=True):
+        inputs[index] = tensor
     with torch.enable_grad():
         outputs = checkpoint.run_function(*inputs)
-    found: list[Tensor] = []
+    inside: list[Tensor] = []
     for output in outputs if isinstance(outputs, tuple) else (outputs,):
         if isinstance(output, Tensor):
             leaves, deeper = reached_leaves(output)
-            found += [leaf for leaf in leaves if all(leaf is not tensor for tensor in tensors)]
-            found += [leaf for inner in deeper for leaf in reached_inside(inner)]
-    return found
+            inside += [leaf for leaf in leaves if all(leaf is not tensor for tensor in tensors)]
+            inside += [leaf for inner in deeper for leaf in leaves_inside_checkpoint(inner)]
+    return inside

@@ -1,64 +1,100 @@
-"""Finds, in the graph of each pose, leaves that no stand-in covers, and refuses them by name."""
+"""LeafValidator: refuses predictions that depend on leaves whose gradients cannot be intercepted."""
+
+from typing import Any
 
 from torch import Tensor, nn
 
-from gradhooks.engine.context import Chunk, Group
+from gradhooks.engine.accumulation import Chunk
+from gradhooks.engine.graph_leaves import accumulation_nodes, leaves_inside_checkpoint, other_leaves, reached_leaves
+from gradhooks.engine.model_state import ModelState
+from gradhooks.engine.pose_inputs import Poses
+from gradhooks.engine.pose_runner import PoseRunner
+from gradhooks.engine.shadow_parameters import ShadowParameters
 from gradhooks.errors import PredictionError, UnregisteredTensorError
 
 
-def run_guarded(group: Group, chunk: Chunk) -> Tensor:
-    """The live predictions of a chunk that every gradient can be intercepted for.
+class LeafValidator:
+    """Runs chunks with a graph, and inspects which leaves each graph reaches.
 
-    A leaf that the model makes in its forward (positions that it differentiates by) is another tensor at each run, and
-    nobody's business; one that comes back in a second run would have been trained by the full graph.
+    A leaf that the model creates in its forward (positions by which it differentiates) is another tensor in each run and
+    is ignored. A leaf that a second run reaches again persists, so the full graph would have trained it.
 
-    Raises:
-        UnregisteredTensorError: The predictions depend on a parameter, or a lasting tensor, that has no stand-in.
-        PredictionError: The model called `backward()`.
+    Args:
+        model: The bare model, for names in messages.
+        runner: Runs the model.
+        shadows: The leaves of the group.
+        state: Restores the model state around additional runs.
     """
-    if group.sharding:  # every backward ends in the real leaves, whatever they are
-        return group.run(chunk.start, chunk.stop)
-    predictions = _run(group, chunk)
-    # A look into reentrant checkpoints costs a forward: once a group.
-    inside, group.looked_inside = not group.looked_inside, True
-    strangers = group.strangers(predictions, inside_checkpoints=inside)
-    _refuse([leaf for leaf in strangers if isinstance(leaf, nn.Parameter)], group, chunk)
-    if strangers and not group.makes_leaves:
-        del predictions
-        group.makes_leaves = True
-        with group.replay.undone():  # running statistics, which `chunk.before` may not know, have had this chunk
-            group.replay.restore(chunk.before)
-            predictions = _run(group, chunk)
-        known = {id(leaf) for leaf in strangers}
-        again = group.strangers(predictions, inside_checkpoints=inside)
-        _refuse([leaf for leaf in again if id(leaf) in known], group, chunk)
-    return predictions
 
+    def __init__(self, model: nn.Module, runner: PoseRunner, shadows: ShadowParameters, state: ModelState) -> None:
+        self._model = model
+        self._runner = runner
+        self._shadows = shadows
+        self._state = state
+        self._inspected_checkpoints = False
+        self._shadow_nodes: set[Any] = set()
 
-def _run(group: Group, chunk: Chunk) -> Tensor:
-    before = group.shadows.gathered(everywhere=chunk.start == 0)
-    predictions = group.run(chunk.start, chunk.stop)
-    if group.shadows.gathered(everywhere=chunk.start == 0) != before:
-        raise PredictionError(
-            f"pose {chunk.start}: the model calls backward() in its forward, which adds to the gradients of its "
-            "parameters at every call; let it use torch.autograd.grad(..., create_graph=True) for derivatives that the "
-            "prediction needs"
+    def run(self, poses: Poses, chunk: Chunk) -> Tensor:
+        """Return the predictions of a chunk, with their graph.
+
+        Raises:
+            UnregisteredTensorError: They depend on a parameter, or on a persistent tensor, that has no shadow.
+            PredictionError: The model called `backward()`.
+        """
+        predictions = self._run(poses, chunk)
+        # Inspecting the inside of reentrant checkpoints costs a forward, so it is done once per group.
+        inside, self._inspected_checkpoints = not self._inspected_checkpoints, True
+        unregistered = self._unregistered_leaves(predictions, inside_checkpoints=inside)
+        self._refuse([leaf for leaf in unregistered if isinstance(leaf, nn.Parameter)], chunk)
+        if unregistered and not self._runner.detaches_inputs:
+            del predictions
+            self._runner.detach_inputs()
+            with self._state.preserved():  # restores running statistics, which `chunk.before` may not contain
+                self._state.restore(chunk.before)
+                predictions = self._run(poses, chunk)
+            known = {id(leaf) for leaf in unregistered}
+            second = self._unregistered_leaves(predictions, inside_checkpoints=inside)
+            self._refuse([leaf for leaf in second if id(leaf) in known], chunk)
+        return predictions
+
+    def reached_leaves(self, predictions: Tensor) -> list[Tensor]:
+        """Return the leaves below `predictions`, also inside reentrant checkpoints (which costs one more forward)."""
+        leaves, checkpoints = reached_leaves(predictions)
+        if checkpoints:
+            with self._state.preserved():
+                leaves += [leaf for checkpoint in checkpoints for leaf in leaves_inside_checkpoint(checkpoint)]
+        return leaves
+
+    def _run(self, poses: Poses, chunk: Chunk) -> Tensor:
+        before = self._shadows.gradient_fingerprint(all_leaves=chunk.start == 0)
+        predictions = self._runner.run(poses, chunk.start, chunk.stop)
+        if self._shadows.gradient_fingerprint(all_leaves=chunk.start == 0) != before:
+            raise PredictionError(
+                f"pose {chunk.start}: the model calls backward() in its forward, which adds to the gradients of its "
+                "parameters at every call; use torch.autograd.grad(..., create_graph=True) for derivatives that the "
+                "prediction needs"
+            )
+        return predictions
+
+    def _unregistered_leaves(self, predictions: Tensor, *, inside_checkpoints: bool) -> list[Tensor]:
+        if inside_checkpoints:
+            return [leaf for leaf in self.reached_leaves(predictions) if not self._shadows.is_shadow(leaf)]
+        self._shadow_nodes = self._shadow_nodes or accumulation_nodes(self._shadows.leaves)
+        return other_leaves(predictions, self._shadow_nodes)
+
+    def _refuse(self, leaves: list[Tensor], chunk: Chunk) -> None:
+        if not leaves:
+            return
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        described = ", ".join(names.get(id(leaf), _describe(leaf)) for leaf in leaves)
+        raise UnregisteredTensorError(
+            f"the prediction of pose {chunk.start} depends on {described}, which gradhooks cannot intercept: it is "
+            "neither a registered parameter of the model nor a tensor found in the pose. Register it (nn.Parameter as a "
+            "module attribute, or nn.ParameterList), pass it as part of the pose (tensor, mapping, tuple, dataclass), "
+            "or detach it"
         )
-    return predictions
 
 
-def _refuse(leaves: list[Tensor], group: Group, chunk: Chunk) -> None:
-    if not leaves:
-        return
-    names = group.names()
-    found = ", ".join(names.get(id(leaf), _described(leaf)) for leaf in leaves)
-    raise UnregisteredTensorError(
-        f"the prediction of pose {chunk.start} depends on {found}, which gradhooks cannot intercept: it is neither a "
-        "registered parameter of the model nor a tensor found in the pose. Register it (nn.Parameter as a module "
-        "attribute, or nn.ParameterList), pass it as part of the pose (tensor, mapping, tuple, dataclass), or detach it"
-    )
-
-
-def _described(leaf: Tensor) -> str:
+def _describe(leaf: Tensor) -> str:
     kind = "a parameter" if isinstance(leaf, nn.Parameter) else "a tensor that requires grad"
     return f"{kind} of shape {tuple(leaf.shape)}"

@@ -1,28 +1,29 @@
-"""What a second forward needs to be the first one again: random state, buffers, autocast.
+"""ModelState: what a forward may change and a second run must find as it was: buffers and random state.
 
 Rules:
-    1. A snapshot is taken before each chunk. What did not change since the last one is shared with it, so a model that
-       draws nothing and writes no buffer costs one snapshot a group.
-    2. Running statistics of normalisation layers in training are written, never read, by their forward: a replay needs
-       none of them. (Their kernels do not count versions either.) They are put back after a replay all the same.
-    3. Values are written back through `.data`, which leaves version counters alone: other graphs that saved the buffer
-       find it as they left it.
+    1. A snapshot is taken before each chunk. Entries that did not change since the last snapshot are shared with it, so
+       a model that draws no random numbers and writes no buffers costs one snapshot per group.
+    2. A forward of a normalization layer in training writes the running statistics and does not read them, so a second
+       run does not need their old values. (Its kernels do not increment the version counter either.) They are still
+       restored after a second run.
+    3. Values are restored through `.data`, which leaves version counters unchanged: graphs that saved the buffer stay
+       valid.
 """
 
 import operator
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from gradhooks.engine.random_state import RandomSource, sources_in_use
+from gradhooks.engine.random_state import RandomSource, default_source, user_sources
 
 
 class BufferCopy(NamedTuple):
-    """A buffer's tensor as it stood in its module, and what it held then."""
+    """A buffer tensor, its version, and a copy of its values."""
 
     tensor: Tensor
     version: int
@@ -30,42 +31,41 @@ class BufferCopy(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """The state before a forward, in the order of a replay's sources and buffers."""
+    """The state before a forward, in the order of the sources and buffers of a `ModelState`."""
 
     random: tuple[Any, ...]
     buffers: tuple[BufferCopy | None, ...]
 
 
 class ModelState:
-    """Takes and restores the state around the forwards of one group.
+    """Takes and restores snapshots of a model's buffers and of the random number generators.
 
     Args:
-        model: The model whose buffers count.
-        generators: Random sources beside the default generators of PyTorch.
+        model: The model.
+        generators: Random sources in addition to PyTorch's default generators; see `user_sources`.
     """
 
     def __init__(self, model: nn.Module, generators: Iterable[object] = ()) -> None:
-        self._slots = [(module, name) for module in model.modules() for name in module._buffers.keys()]  # noqa: SIM118 - TorchScript's has no other
-        devices = _devices_in_use(model)
-        self._sources: list[RandomSource] = sources_in_use(devices, generators)
-        kinds = sorted({device.type for device in devices})
-        self._autocasts = [_autocast_state(kind) for kind in kinds if torch.amp.is_autocast_available(kind)]
+        self._slots = [(module, name) for module in model.modules() for name in module._buffers.keys()]  # noqa: SIM118 - TorchScript modules have keys() only
+        self.devices = _devices_in_use(model)
+        self._sources: list[RandomSource] = [*map(default_source, self.devices), *user_sources(generators)]
         self._latest = Snapshot((None,) * len(self._sources), (None,) * len(self._slots))
 
-    def take(self, *, statistics: bool = False) -> Snapshot:
-        """The state now, as far as a later forward may depend on it; with `statistics`, all of it."""
+    def snapshot(self, *, statistics: bool = False) -> Snapshot:
+        """Return the state on which a later forward depends; with `statistics` also running statistics (Rule 2)."""
         latest = self._latest
-        random = _newer([source.newest(known) for source, known in zip(self._sources, latest.random)], latest.random)  # noqa: B905 - at every pose
+        states = [source.read_if_changed(known) for source, known in zip(self._sources, latest.random)]  # noqa: B905 - runs per pose
+        random = _shared(states, latest.random)
         buffers = latest.buffers
         if self._slots:
             copies = [_copy(*slot, known, statistics) for slot, known in zip(self._slots, buffers)]  # noqa: B905
-            buffers = _newer(copies, buffers)
+            buffers = _shared(copies, buffers)
         if random is not latest.random or buffers is not latest.buffers:
             self._latest = Snapshot(random, buffers)
         return self._latest
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Put random sources and buffers back to a snapshot."""
+        """Set random state and buffers to a snapshot."""
         for source, state in zip(self._sources, snapshot.random, strict=True):
             source.set(state)
         for (module, name), copy in zip(self._slots, snapshot.buffers, strict=True):
@@ -73,69 +73,48 @@ class ModelState:
                 copy.tensor.data.copy_(copy.value)  # Rule 3
                 module._buffers[name] = copy.tensor
 
-    def is_at(self, snapshot: Snapshot) -> bool:
-        """Whether nothing changed since a snapshot that was taken with statistics; False also where nobody can tell."""
-        if any(source.newest(state) is not state for source, state in zip(self._sources, snapshot.random, strict=True)):
-            return False
+    def unchanged_since(self, snapshot: Snapshot) -> bool:
+        """Return whether nothing changed since a snapshot with statistics; False if unknown."""
+        for source, state in zip(self._sources, snapshot.random, strict=True):
+            if source.read_if_changed(state) is not state:
+                return False
         return all(
-            module._buffers[name] is None if copy is None else _is_at(module, name, copy)
+            module._buffers[name] is None if copy is None else _is_current(module, name, copy)
             for (module, name), copy in zip(self._slots, snapshot.buffers, strict=True)
         )
 
     @contextmanager
-    def undone(self, *, unless_it_succeeds: bool = False) -> Iterator[Snapshot]:
-        """Put everything back at the end, to the snapshot that it gives, whatever happened in between."""
-        before = self.take(statistics=True)
+    def preserved(self, *, only_on_error: bool = False) -> Iterator[Snapshot]:
+        """Restore the state at the end of the block, or only if the block raises; yields the snapshot."""
+        before = self.snapshot(statistics=True)
         succeeded = False
         try:
             yield before
             succeeded = True
         finally:
-            if not (succeeded and unless_it_succeeds):
+            if not (succeeded and only_on_error):
                 self.restore(before)
 
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """Autocast as it was when the group began. Backward threads have none of their own."""
-        with ExitStack() as stack:
-            for kind, enabled, dtype, cached in self._autocasts:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cached))
-            yield
 
-    def no_autocast(self) -> AbstractContextManager[object]:
-        """Plain arithmetic, as in a backward that the user calls outside autocast."""
-        if not any(enabled for _, enabled, _, _ in self._autocasts):
-            return nullcontext()
-        stack = ExitStack()
-        for kind, _, _, _ in self._autocasts:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        return stack
-
-    @property
-    def autocast_dtypes(self) -> list[torch.dtype]:
-        """What the forwards run under autocast to."""
-        return [dtype for _, enabled, dtype, _ in self._autocasts if enabled]
-
-
-def _newer(new: list[Any], known: tuple[Any, ...]) -> tuple[Any, ...]:
-    return known if all(map(operator.is_, new, known)) else tuple(new)
+def _shared(entries: list[Any], known: tuple[Any, ...]) -> tuple[Any, ...]:
+    return known if all(map(operator.is_, entries, known)) else tuple(entries)
 
 
 def _copy(module: nn.Module, name: str, latest: BufferCopy | None, statistics: bool) -> BufferCopy | None:
     buffer = module._buffers[name]
-    if buffer is None or (_written_only(module) and not statistics):
+    if buffer is None or (_is_write_only(module) and not statistics):
         return None
-    if latest is not None and _is_at(module, name, latest):
+    if latest is not None and _is_current(module, name, latest):
         return latest
     return BufferCopy(buffer, buffer._version, buffer.detach().clone())
 
 
-def _is_at(module: nn.Module, name: str, copy: BufferCopy) -> bool:
+def _is_current(module: nn.Module, name: str, copy: BufferCopy) -> bool:
     buffer = module._buffers[name]
-    return buffer is copy.tensor and buffer._version == copy.version and not _written_only(module)
+    return buffer is copy.tensor and buffer._version == copy.version and not _is_write_only(module)
 
 
-def _written_only(module: nn.Module) -> bool:
+def _is_write_only(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and module.training  # Rule 2
 
 
@@ -145,8 +124,3 @@ def _devices_in_use(model: nn.Module) -> list[torch.device]:
     if torch.cuda.is_initialized():
         devices.add(torch.device("cuda", torch.cuda.current_device()))
     return sorted(devices - {torch.device("meta")}, key=str)
-
-
-def _autocast_state(kind: str) -> tuple[str, bool, torch.dtype, bool]:
-    enabled = torch.is_autocast_enabled(kind)
-    return kind, enabled, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()

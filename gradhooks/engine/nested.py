@@ -1,4 +1,4 @@
-"""Tensors inside whatever a pose is made of."""
+"""Find and replace the tensors inside a pose of any structure."""
 
 import copy
 import dataclasses
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def tensors_in(value: Any, path: str = "pose") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in `value` with its path, as `pose['atoms'][0]`.
+    """Yield every tensor in `value` with its path, such as `pose['atoms'][0]`.
 
-    Looks into mappings, lists, (named) tuples, dataclasses and PyTorch Geometric's data objects.
+    Mappings, lists, (named) tuples, dataclasses and the data objects of PyTorch Geometric are searched.
     """
     if isinstance(value, Tensor):
         yield path, value
@@ -20,15 +20,15 @@ def tensors_in(value: Any, path: str = "pose") -> Iterator[tuple[str, Tensor]]:
         yield from tensors_in(part, f"{path}[{key!r}]")
 
 
-def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply `change` to every tensor in `value`; the very same object comes back where nothing changed."""
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply `function` to every tensor in `value`; return `value` itself if no tensor changes."""
     if isinstance(value, Tensor):
-        return change(value)
+        return function(value)
     parts = _parts(value)
-    changed = {key: map_tensors(change, part) for key, part in parts.items()}
-    if all(changed[key] is part for key, part in parts.items()):
+    mapped = {key: map_tensors(function, part) for key, part in parts.items()}
+    if all(mapped[key] is part for key, part in parts.items()):
         return value
-    return _with_parts(value, changed)
+    return _with_parts(value, mapped)
 
 
 def _parts(value: Any) -> Mapping[Any, Any]:
@@ -51,7 +51,7 @@ def _with_parts(value: Any, parts: dict[Any, Any]) -> Any:
     rebuilt = copy.copy(value)
     for key, part in parts.items():
         if _is_dataclass(value):
-            object.__setattr__(rebuilt, key, part)  # a frozen dataclass refuses the ordinary way
+            object.__setattr__(rebuilt, key, part)  # setattr fails on frozen dataclasses
         elif _is_graph(value):
             rebuilt.stores[key[0]][key[1]] = part
         else:
@@ -64,5 +64,5 @@ def _is_dataclass(value: Any) -> bool:
 
 
 def _is_graph(value: Any) -> bool:
-    # PyTorch Geometric is no dependency: its data objects are known by what they offer.
+    # PyTorch Geometric is not a dependency, so its data objects are recognized by their attributes.
     return hasattr(value, "stores") and hasattr(value, "to_dict")

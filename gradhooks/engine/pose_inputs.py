@@ -1,66 +1,66 @@
-"""Poses in any form, cut into what goes through the model at once."""
+"""The poses of a group in the forms that a user may pass, sliced into chunks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from gradhooks.engine.model_call import describe
 from gradhooks.engine.nested import map_tensors
-from gradhooks.errors import PosesError, PredictionError
+from gradhooks.errors import PosesError
 
 Collate = Callable[[list[Any]], Any]
-Nonfinite = Literal["propagate", "raise", "drop"]
-Call = Callable[[nn.Module, Any], Tensor]
+Stack = Tensor | Mapping[str, Tensor]
 
 
 class Poses(Protocol):
-    """A group's poses. `batched` says that the model's output has a row for each."""
+    """The poses of a group. With `batched`, axis 0 of the model's output is the pose."""
 
     batched: bool
 
     def __len__(self) -> int: ...
 
-    def between(self, start: int, stop: int) -> Any:
-        """What the model gets for the poses `start .. stop - 1`."""
+    def slice(self, start: int, stop: int) -> Any:
+        """Return the model's input for the poses `start .. stop - 1`."""
 
-    def at(self, places: list[int]) -> Any:
-        """What the model gets for some poses."""
+    def select(self, indices: list[int]) -> Any:
+        """Return the model's input for the poses at `indices`."""
 
-    def number(self, place: int) -> int:
-        """What number a pose has for the user."""
+    def original_index(self, index: int) -> int:
+        """Return the index of a pose in the user's group."""
 
-    def cut(self, cut: Callable[[Tensor], Tensor]) -> "Poses":
-        """The same poses, `cut` applied to each tensor."""
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Poses":
+        """Return the same poses with `function` applied to each tensor."""
 
 
 class StackedPoses:
-    """A tensor, or a mapping of tensors, with the poses along axis 0."""
+    """A tensor, or a mapping of tensors, whose axis 0 is the pose."""
 
     batched = True
 
-    def __init__(self, stack: Tensor | Mapping[str, Tensor]) -> None:
+    def __init__(self, stack: Stack) -> None:
         self._stack = stack
         self._length = _stack_length(stack)
 
     def __len__(self) -> int:
         return self._length
 
-    def between(self, start: int, stop: int) -> Any:
+    def slice(self, start: int, stop: int) -> Any:
         return map_tensors(lambda tensor: tensor[start:stop], self._stack)
 
-    def at(self, places: list[int]) -> Any:
-        return map_tensors(lambda tensor: tensor[places], self._stack)
+    def select(self, indices: list[int]) -> Any:
+        return map_tensors(lambda tensor: tensor[indices], self._stack)
 
-    def number(self, place: int) -> int:
-        return place
+    def original_index(self, index: int) -> int:
+        return index
 
-    def cut(self, cut: Callable[[Tensor], Tensor]) -> "Poses":
-        return StackedPoses(map_tensors(cut, self._stack))
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Poses:
+        return StackedPoses(map_tensors(function, self._stack))
 
 
 class ListedPoses:
-    """Poses one by one, of any type; `collate` makes a batch of some."""
+    """A list of poses of any type; `collate` makes the model's input from several of them."""
 
     def __init__(self, poses: Sequence[Any], collate: Collate | None) -> None:
         self._poses = poses
@@ -70,31 +70,58 @@ class ListedPoses:
     def __len__(self) -> int:
         return len(self._poses)
 
-    def between(self, start: int, stop: int) -> Any:
-        return self.at(list(range(start, stop)))
+    def slice(self, start: int, stop: int) -> Any:
+        return self.select(list(range(start, stop)))
 
-    def at(self, places: list[int]) -> Any:
+    def select(self, indices: list[int]) -> Any:
         if self._collate is not None:
-            return self._collate([self._poses[place] for place in places])
-        return self._poses[places[0]]
+            return self._collate([self._poses[index] for index in indices])
+        return self._poses[indices[0]]
 
-    def number(self, place: int) -> int:
-        return place
+    def original_index(self, index: int) -> int:
+        return index
 
-    def cut(self, cut: Callable[[Tensor], Tensor]) -> "Poses":
-        return ListedPoses([map_tensors(cut, pose) for pose in self._poses], self._collate)
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Poses:
+        return ListedPoses([map_tensors(function, pose) for pose in self._poses], self._collate)
 
 
-def arrange(poses: Any, collate: Collate | None, *, may_be_empty: bool = False) -> Poses:
-    """Bring a group into one of the two forms.
+class PoseSubset:
+    """Some poses of a group, at `indices`."""
+
+    def __init__(self, poses: Poses, indices: list[int]) -> None:
+        self._poses = poses
+        self._indices = indices
+        self.batched = poses.batched
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def slice(self, start: int, stop: int) -> Any:
+        indices = self._indices[start:stop]
+        first, last = indices[0], indices[-1]
+        is_contiguous = last - first == len(indices) - 1
+        return self._poses.slice(first, last + 1) if is_contiguous else self._poses.select(indices)
+
+    def select(self, indices: list[int]) -> Any:
+        return self._poses.select([self._indices[index] for index in indices])
+
+    def original_index(self, index: int) -> int:
+        return self._poses.original_index(self._indices[index])
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Poses:
+        return PoseSubset(self._poses.map_tensors(function), self._indices)
+
+
+def as_poses(poses: Any, collate: Collate | None, *, may_be_empty: bool = False) -> Poses:
+    """Return the user's poses in one of the forms above.
 
     Args:
-        poses: What the user passed.
-        collate: Makes a batch of a list of poses.
-        may_be_empty: Whether a group may have no poses.
+        poses: What the user passed: an iterable of poses, or a stack.
+        collate: Makes the model's input from a list of poses.
+        may_be_empty: Whether a group without poses is allowed.
 
     Raises:
-        PosesError: `poses` is empty, or neither an iterable nor a stack.
+        PosesError: `poses` is empty, is neither an iterable nor a stack, or is a stack although `collate` is given.
     """
     if isinstance(poses, (Tensor, Mapping)):
         length = _stack_length(poses)
@@ -102,9 +129,14 @@ def arrange(poses: Any, collate: Collate | None, *, may_be_empty: bool = False) 
             raise PosesError(
                 "the group is empty: its tensors have 0 poses along axis 0; a group needs at least one pose"
             )
+        if collate is not None:
+            raise PosesError(
+                "collate= makes a batch from a list of poses, and these poses are already stacked in "
+                f"{describe(poses)}; pass a list of poses, or MultiPose without collate="
+            )
         if not _any_requires_grad(poses):
             return StackedPoses(poses)
-        # Slices would each send back a gradient of the whole stack; `unbind` assembles it once.
+        # Each slice would send back a gradient of the size of the whole stack; the backward of unbind stacks them once.
         poses, collate = _unstack(poses, length), _stack
     elif isinstance(poses, (str, bytes)) or hasattr(poses, "stores") or not _is_iterable(poses):
         raise PosesError(
@@ -117,85 +149,13 @@ def arrange(poses: Any, collate: Collate | None, *, may_be_empty: bool = False) 
     return ListedPoses(listed, collate)
 
 
-def call_model(model: nn.Module, pose: Any) -> Tensor:
-    """How a pose reaches the model unless `call=` says otherwise."""
-    if isinstance(pose, tuple):
-        return model(*pose)  # type: ignore[no-any-return]
-    if isinstance(pose, Mapping):
-        return model(**pose)  # type: ignore[no-any-return]
-    try:
-        return model(pose)  # type: ignore[no-any-return]
-    except TypeError as fault:
-        if isinstance(pose, list) and hasattr(fault, "add_note"):  # Python 3.11
-            fault.add_note(
-                "gradhooks: a list is one argument, a tuple is passed as model(*pose); where poses were tuples, a "
-                "DataLoader has made lists of them: tell it collate_fn=lambda group: group, with batch_size=None"
-            )
-        raise
-
-
-def prediction_rows(output: Any, start: int, stop: int, batched: bool) -> Tensor:
-    """The model's output for the poses `start .. stop - 1` as one tensor of shape `(stop - start, *prediction)`.
-
-    Raises:
-        PredictionError: The output is no floating-point tensor, or has no row for each pose.
-    """
-    where = f"pose {start}" if stop - start == 1 else f"poses {start} to {stop - 1}"
-    if not isinstance(output, Tensor):
-        raise PredictionError(
-            f"{where}: the model returned {_describe(output)}, not a tensor; "
-            "choose the prediction with call=lambda model, pose: model(pose)[...]"
-        )
-    if not output.is_floating_point():
-        raise PredictionError(f"{where}: the prediction is {output.dtype}; gradients need a floating-point one")
-    if not batched or (output.dim() == 0 and stop - start == 1):
-        return output.unsqueeze(0)
-    if output.dim() == 0 or len(output) != stop - start:
-        raise PredictionError(
-            f"{where}: a batch of {stop - start} must give {stop - start} rows, the model returned shape "
-            f"{tuple(output.shape)}; if it takes single poses without a batch axis, pass a list of poses "
-            "(for a stacked tensor: poses.unbind()) and no collate"
-        )
-    return output
-
-
-def finite_rows(rows: Tensor) -> Tensor:
-    """Which of the predictions, shape `(n, *prediction)`, are finite in all their numbers; shape `(n,)`, boolean."""
-    return rows.isfinite().reshape(len(rows), -1).all(1)
-
-
-def check_rows(first: Tensor, rows: Tensor, start: int, *, finite: bool) -> None:
-    """Check the rows of a chunk that begins with pose `start`.
-
-    Args:
-        first: The rows of the first chunk.
-        rows: The rows to check.
-        start: The index of their first pose.
-        finite: Whether they must be finite. To find out waits for the device.
-
-    Raises:
-        PredictionError: They have other shapes than the first, or are not finite.
-    """
-    if finite and not rows.isfinite().all():
-        bad = int(finite_rows(rows).logical_not().nonzero()[0])
-        raise PredictionError(
-            f"pose {start + bad}: its prediction is not finite ({rows[bad].flatten().tolist()}); nonfinite='drop' "
-            "leaves such poses out, nonfinite='propagate' lets them through"
-        )
-    if rows.shape[1:] != first.shape[1:]:
-        raise PredictionError(
-            f"pose {start}: its prediction has shape {tuple(rows.shape[1:])}, that of pose 0 {tuple(first.shape[1:])}; "
-            "all poses of a group must give predictions of one shape"
-        )
-
-
-def _stack_length(stack: Tensor | Mapping[str, Tensor]) -> int:
+def _stack_length(stack: Stack) -> int:
     tensors = {"poses": stack} if isinstance(stack, Tensor) else stack
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.dim() == 0:
             raise PosesError(
                 f"a mapping of stacked poses must hold tensors with the poses along axis 0; {name!r} is "
-                f"{_describe(tensor)}; pass a list of mappings instead, one for each pose"
+                f"{describe(tensor)}; pass a list of mappings instead, one for each pose"
             )
     lengths = {name: len(tensor) for name, tensor in tensors.items()}
     if len(set(lengths.values())) > 1:
@@ -203,12 +163,12 @@ def _stack_length(stack: Tensor | Mapping[str, Tensor]) -> int:
     return next(iter(lengths.values()), 0)
 
 
-def _any_requires_grad(stack: Tensor | Mapping[str, Tensor]) -> bool:
+def _any_requires_grad(stack: Stack) -> bool:
     tensors = [stack] if isinstance(stack, Tensor) else stack.values()
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _unstack(stack: Tensor | Mapping[str, Tensor], length: int) -> list[Any]:
+def _unstack(stack: Stack, length: int) -> list[Any]:
     if isinstance(stack, Tensor):
         return list(stack.unbind())
     columns = {name: tensor.unbind() for name, tensor in stack.items()}
@@ -223,13 +183,3 @@ def _stack(poses: list[Any]) -> Any:
 
 def _is_iterable(value: Any) -> bool:
     return isinstance(value, Iterable) or hasattr(value, "__getitem__")
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return f"{type(value).__name__} with keys {', '.join(map(repr, value))}"
-    if isinstance(value, (list, tuple)):
-        return f"{type(value).__name__} of {len(value)}"
-    return f"one {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Telling the user how far a long group is."""
+"""Report how many poses of a group are done: a tqdm bar, or a function of the user."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,25 +7,42 @@ from importlib.util import find_spec
 Progress = bool | Callable[[int, int], object]
 
 
-def _say_nothing(done: int) -> None:
-    del done
+def check_progress(progress: Progress) -> None:
+    """Check the value of the option `progress`.
+
+    Raises:
+        TypeError: It is neither a bool nor callable.
+        ModuleNotFoundError: It is True and tqdm is not installed.
+    """
+    if not (isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"progress must be a bool or a function of (done, total), got {progress!r}")
+    if progress is True and find_spec("tqdm") is None:
+        raise ModuleNotFoundError(
+            "progress=True shows a bar of tqdm, which is not installed: pip install tqdm, or pass a function of "
+            "(done, total)",
+            name="tqdm",
+        )
 
 
 @contextmanager
-def reporting(progress: Progress, total: int, doing: str) -> Iterator[Callable[[int], object]]:
-    """A function to call with the number of poses that are done.
+def progress_of(progress: Progress, total: int, action: str) -> Iterator[Callable[[int], object]]:
+    """Yield a function to be called with the number of poses that are done.
 
     Args:
-        progress: True for a bar where tqdm is installed, False for nothing, or a function of `(done, total)`.
-        total: How many poses there are to do.
-        doing: What is done with them, for the bar.
+        progress: The option `progress`.
+        total: The number of poses.
+        action: What is done with them, shown beside the bar.
     """
     if callable(progress):
         yield lambda done: progress(done, total)
-    elif progress and find_spec("tqdm") is not None:
+    elif progress:
         from tqdm.auto import tqdm  # noqa: PLC0415 - optional, and slow to import
 
-        with tqdm(total=total, desc=doing, unit="pose", leave=False) as bar:
+        with tqdm(total=total, desc=action, unit="pose", leave=False) as bar:
             yield lambda done: bar.update(done - bar.n)
     else:
-        yield _say_nothing
+        yield _ignore
+
+
+def _ignore(done: int) -> None:
+    del done

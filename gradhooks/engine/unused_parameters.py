@@ -1,58 +1,67 @@
-"""Tells `.grad is None` from a vanishing gradient: leaves that no pose reaches, or skipped poses alone."""
+"""Tell `.grad is None` from a zero gradient: leaves that no pose reaches, or only skipped poses."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gradhooks.engine.context import Chunk, Group
+from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.gradient_sums import Gradients
-from gradhooks.engine.rerun import RerunJob, packed
+from gradhooks.engine.rerun import SecondRun
 
-# Groups in which a parameter is looked for in vain, before it counts as unused.
 UNUSED_AFTER = 5
+"""The number of groups in which a parameter is searched for without success before it counts as unused."""
 
 
-def zero_where_reached(group: Group, chunks: Sequence[Chunk], matters: Tensor, gradients: Gradients) -> None:
-    """Give zeros to the leaves that only skipped poses reach.
+def add_zeros_for_skipped(
+    context: ForwardContext, second_run: SecondRun, skipped: Tensor, gradients: Gradients
+) -> None:
+    """Set the gradient of leaves that only skipped poses reach to zero.
 
-    It costs a forward of each skipped pose to learn that none reaches a leaf. A parameter that was looked for in vain
-    in several groups is not looked for again, until a pose that matters reaches it.
+    The search costs a forward of each skipped pose. A parameter that counts as unused is searched for again only after a
+    pose with a backward has reached it.
+
+    Args:
+        context: The group.
+        second_run: Runs the skipped poses.
+        skipped: Shape `(N,)`, bool, on the CPU.
+        gradients: The gradients, None where no pose with a backward reaches the leaf. Changed in place.
     """
     if all(gradient is not None for gradient in gradients):
         return
-    in_vain, named = group.sizes.experience.in_vain, group.names()
-    names = [named[id(real)] for real in group.shadows.real]
+    unused_count = context.learned.unused_count
+    names = context.shadows.leaf_names(context.model)
     for name, gradient in zip(names, gradients, strict=True):
         if gradient is not None:
-            in_vain.pop(name, None)
+            unused_count.pop(name, None)
     sought = [
-        place for place, name in enumerate(names) if gradients[place] is None and in_vain.get(name, 0) < UNUSED_AFTER
+        index
+        for index, name in enumerate(names)
+        if gradients[index] is None and unused_count.get(name, 0) < UNUSED_AFTER
     ]
-    skips = (~matters).tolist()
-    skipped = [RerunJob(group, chunk, slice(*chunk[:2]), 0) for chunk in chunks if any(skips[slice(*chunk[:2])])]
-    if not (sought and skipped):
+    if not sought or not skipped.any():
         return
-    found = group.sizes.until_they_fit(lambda: _reached(group, skipped, skips, sought))
-    for place in sought:
-        if place in found:
-            gradients[place] = torch.zeros_like(group.shadows.leaves[place])
-            in_vain.pop(names[place], None)
-        elif place < len(names) - len(group.shadows.inputs):
-            in_vain[names[place]] = in_vain.get(names[place], 0) + 1
+    reached = context.chunk_sizes.retry_smaller(lambda: _reached(context, second_run, skipped, sought))
+    first_input = len(names) - len(context.shadows.inputs)
+    for index in sought:
+        if index in reached:
+            gradients[index] = torch.zeros_like(context.shadows.leaves[index])
+            unused_count.pop(names[index], None)
+        elif index < first_input:
+            unused_count[names[index]] = unused_count.get(names[index], 0) + 1
 
 
-def _reached(group: Group, skipped: Sequence[RerunJob], skips: Sequence[bool], sought: Sequence[int]) -> set[int]:
-    """Which of the leaves that are sought some skipped pose reaches."""
-    places = {id(group.shadows.leaves[place]): place for place in sought}
-    found: set[int] = set()
-    size = group.sizes.next(len(group.poses), with_graph=True)
-    with group.rerunning():
-        for part, chunk, *_ in packed(skipped, skips, size) if group.steady else skipped:
-            group.replay.restore(chunk.before)
-            predictions = part.run(chunk.start, chunk.stop)
-            reached = group.reached(predictions, inside_checkpoints=True)
-            found |= {places[id(leaf)] for leaf in reached if id(leaf) in places}
-            if len(found) == len(sought):
+def _reached(context: ForwardContext, second_run: SecondRun, skipped: Tensor, sought: Sequence[int]) -> set[int]:
+    """Return which of the sought leaves a skipped pose reaches."""
+    indices = {id(context.shadows.leaves[index]): index for index in sought}
+    reached: set[int] = set()
+    size = context.chunk_sizes.next(len(context.poses))
+    with context.rerunning():
+        for job in second_run.jobs(skipped, size):
+            context.state.restore(job.chunk.before)
+            predictions = context.runner.run(job.poses, job.chunk.start, job.chunk.stop)
+            leaves = context.validator.reached_leaves(predictions)
+            reached |= {indices[id(leaf)] for leaf in leaves if id(leaf) in indices}
+            if len(reached) == len(sought):
                 break
-    return found
+    return reached

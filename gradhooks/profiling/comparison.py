@@ -148,7 +148,7 @@ def _step(model: nn.Module, way: Way, loss: Loss) -> None:
 
 
 def _gradients(model: nn.Module, way: Way, loss: Loss) -> list[Tensor | None]:
-    with ModelState(model).undone():  # all ways draw the same random numbers
+    with ModelState(model).preserved():  # all ways draw the same random numbers
         _step(model, way, loss)
     return [None if leaf.grad is None else leaf.grad.detach().clone() for leaf in model.parameters()]
 

@@ -69,7 +69,7 @@ def gradcheck(
     gradients, replays = {}, True
     for way in (first, *ways):
         exact.zero_grad()
-        with ModelState(exact).undone():
+        with ModelState(exact).preserved():
             try:
                 loss(way.forward()).backward()
             except ReplayError:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gradhooks.combination import BoundCombination
-from gradhooks.engine.memory import PeakMemory, free_bytes
+from gradhooks.engine.memory_budget import free_bytes
+from gradhooks.profiling.peak_memory import PeakMemory
 from gradhooks.engine.nested import tensors_in
 from gradhooks.profiling.table import table
 from gradhooks.profiling.undisturbed import undisturbed

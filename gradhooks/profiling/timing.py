@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from gradhooks.engine.memory import PeakMemory
+from gradhooks.profiling.peak_memory import PeakMemory
 
 Step = Callable[[], object]
 

@@ -11,7 +11,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Try things out on a model: its `.grad`, buffers and the random state are afterwards what they were."""
     gradients = [parameter.grad for parameter in model.parameters()]
     try:
-        with ModelState(model).undone():
+        with ModelState(model).preserved():
             yield
     finally:
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):

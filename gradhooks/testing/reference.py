@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradhooks.engine.pose_inputs import Call, call_model
+from gradhooks.engine.model_call import Call, call_model
 from gradhooks.prediction import MultiPosePrediction
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradhooks.engine.pose_inputs import Call, call_model
+from gradhooks.engine.model_call import Call, call_model
 
 MOST_POSES = 8
 

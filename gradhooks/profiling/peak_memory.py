@@ -1,9 +1,6 @@
-"""PeakMemory: how much memory a piece of code needs, on a CPU counted to the byte."""
-
-import os
+"""PeakMemory."""
 import weakref
-from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -12,32 +9,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import Self
-
-
-def free_bytes(device: torch.device) -> int:
-    """What a device has left: of a GPU as its driver says, of the CPU as the operating system says."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-@contextmanager
-def noting_saved(known: Container[int]) -> Iterator[dict[int, int]]:
-    """What the graphs that are built meanwhile keep alive: bytes by address, but for the addresses that are `known`.
-
-    Unlike `PeakMemory` it is in nobody's way: a compiled model stays so.
-    """
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # an output that its own node saves would be a cycle
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        yield saved
-
 
 class PeakMemory:
     """Measures the peak of the tensor memory that a `with` block allocates, beyond what was there before.

@@ -1,0 +1,103 @@
+"""Call the model with a pose, and check that its output can be used as a prediction."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradhooks.errors import PredictionError
+
+Call = Callable[[nn.Module, Any], Tensor]
+
+
+def call_model(model: nn.Module, pose: Any) -> Tensor:
+    """Pass a tuple as `model(*pose)`, a mapping as `model(**pose)` and anything else as `model(pose)`.
+
+    This is the default of the option `call`.
+    """
+    if isinstance(pose, tuple):
+        return model(*pose)  # type: ignore[no-any-return]
+    if isinstance(pose, Mapping):
+        return model(**pose)  # type: ignore[no-any-return]
+    try:
+        return model(pose)  # type: ignore[no-any-return]
+    except TypeError as error:
+        if isinstance(pose, list) and hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(
+                "gradhooks: a list is passed as one argument, a tuple as model(*pose). If the poses were tuples, the "
+                "default collate function of the DataLoader has turned them into lists: use DataLoader(..., "
+                "batch_size=None, collate_fn=lambda group: group)"
+            )
+        raise
+
+
+def prediction_rows(output: Any, start: int, stop: int, batched: bool) -> Tensor:
+    """Return the model's output for the poses `start .. stop - 1` with shape `(stop - start, *prediction)`.
+
+    Args:
+        output: The model's output.
+        start: The index of the first pose.
+        stop: The index after the last pose.
+        batched: Whether axis 0 of the output is the pose.
+
+    Raises:
+        PredictionError: The output is not a floating-point tensor, or does not have one row per pose.
+    """
+    where = f"pose {start}" if stop - start == 1 else f"poses {start} to {stop - 1}"
+    if not isinstance(output, Tensor):
+        raise PredictionError(
+            f"{where}: the model returned {describe(output)}, not a tensor; "
+            "choose the prediction with call=lambda model, pose: model(pose)[...]"
+        )
+    if not output.is_floating_point():
+        raise PredictionError(f"{where}: the prediction is {output.dtype}; a gradient needs a floating-point dtype")
+    if not batched or (output.dim() == 0 and stop - start == 1):
+        return output.unsqueeze(0)
+    if output.dim() == 0 or len(output) != stop - start:
+        raise PredictionError(
+            f"{where}: a batch of {stop - start} must give {stop - start} rows, the model returned shape "
+            f"{tuple(output.shape)}; if it takes single poses without a batch axis, pass a list of poses "
+            "(for a stacked tensor: poses.unbind()) and no collate"
+        )
+    return output
+
+
+def finite_rows(rows: Tensor) -> Tensor:
+    """Return which rows, shape `(n, *prediction)`, are finite: shape `(n,)`, bool."""
+    return rows.isfinite().reshape(len(rows), -1).all(1)
+
+
+def check_rows(first: Tensor, rows: Tensor, start: int, *, finite: bool) -> None:
+    """Check the predictions of a chunk.
+
+    Args:
+        first: The predictions of the first chunk.
+        rows: The predictions to check.
+        start: The index of their first pose.
+        finite: Whether they must be finite. This check waits for the device.
+
+    Raises:
+        PredictionError: They are not finite, or differ in shape from those of the first chunk.
+    """
+    if finite and not rows.isfinite().all():
+        index = int(finite_rows(rows).logical_not().nonzero()[0])
+        raise PredictionError(
+            f"pose {start + index}: its prediction is not finite ({rows[index].flatten().tolist()}); "
+            "nonfinite='drop' leaves such poses out, nonfinite='propagate' accepts them"
+        )
+    if rows.shape[1:] != first.shape[1:]:
+        raise PredictionError(
+            f"pose {start}: its prediction has shape {tuple(rows.shape[1:])}, that of pose 0 {tuple(first.shape[1:])}; "
+            "all poses of a group must give predictions of one shape"
+        )
+
+
+def describe(value: Any) -> str:
+    """Return a short description of a value for an error message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} with keys {', '.join(map(repr, value))}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__} of {len(value)}"
+    return f"one {type(value).__name__}"

@@ -1,0 +1,106 @@
+"""PoseEngine: the part of a group that an accumulator sees."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from gradhooks.combination import BoundCombination, StreamWeights
+from gradhooks.engine.accumulation import Chunk
+from gradhooks.engine.context import ForwardContext
+from gradhooks.engine.gradient_sums import Gradients
+from gradhooks.engine.parameter_hooks import Receiver
+from gradhooks.engine.report import Report
+from gradhooks.engine.rerun import NO_GRAPHS, SecondRun
+from gradhooks.engine.saved_tensors import storage_addresses
+from gradhooks.engine.unused_parameters import add_zeros_for_skipped
+from gradhooks.numerics import at_least_float32
+from gradhooks.options import Options
+
+
+class PoseEngine:
+    """Implements the protocol `gradhooks.accumulators.Engine`, where its members are documented.
+
+    Args:
+        context: The group.
+    """
+
+    def __init__(self, context: ForwardContext) -> None:
+        self.context = context
+        self.chunks: list[Chunk] = []
+        self._stateless = False
+
+    @property
+    def options(self) -> Options:
+        return self.context.options
+
+    @property
+    def combination(self) -> BoundCombination:
+        return self.context.combination
+
+    @property
+    def report(self) -> Report:
+        return self.context.report
+
+    @property
+    def pose_count(self) -> int:
+        return len(self.context.poses)
+
+    @property
+    def leaves(self) -> Sequence[Tensor]:
+        return self.context.shadows.leaves
+
+    @property
+    def leaf_names(self) -> list[str]:
+        return self.context.shadows.leaf_names(self.context.model)
+
+    def declare(self, predictions: Tensor, start: int) -> StreamWeights | None:
+        return self.combination.declare(predictions, self.context.partition.first + start)
+
+    def intercept(self, receive: Receiver, indices: Iterable[int]) -> ExitStack:
+        return self.context.shadows.hooks.intercept(receive, indices)
+
+    def backward(
+        self, predictions: Tensor, cotangents: Tensor, *, retain_graph: bool = False, poses: int | None = None
+    ) -> None:
+        self.context.backward(predictions, cotangents, retain_graph=retain_graph)
+        self.report.backwards += len(predictions) if poses is None else poses
+
+    def rerun(
+        self,
+        predictions: Tensor,
+        cotangents: Tensor,
+        selected: Tensor,
+        *,
+        kept_graphs: Mapping[int, Tensor] = NO_GRAPHS,
+        retain_graph: bool = False,
+    ) -> Gradients:
+        return self._second_run().gradients(predictions, cotangents, selected, kept_graphs, retain_graph=retain_graph)
+
+    def add_zeros_for_skipped(self, gradients: Gradients, skipped: Tensor) -> None:
+        add_zeros_for_skipped(self.context, self._second_run(), skipped, gradients)
+
+    def reached_leaves(self, predictions: Tensor) -> set[int]:
+        indices = {id(leaf): index for index, leaf in enumerate(self.leaves)}
+        leaves = self.context.validator.reached_leaves(predictions)
+        return {indices[id(leaf)] for leaf in leaves if id(leaf) in indices}
+
+    def storage_addresses(self) -> set[int]:
+        return storage_addresses(self.context.model, self.leaves)
+
+    def skip_threshold(self, dtype: torch.dtype) -> float:
+        if self.options.tolerance is not None:
+            return self.options.tolerance
+        return torch.finfo(at_least_float32(dtype)).eps / 2 / self.context.partition.total
+
+    def fp16_scale(self, predictions: Tensor) -> float:
+        dtypes = [predictions.dtype, *self.context.autocast.dtypes, *(leaf.dtype for leaf in self.leaves)]
+        return 2.0**12 if torch.float16 in dtypes else 1.0
+
+    def end_first_run(self, *, stateless: bool) -> None:
+        """Record whether the first run drew no random numbers and wrote no buffers."""
+        self._stateless = stateless
+
+    def _second_run(self) -> SecondRun:
+        return SecondRun(self.context, self.chunks, stateless=self._stateless)

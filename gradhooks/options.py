@@ -1,0 +1,130 @@
+"""Options: the settings of a `MultiPose`, validated when they are set, and frozen."""
+
+import copy
+import difflib
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from typing_extensions import TypedDict
+
+from gradhooks.distributed.collectives import Collectives
+from gradhooks.engine.chunk_sizes import ChunkSize
+from gradhooks.engine.memory_budget import check_memory
+from gradhooks.engine.model_call import Call, call_model
+from gradhooks.engine.pose_inputs import Collate
+from gradhooks.engine.progress import Progress, check_progress
+from gradhooks.engine.random_state import user_sources
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+Nonfinite = Literal["propagate", "raise", "drop"]
+
+
+class OptionTypes(TypedDict, total=False):
+    """The types of the options, for `Unpack`."""
+
+    memory: str | float
+    chunk_size: ChunkSize
+    collate: Collate | None
+    call: Call | None
+    tolerance: float | None
+    nonfinite: Nonfinite
+    generators: Iterable[object]
+    process_group: "ProcessGroup | DeviceMesh | None"
+    progress: Progress
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Options:
+    """The settings of a `MultiPose`, documented there.
+
+    Raises:
+        ValueError: A value is out of range.
+        TypeError: A value has the wrong type.
+        DistributedError: This process is not in `process_group`.
+    """
+
+    memory: str | float = 0
+    chunk_size: ChunkSize = 1
+    collate: Collate | None = None
+    call: Call = call_model
+    tolerance: float | None = None
+    nonfinite: Nonfinite = "propagate"
+    generators: tuple[object, ...] = ()
+    process_group: "ProcessGroup | DeviceMesh | None" = None
+    progress: Progress = False
+
+    def __post_init__(self) -> None:
+        self._convert("call", call_model if self.call is None else self.call)
+        self._convert("generators", tuple(self.generators))
+        self._convert("chunk_size", _chunk_size(self.chunk_size))
+        check_memory(self.memory)
+        check_progress(self.progress)
+        user_sources(self.generators)
+        Collectives(self.process_group)
+        for name in ("call", "collate"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise TypeError(f"{name} must be a function, got {getattr(self, name)!r}")
+        if self.tolerance is not None and not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must be in [0, 1), relative to the largest coefficient, got {self.tolerance}")
+        if self.nonfinite not in get_args(Nonfinite):
+            raise ValueError(f"nonfinite must be one of {', '.join(get_args(Nonfinite))}, got {self.nonfinite!r}")
+
+    def _convert(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen
+
+    def changed(self, **options: Any) -> "Options":
+        """Return a copy with some options changed, validated."""
+        return Options(**{**self._asdict(), **options})
+
+    def changed_from_default(self) -> set[str]:
+        """Return the names of the options whose values are not the defaults."""
+        return {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+
+    def _asdict(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Options":
+        memo[id(self.process_group)] = self.process_group  # a copy of a model uses the same ranks
+        return Options(**{name: copy.deepcopy(value, memo) for name, value in self._asdict().items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                "a MultiPose with a process_group cannot be pickled, since no other process has that group; save its "
+                "state_dict(), or pickle its bare model (.model)"
+            )
+        return self.__dict__
+
+
+OPTION_NAMES = tuple(field.name for field in fields(Options))
+
+
+def refuse_unknown_options(options: Mapping[str, object], known: Iterable[str]) -> None:
+    """Refuse an option that does not exist.
+
+    Raises:
+        TypeError: It names the closest option, and all of them.
+    """
+    names = sorted(known)
+    for name in options:
+        if name not in names:
+            closest = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {closest[0]!r}?" if closest else "."
+            raise TypeError(f"MultiPose has no option {name!r}{hint} The options are {', '.join(names)}")
+
+
+def _chunk_size(value: Any) -> ChunkSize:
+    if value == "auto":
+        return "auto"
+    try:
+        size = operator.index(value)
+    except TypeError:
+        size = 0
+    if size < 1 or isinstance(value, bool):
+        raise ValueError(f"chunk_size must be at least 1, or 'auto', got {value!r}")
+    return size
