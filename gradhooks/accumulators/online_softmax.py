@@ -78,7 +78,8 @@ class OnlineSoftmax:
     Here `e_i = exp(l_i - top)`, `top` is the largest log-weight so far, and `reference` the features of its pose.
     Without centring, energies that are large against the temperature would cancel.
 
-    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867, Algorithm 3.
+    Source: the running maximum and rescaling of Milakov and Gimelshein, "Online normalizer calculation for softmax",
+    arXiv:1805.02867, applied to gradients.
 
     Args:
         features: `K`.
