@@ -68,9 +68,7 @@ def _total_gradients(
     )
 
 
-def attach_to_graph(
-    context: ForwardContext, accumulation: Accumulation, predictions: Tensor
-) -> tuple[Tensor, Tensor]:
+def attach_to_graph(context: ForwardContext, accumulation: Accumulation, predictions: Tensor) -> tuple[Tensor, Tensor]:
     """Return the predictions as part of autograd's graph: in float32 or wider for the combination, and for the user."""
     attached = PosePredictions.apply(context, accumulation, predictions, *context.shadows.real)
     for_combination, for_user = attached

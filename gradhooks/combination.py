@@ -134,7 +134,8 @@ class BoundCombination:
         if stream_weights is None:
             return None
         declaration: StreamWeights | None = stream_weights(
-            predictions.to(at_least_float32(predictions.dtype)), **self._of_poses(slice(start, start + len(predictions)))
+            predictions.to(at_least_float32(predictions.dtype)),
+            **self._of_poses(slice(start, start + len(predictions))),
         )
         return declaration
 

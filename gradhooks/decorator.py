@@ -58,9 +58,10 @@ def multipose(
     Raises:
         TypeError: An option does not exist, or a class was passed as the combination.
     """
-    if isinstance(combination, type) and issubclass(combination, nn.Module):
+    given: object = combination
+    if isinstance(given, type) and issubclass(given, nn.Module):
         raise TypeError(
-            f"multipose got the class {combination.__name__} as its combination: write @multipose() above a model "
+            f"multipose got the class {given.__name__} as its combination: write @multipose() above a model "
             "class, and pass a combination by name or as an instance"
         )
     refuse_unknown_options(options, ["accumulator", *OPTION_NAMES])

@@ -5,9 +5,9 @@ import difflib
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, get_args, overload
 
-from typing_extensions import TypedDict
+from typing_extensions import Self, TypedDict
 
 from gradhooks.distributed.collectives import Collectives
 from gradhooks.engine.chunk_sizes import ChunkSize
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+T = TypeVar("T")
 Nonfinite = Literal["propagate", "raise", "drop"]
 
 
@@ -99,6 +100,31 @@ class Options:
                 "state_dict(), or pickle its bare model (.model)"
             )
         return self.__dict__
+
+
+class HasOptions(Protocol):
+    """An object whose options can be replaced."""
+
+    options: Options
+
+    def _change_option(self, name: str, value: Any) -> None: ...
+
+
+class Option(Generic[T]):
+    """An attribute that reads one option of its object, and replaces it, validated, when it is set."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, instance: HasOptions, owner: type) -> T: ...
+    def __get__(self, instance: HasOptions | None, owner: type) -> Self | T:
+        return self if instance is None else getattr(instance.options, self._name)
+
+    def __set__(self, instance: HasOptions, value: T) -> None:
+        instance._change_option(self._name, value)
 
 
 OPTION_NAMES = tuple(field.name for field in fields(Options))

@@ -10,19 +10,22 @@ from torch.utils._pytree import register_pytree_node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradhooks.combination import BoundCombination
+from gradhooks.engine.model_call import finite_rows
 from gradhooks.engine.nested import map_tensors
+from gradhooks.errors import PredictionError
+from gradhooks.options import Nonfinite
 
-# The combination behind a prediction, by its tensors. Trainers rebuild named tuples from their fields (Accelerate to cast
-# them, Lightning to move them), mostly with the same tensors.
+# The combination behind a prediction, by its tensors. Trainers rebuild named tuples from their fields (Accelerate to
+# cast them, Lightning to move them), mostly with the same tensors.
 _combination_of: Any = WeakTensorKeyDictionary()
 
 
 class _Fields(tuple[Tensor, Tensor]):  # noqa: SLOT001 - a tuple subclass cannot have non-empty slots
     """Looks like a namedtuple, but torch's pytree must not rebuild it from its fields alone.
 
-    Other libraries look for `_fields` and `_asdict`; pytree looks for `_make` too, which this class lacks. Older releases
-    of torch take any class whose only base is `tuple` for a namedtuple, so this class stands between `tuple` and the
-    class that users get.
+    Other libraries look for `_fields` and `_asdict`; pytree looks for `_make` too, which this class lacks. Older
+    releases of torch take any class whose only base is `tuple` for a namedtuple, so this class stands between `tuple`
+    and the class that users get.
     """
 
     _fields = __match_args__ = ("combined", "per_pose")
@@ -49,7 +52,8 @@ class MultiPosePrediction(_Fields):
 
     Attributes:
         combined: The result of the combination, by convention of shape `(*prediction)`, as for one pose.
-        per_pose: Shape `(N, *prediction)`, in the order of the poses. A loss may use it together with `combined` or alone.
+        per_pose: Shape `(N, *prediction)`, in the order of the poses. A loss may use it together with `combined` or
+            alone.
     """
 
     _combination: BoundCombination | None
@@ -99,6 +103,28 @@ class MultiPosePrediction(_Fields):
             combined = replace(self._combination, arguments=arguments)(predictions, selected)
             (coefficients,) = torch.autograd.grad(combined.sum(), predictions)
         return coefficients
+
+
+def combine(
+    combination: BoundCombination, predictions: Tensor, per_pose: Tensor, nonfinite: Nonfinite
+) -> MultiPosePrediction:
+    """Combine the predictions of a group.
+
+    Args:
+        combination: The combination with the arguments of the call.
+        predictions: Shape `(N, *prediction)`, for the combination.
+        per_pose: Shape `(N, *prediction)`, equal to `predictions`, for the user.
+        nonfinite: The option `nonfinite`.
+
+    Raises:
+        PredictionError: Poses without a finite prediction are dropped, and no other pose is left.
+    """
+    finite = None
+    if nonfinite == "drop":
+        finite = finite_rows(predictions)
+        if not finite.any():
+            raise PredictionError(f"none of the {len(finite)} predictions of the group is finite, so none is left")
+    return MultiPosePrediction(combination(predictions, finite), per_pose, combination, finite)
 
 
 def _outside_inference(tensor: Tensor) -> Tensor:

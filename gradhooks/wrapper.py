@@ -2,11 +2,11 @@
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self, Unpack
+from typing_extensions import Unpack
 
 from gradhooks import registry
 from gradhooks.accumulators.base import Accumulator
@@ -20,34 +20,15 @@ from gradhooks.engine.chunk_sizes import ChunkSize
 from gradhooks.engine.forward import predict, run_forward
 from gradhooks.engine.group_setup import make_context
 from gradhooks.engine.learned import Learned
-from gradhooks.engine.model_call import Call, finite_rows
+from gradhooks.engine.model_call import Call
 from gradhooks.engine.pose_inputs import Collate
 from gradhooks.engine.progress import Progress
 from gradhooks.engine.report import Report
-from gradhooks.errors import PredictionError
-from gradhooks.options import OPTION_NAMES, Nonfinite, Options, OptionTypes, refuse_unknown_options
-from gradhooks.prediction import MultiPosePrediction
+from gradhooks.options import OPTION_NAMES, Nonfinite, Option, Options, OptionTypes, refuse_unknown_options
+from gradhooks.prediction import MultiPosePrediction, combine
 from gradhooks.state_dict import key_modifiers, use_keys_of_bare_model
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-T = TypeVar("T")
-
-
-class _Option(Generic[T]):
-    """An attribute that reads from the options, and replaces them, validated, when it is set."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, instance: "MultiPose[Any]", owner: type) -> T: ...
-    def __get__(self, instance: "MultiPose[Any] | None", owner: type) -> Self | T:
-        return self if instance is None else getattr(instance.options, self._name)
-
-    def __set__(self, instance: "MultiPose[Any]", value: T) -> None:
-        instance._set_options(instance.options.changed(**{self._name: value}), instance.accumulator)
 
 
 class MultiPose(nn.Module, Generic[ModelT]):
@@ -64,8 +45,9 @@ class MultiPose(nn.Module, Generic[ModelT]):
         memory: How much the graphs may take that are kept for the outer backward, so that their poses need no second
             run: bytes, a string such as `"2GiB"`, or a fraction of the free memory when a group begins. Used by "auto"
             and "recompute".
-        chunk_size: How many poses go through the model at once. `"auto"` uses as many as fit in half of the free memory,
-            and half as many after running out of memory: the group starts again, and later groups use the smaller size.
+        chunk_size: How many poses go through the model at once. `"auto"` uses as many as fit in half of the free
+            memory, and half as many after running out of memory: the group starts again, and later groups use the
+            smaller size.
         collate: Makes the model's input from a list of poses, with one row per pose; needed to chunk a list.
         call: `call(model, pose)` returns the prediction of a pose. By default a tuple is passed as `model(*pose)`, a
             mapping as `model(**pose)`, anything else as `model(pose)`.
@@ -73,10 +55,10 @@ class MultiPose(nn.Module, Generic[ModelT]):
             largest tolerance that changes the result by less than half a rounding error; 0 skips exact zeros only.
         nonfinite: What to do with a prediction that is NaN or infinite: "propagate" it as the full graph does, "raise",
             or "drop" the pose from the combination.
-        generators: Random sources of the model in addition to PyTorch's default generators, restored for a second run: a
-            `torch.Generator`, one of numpy, the modules `random` and `numpy.random`.
-        process_group: Ranks that share each group, or a `DeviceMesh` of one axis. Each rank passes poses of its own, any
-            number or none, and gets the predictions of all, in the order of the ranks. Combination and loss must be
+        generators: Random sources of the model in addition to PyTorch's default generators, restored for a second run:
+            a `torch.Generator`, one of numpy, the modules `random` and `numpy.random`.
+        process_group: Ranks that share each group, or a `DeviceMesh` of one axis. Each rank passes poses of its own,
+            any number or none, and gets the predictions of all, in the order of the ranks. Combination and loss must be
             computed equally on all ranks; `.grad` is then on each what one process with all poses would have.
         progress: True for a bar (needs tqdm), or a function of `(done, total)`, called after each chunk.
 
@@ -98,16 +80,17 @@ class MultiPose(nn.Module, Generic[ModelT]):
     combination: Any
     report: Report
     options: Options
+    _accumulator: Accumulator
 
-    memory = _Option[str | float]()
-    chunk_size = _Option[ChunkSize]()
-    collate = _Option[Collate | None]()
-    call = _Option[Call]()
-    tolerance = _Option[float | None]()
-    nonfinite = _Option[Nonfinite]()
-    generators = _Option[tuple[object, ...]]()
-    process_group = _Option[Any]()
-    progress = _Option[Progress]()
+    memory = Option[str | float]()
+    chunk_size = Option[ChunkSize]()
+    collate = Option[Collate | None]()
+    call = Option[Call]()
+    tolerance = Option[float | None]()
+    nonfinite = Option[Nonfinite]()
+    generators = Option[tuple[object, ...]]()
+    process_group = Option[Any]()
+    progress = Option[Progress]()
 
     def __init__(
         self,
@@ -136,6 +119,9 @@ class MultiPose(nn.Module, Generic[ModelT]):
     @accumulator.setter
     def accumulator(self, accumulator: str | Accumulator) -> None:
         self._set_options(self.options, registry.accumulators.resolve(accumulator))
+
+    def _change_option(self, name: str, value: Any) -> None:
+        self._set_options(self.options.changed(**{name: value}), self.accumulator)
 
     def _set_options(self, options: Options, accumulator: Accumulator) -> None:
         ignored = sorted(accumulator.ignored_options & options.changed_from_default())
@@ -246,28 +232,16 @@ class MultiPose(nn.Module, Generic[ModelT]):
             context.report.accumulator = accumulator.name
             context.report.reason = "no gradient is computed: grad mode is off, or nothing requires grad"
             predictions = predict(context)
-            return _combined(context.combination, predictions, predictions, options)
+            return combine(context.combination, predictions, predictions, options.nonfinite)
         first_run = run_forward(context, begin_sharded if sharded else accumulator.begin)
         for_combination, for_user = attach_to_graph(context, *first_run)
-        return _combined(context.combination, for_combination, for_user, options)
+        return combine(context.combination, for_combination, for_user, options.nonfinite)
 
 
 # The signature that help() and editors show at run time; type checkers read `Unpack[OptionTypes]`.
 _parameters = list(inspect.signature(MultiPose.__init__).parameters.values())[:-1]
 _parameters += list(inspect.signature(Options).parameters.values())
 MultiPose.__init__.__signature__ = inspect.Signature(_parameters)  # type: ignore[attr-defined]
-
-
-def _combined(
-    combination: BoundCombination, predictions: Tensor, per_pose: Tensor, options: Options
-) -> MultiPosePrediction:
-    """Return the combined predictions; `per_pose`, equal to them, goes to the user. Shapes: `(N, *prediction)`."""
-    finite = None
-    if options.nonfinite == "drop":
-        finite = finite_rows(predictions)
-        if not finite.any():
-            raise PredictionError(f"none of the {len(finite)} predictions of the group is finite, so none is left")
-    return MultiPosePrediction(combination(predictions, finite), per_pose, combination, finite)
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]

@@ -46,6 +46,8 @@ LAYERS = [
     ["combinations.pose_weights"],
     ["combinations.mean", "combinations.logsumexp", "combinations.boltzmann"],
     ["combinations"],
+    ["entry_points"],
+    ["first_party"],
     ["registry"],
     ["state_dict", "prediction", "autograd_function"],
     ["wrapper"],

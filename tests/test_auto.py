@@ -1,4 +1,4 @@
-"""auto learns from earlier groups what is cheapest, and settles."""
+"""The accumulator "auto" learns from earlier groups which accumulator is cheapest, without a clock."""
 
 import copy
 import pickle
@@ -9,116 +9,85 @@ import torch
 from torch import Tensor, nn
 
 import gradhooks
-from gradhooks.engine import stopwatch as timing
-from gradhooks.accumulators.auto import TIMED, Auto
+from gradhooks.accumulators.auto import FORWARD_SHARE, INERTIA, Auto
 
 COUNT = 10
 
 
-class Clock:
-    """Stands for the real one: it goes on where the model says so."""
-
-    def __init__(self) -> None:
-        self.now, self.asked = 0.0, 0
-
-    def perf_counter(self) -> float:
-        self.asked += 1
-        return self.now
+def scorer_of(combination: Any) -> gradhooks.MultiPose[nn.Linear]:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    return gradhooks.MultiPose(model, combination)
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(timing, "time", clock)
-    return clock
-
-
-class Timed(nn.Module):
-    """Takes `forward_seconds` of every second, and the rest in the backward."""
-
-    def __init__(self, clock: Clock, forward_seconds: float) -> None:
-        super().__init__()
-        self.linear, self.clock, self.forward_seconds = nn.Linear(1, 1, bias=False), clock, forward_seconds
-        nn.init.ones_(self.linear.weight)
-
-    def forward(self, height: Tensor) -> Tensor:
-        self.clock.now += self.forward_seconds
-        prediction = self.linear(height)
-        if prediction.requires_grad:
-            prediction.register_hook(self.backward_takes)
-        return prediction
-
-    def backward_takes(self, gradient: Tensor) -> None:
-        del gradient
-        self.clock.now += 1 - self.forward_seconds
-
-
-def heights(matter_when_they_came: int, matter_in_the_end: int) -> Tensor:
-    """Poses for a sharp minimum, of which so many matter."""
-    early = torch.full((matter_when_they_came - matter_in_the_end,), 1.0)
-    late = torch.full((matter_in_the_end,), 0.0)
-    rest = torch.full((COUNT - matter_when_they_came,), 2.0)
+def heights(significant_online: int, significant_final: int) -> Tensor:
+    """Return poses for a sharp minimum, so many of which are significant when they run, and in the end."""
+    early = torch.full((significant_online - significant_final,), 1.0)
+    late = torch.full((significant_final,), 0.0)
+    rest = torch.full((COUNT - significant_online,), 2.0)
     return torch.cat([early, late, rest]).unsqueeze(1)
 
 
-def chosen(scorer: gradhooks.MultiPose, poses: Tensor, groups: int) -> list[str]:
-    choices = []
+def choices(scorer: gradhooks.MultiPose[Any], poses: Tensor, groups: int, *, direct: bool = False) -> list[str]:
+    chosen = []
     for _ in range(groups):
-        scorer(poses).combined.sum().backward()
-        choices.append(scorer.report.accumulator)
-    return choices
+        prediction = scorer(poses)
+        (prediction.combined.sum() + (prediction.per_pose.sum() if direct else 0)).backward()
+        chosen.append(scorer.report.accumulator)
+    return chosen
 
 
-@pytest.mark.parametrize(("share", "choice"), [(0.1, "recompute"), (0.25, "recompute"), (0.6, "stream")])
-def test_the_measured_forward_decides(share: float, choice: str, clock: Clock) -> None:
-    # Streaming costs f + 0.4 (1 - f) of a step, recomputing f + 0.3.
-    scorer = gradhooks.MultiPose(Timed(clock, share), gradhooks.combinations.Min(scale=100.0))
-    choices = chosen(scorer, heights(4, 3), groups=20)
-    assert choices[0] == "recompute"  # nothing is known
-    assert set(choices[2:]) == {choice}  # settled, for good
-    assert f"a forward without a graph was timed at {share:.0%} of a step" in scorer.report.reason
+@pytest.mark.parametrize(
+    ("online", "final", "choice"),
+    [(10, 10, "stream"), (4, 4, "stream"), (4, 3, "recompute"), (8, 1, "recompute"), (1, 1, "recompute")],
+)
+def test_the_cheaper_accumulator_is_chosen(online: int, final: int, choice: str) -> None:
+    streamed = FORWARD_SHARE + online / COUNT * (1 - FORWARD_SHARE)
+    recomputed = FORWARD_SHARE + final / COUNT
+    assert choice == ("stream" if streamed * INERTIA <= recomputed else "recompute")
+    scorer = scorer_of(gradhooks.combinations.Min(scale=100.0))
+    chosen = choices(scorer, heights(online, final), groups=6)
+    assert chosen[0] == "recompute"  # no earlier group
+    assert set(chosen[1:]) == {choice}
+    assert f"{online / COUNT:.0%} of the poses were significant when they ran" in scorer.report.reason
 
 
-def test_after_some_groups_nobody_looks_at_the_clock(clock: Clock) -> None:
-    scorer = gradhooks.MultiPose(Timed(clock, 0.1), gradhooks.combinations.Min(scale=100.0))
-    chosen(scorer, heights(4, 3), groups=TIMED)
-    assert clock.asked == 4 * TIMED
-    chosen(scorer, heights(4, 3), groups=5)
-    assert clock.asked == 4 * TIMED
+def test_what_the_loss_reads_directly_counts() -> None:
+    # Streaming would run every pose again: 0.25 + 0.75 + 1 steps against 1.25.
+    scorer = scorer_of(gradhooks.combinations.Min(scale=1.0))
+    assert set(choices(scorer, torch.zeros(COUNT, 1), groups=4, direct=True)) == {"recompute"}
+    assert "the loss read 100% directly" in scorer.report.reason
 
 
-def test_one_slow_first_group_does_not_decide(clock: Clock) -> None:
-    model = Timed(clock, 5.0)  # as if a compiler had been busy
-    scorer = gradhooks.MultiPose(model, gradhooks.combinations.Min(scale=100.0))
-    choices = chosen(scorer, heights(4, 3), groups=1)
-    model.forward_seconds = 0.1
-    choices += chosen(scorer, heights(4, 3), groups=9)
-    assert set(choices) == {"recompute"}
+def test_equal_weights_are_streamed_at_once() -> None:
+    scorer = scorer_of("mean")
+    assert set(choices(scorer, torch.randn(COUNT, 1), groups=3)) == {"stream"}
 
 
-def test_a_larger_graphless_chunk_makes_recompute_cheaper(clock: Clock) -> None:
-    # All poses matter: streaming costs 1, recomputing 1 + f.
-    poses = torch.zeros(COUNT, 1)
-    small = gradhooks.MultiPose(Timed(clock, 0.3), gradhooks.combinations.Min(scale=1.0))
-    assert set(chosen(small, poses, groups=5)[1:]) == {"stream"}
-    large = gradhooks.MultiPose(Timed(clock, 0.3), gradhooks.combinations.Min(scale=1.0), forward_chunk_size=9)
-    assert set(chosen(large, poses, groups=5)) == {"recompute"}
+def test_the_choice_changes_only_for_a_clear_advantage() -> None:
+    scorer = scorer_of(gradhooks.combinations.Min(scale=100.0))
+    assert choices(scorer, heights(4, 4), groups=3)[-1] == "stream"
+    # Both now cost 0.55: the choice stays.
+    assert set(choices(scorer, heights(4, 3), groups=20)) == {"stream"}
+    assert choices(scorer, heights(8, 1), groups=20)[-1] == "recompute"
+    assert set(choices(scorer, heights(4, 3), groups=20)) == {"recompute"}
 
 
-def test_what_it_learned_is_copied(clock: Clock) -> None:
-    scorer = gradhooks.MultiPose(Timed(clock, 0.6), gradhooks.combinations.Min(scale=100.0))
-    chosen(scorer, heights(4, 3), groups=3)
+def test_a_copy_keeps_what_was_learned() -> None:
+    scorer = scorer_of(gradhooks.combinations.Min(scale=100.0))
+    choices(scorer, heights(4, 3), groups=3)
     accumulator: Any = scorer.accumulator
     for copied in (copy.deepcopy(accumulator), pickle.loads(pickle.dumps(accumulator))):  # noqa: S301
         assert isinstance(copied, Auto)
-        assert copied.forward_share == pytest.approx(0.6)
+        assert vars(copied) == vars(accumulator)
+        assert copied._groups == 3
 
 
 def test_each_pose_is_declared_once() -> None:
     class Counting(gradhooks.combinations.Boltzmann):
-        def stream_weights(self, predictions: Tensor) -> Any:
+        def stream_weights(self, predictions: Tensor, weights: Tensor | None = None) -> Any:
             declared.append(len(predictions))
-            return super().stream_weights(predictions)
+            return super().stream_weights(predictions, weights)
 
     declared: list[int] = []
     scorer = gradhooks.MultiPose(nn.Linear(1, 1), Counting())
@@ -126,4 +95,20 @@ def test_each_pose_is_declared_once() -> None:
         declared.clear()
         scorer(torch.randn(5, 1)).combined.sum().backward()
     assert scorer.report.accumulator == "stream"
-    assert declared == [1, 1, 1, 1, 1, 5]  # and all together, for what can be learned
+    assert declared == [1, 1, 1, 1, 1, 5]  # and once all together, for what can be learned
+
+
+@pytest.mark.parametrize(
+    ("combination", "outputs", "accumulator", "reason"),
+    [
+        ("mean", 1, "stream", "all poses have the same weight"),
+        ("min", 1, "recompute", "no earlier group"),
+        ("mean", 2, "recompute", "one number per prediction"),
+        (torch.nn.Identity(), 1, "recompute", "declares no stream_weights"),
+    ],
+)
+def test_the_report_says_why(combination: Any, outputs: int, accumulator: str, reason: str) -> None:
+    scorer = gradhooks.MultiPose(nn.Linear(3, outputs), combination)
+    scorer([torch.randn(3) for _ in range(3)])
+    assert scorer.report.accumulator == accumulator
+    assert reason in scorer.report.reason

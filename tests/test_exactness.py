@@ -3,7 +3,7 @@
 import pytest
 import torch
 from model_zoo import ZOO, Place, Specimen, build
-from model_zoo.sharing import reused_gradient_memory
+from model_zoo.shared_tensors import reused_gradient_memory
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from training_reference import (

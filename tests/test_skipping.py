@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from model_zoo import Place, Specimen, mlp
-from model_zoo.sharing import branched_by_negligible_poses
+from model_zoo.shared_tensors import branched_by_negligible_poses
 from torch import Tensor, nn
 from training_reference import (
     COMBINATIONS,

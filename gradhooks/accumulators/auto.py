@@ -18,8 +18,8 @@ from gradhooks.engine.gradient_sums import Gradients
 FORWARD_SHARE = 0.25
 """The cost of a forward without a graph relative to a training step of a pose.
 
-Measured: 0.15 for SchNet, 0.29 for a transformer and a residual network. It is a constant, so that the same poses lead to
-the same choice, and to the same bits, in every process.
+Measured: 0.15 for SchNet, 0.29 for a transformer and a residual network. It is a constant, so that the same poses lead
+to the same choice, and to the same bits, in every process.
 """
 INERTIA = 1.1
 """The choice changes only if the other accumulator is cheaper by this factor."""
@@ -35,8 +35,8 @@ class Auto(Accumulator):
     Of the poses of a group let b be the share whose log-weight was significant when the pose ran, k the share that is
     significant in the end, and r the share that the loss reads directly. With a forward without a graph costing
     f = `FORWARD_SHARE` of a step, streaming costs f + b (1 - f) + r steps per pose and recomputing f + max(k, r). A
-    declaration of equal weights has b = k = 1, and needs no earlier group. Otherwise the first group is recomputed, which
-    is never much more expensive, while streaming is where every pose has the largest log-weight so far.
+    declaration of equal weights has b = k = 1, and needs no earlier group. Otherwise the first group is recomputed,
+    which is never much more expensive, while streaming is where every pose has the largest log-weight so far.
     """
 
     name = "auto"
@@ -78,8 +78,8 @@ class Auto(Accumulator):
             return "all poses have the same weight" if uniform else "no earlier group shows how many poses matter"
         return (
             f"in earlier groups {self._significant_online:.0%} of the poses were significant when they ran, "
-            f"{self._significant_final:.0%} in the end, and the loss read {self._read_directly:.0%} directly; a forward "
-            f"without a graph counts {FORWARD_SHARE:.0%} of a step"
+            f"{self._significant_final:.0%} in the end, and the loss read {self._read_directly:.0%} directly; a "
+            f"forward without a graph counts {FORWARD_SHARE:.0%} of a step"
         )
 
     def _learn(self, engine: Engine, predictions: Tensor, coefficients: Coefficients) -> None:

@@ -11,18 +11,11 @@ from torch import Tensor
 from gradhooks.combination import BoundCombination, StreamWeights
 from gradhooks.engine.accumulation import Accumulation
 from gradhooks.engine.gradient_sums import Gradients
-from gradhooks.engine.parameter_hooks import Receiver
+from gradhooks.engine.parameter_hooks import HookHandle, Receiver
 from gradhooks.engine.report import Report
 from gradhooks.engine.rerun import NO_GRAPHS
 from gradhooks.errors import CombinationError
 from gradhooks.options import Options
-
-
-class Hooks(Protocol):
-    """What `Engine.intercept` returns."""
-
-    def close(self) -> None:
-        """Remove the hooks. Closing twice does no harm."""
 
 
 class Engine(Protocol):
@@ -55,7 +48,7 @@ class Engine(Protocol):
     def declare(self, predictions: Tensor, start: int) -> StreamWeights | None:
         """Return what the combination declares for the predictions, shape `(n,)`, of the poses from `start` on."""
 
-    def intercept(self, receive: Receiver, indices: Iterable[int]) -> Hooks:
+    def intercept(self, receive: Receiver, indices: Iterable[int]) -> HookHandle:
         """Pass each gradient that arrives in a leaf to `receive(index, gradient)` instead of adding it to `.grad`."""
 
     def backward(
@@ -120,7 +113,8 @@ class Accumulator(ABC):
 
     Attributes:
         name: The name in the report.
-        ignored_options: Names of the options of `MultiPose` that this accumulator does not use; setting one is an error.
+        ignored_options: Names of the options of `MultiPose` that this accumulator does not use; setting one is an
+            error.
         supports_sharded: Whether the second run may take its place where parameters are sharded over ranks.
     """
 
@@ -158,4 +152,3 @@ def refuse_gradient_combination(engine: Engine, accumulator: str) -> None:
             f"combination {engine.combination.name} defines combine_gradients, which needs the gradient of every pose; "
             f"the accumulator {accumulator!r} keeps none of them, use accumulator='store' or 'auto'"
         )
-

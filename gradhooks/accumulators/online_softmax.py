@@ -103,7 +103,11 @@ class OnlineSoftmax:
         """
         rescaling = None
         top, reference = max(
-            (entry for entry in zip(declaration.log_weights, declaration.features, strict=True) if math.isfinite(entry[0])),
+            (
+                entry
+                for entry in zip(declaration.log_weights, declaration.features, strict=True)
+                if math.isfinite(entry[0])
+            ),
             default=(-math.inf, self._reference),
         )
         if top > self._top:
@@ -153,5 +157,3 @@ class OnlineSoftmax:
         factor = math.exp(log_weight - self._top) if log_weight <= self._top else math.nan
         row = [factor, *(factor * (own - other) for own, other in zip(features, self._reference, strict=True))]
         return row if all(map(math.isfinite, row)) else [0.0] * len(row)  # non-finite declarations get factor 0
-
-

@@ -22,8 +22,8 @@ class Recompute(Accumulator):
 
     The outer backward runs the poses that matter again, last to first, each with its coefficient as cotangent. This is
     the order of autograd, so the sums agree bit for bit with the full graph. With the option `memory`, graphs are kept
-    that need no second run: those of the poses with the largest log-weights if the combination declares them, else those
-    of the first poses.
+    that need no second run: those of the poses with the largest log-weights if the combination declares them, else
+    those of the first poses.
     """
 
     name = "recompute"

@@ -16,8 +16,8 @@ from gradhooks.numerics import at_least_float32
 class Store(Accumulator):
     """One backward per pose, whose gradient is kept: N copies of the gradients.
 
-    Serves every loss without running a pose twice, and combinations that work on the gradients. Predictions of more than
-    one number are recomputed.
+    Serves every loss without running a pose twice, and combinations that work on the gradients. Predictions of more
+    than one number are recomputed.
 
     Args:
         device: The device on which the gradients are kept; None keeps them where they are. From CUDA to `"cpu"` they

@@ -53,7 +53,9 @@ def refuse_synchronized_modules(model: nn.Module) -> None:
             )
 
 
-def refuse_sharded_parameters(sharded: ShardedModel, ranks: Collectives, accumulator: str, *, supports_sharded: bool) -> None:
+def refuse_sharded_parameters(
+    sharded: ShardedModel, ranks: Collectives, accumulator: str, *, supports_sharded: bool
+) -> None:
     """Refuse what cannot be done with parameters that are spread over ranks.
 
     Args:

@@ -75,9 +75,7 @@ def run_forward(context: ForwardContext, begin: Begin) -> FirstRun:
         return FirstRun(accumulation, partition.gather_predictions(rows, message.received, device))
 
 
-def _run_local_poses(
-    context: ForwardContext, begin: Begin, before: Snapshot
-) -> tuple[Accumulation, Tensor, bool]:
+def _run_local_poses(context: ForwardContext, begin: Begin, before: Snapshot) -> tuple[Accumulation, Tensor, bool]:
     """Return the accumulation, the predictions of this process, and whether any of them requires grad."""
     count, sizes, poses = len(context.poses), context.chunk_sizes, context.poses
     if count == 0:

@@ -16,8 +16,8 @@ from gradhooks.errors import PredictionError, UnregisteredTensorError
 class LeafValidator:
     """Runs chunks with a graph, and inspects which leaves each graph reaches.
 
-    A leaf that the model creates in its forward (positions by which it differentiates) is another tensor in each run and
-    is ignored. A leaf that a second run reaches again persists, so the full graph would have trained it.
+    A leaf that the model creates in its forward (positions by which it differentiates) is another tensor in each run
+    and is ignored. A leaf that a second run reaches again persists, so the full graph would have trained it.
 
     Args:
         model: The bare model, for names in messages.
@@ -89,8 +89,8 @@ class LeafValidator:
         described = ", ".join(names.get(id(leaf), _describe(leaf)) for leaf in leaves)
         raise UnregisteredTensorError(
             f"the prediction of pose {chunk.start} depends on {described}, which gradhooks cannot intercept: it is "
-            "neither a registered parameter of the model nor a tensor found in the pose. Register it (nn.Parameter as a "
-            "module attribute, or nn.ParameterList), pass it as part of the pose (tensor, mapping, tuple, dataclass), "
+            "neither a registered parameter of the model nor a tensor found in the pose. Register it (nn.Parameter as "
+            "a module attribute, or nn.ParameterList), pass it as part of the pose (tensor, mapping, tuple, dataclass), "
             "or detach it"
         )
 

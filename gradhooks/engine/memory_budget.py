@@ -34,8 +34,9 @@ def _parse(memory: str | float) -> int | float:
         written = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w+)", memory.strip())
         if written is not None and written[2] in UNITS:
             return int(float(written[1]) * UNITS[written[2]])
-    elif isinstance(memory, float) and 0 <= memory <= 1:
-        return memory
+    elif isinstance(memory, float):
+        if 0 <= memory <= 1:
+            return memory
     elif isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
         return memory
     raise ValueError(

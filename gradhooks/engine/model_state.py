@@ -46,7 +46,7 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module, generators: Iterable[object] = ()) -> None:
-        self._slots = [(module, name) for module in model.modules() for name in module._buffers.keys()]  # noqa: SIM118 - TorchScript modules have keys() only
+        self._slots = [(module, name) for module in model.modules() for name in module._buffers.keys()]  # noqa: SIM118 - TorchScript
         self.devices = _devices_in_use(model)
         self._sources: list[RandomSource] = [*map(default_source, self.devices), *user_sources(generators)]
         self._latest = Snapshot((None,) * len(self._sources), (None,) * len(self._slots))
@@ -54,7 +54,8 @@ class ModelState:
     def snapshot(self, *, statistics: bool = False) -> Snapshot:
         """Return the state on which a later forward depends; with `statistics` also running statistics (Rule 2)."""
         latest = self._latest
-        states = [source.read_if_changed(known) for source, known in zip(self._sources, latest.random)]  # noqa: B905 - runs per pose
+        # zip without strict=, since this runs for each chunk.
+        states = [source.read_if_changed(known) for source, known in zip(self._sources, latest.random)]  # noqa: B905
         random = _shared(states, latest.random)
         buffers = latest.buffers
         if self._slots:

@@ -10,8 +10,8 @@ This file is the first clause. Where the others are:
 - Accumulators and combinations are found by name: `../registry.py`; the accumulators: `../accumulators/`.
 - The predictions go to the combination, and the total gradient into `.grad`: `../autograd_function.py`.
 
-No Python hook runs where autograd's own accumulation does the work: the gradient of each pose is added to `.grad` of the
-shadow parameter, and one sum with one coefficient per pose needs no more (`RunningSums` with `count=1`). A hook is
+No Python hook runs where autograd's own accumulation does the work: the gradient of each pose is added to `.grad` of
+the shadow parameter, and one sum with one coefficient per pose needs no more (`RunningSums` with `count=1`). A hook is
 registered only where several sums are kept, where the gradient of each pose is kept (accumulator "store"), or where a
 parameter is narrower than float32, in whose dtype a sum would lose digits.
 """
@@ -76,13 +76,20 @@ class ParameterHooks:
             leaf.grad = None
 
 
+class HookHandle(Protocol):
+    """What `intercept` returns."""
+
+    def close(self) -> None:
+        """Remove the hooks. Closing twice does no harm."""
+
+
 class InterceptedLeaves(Protocol):
     """What `RunningSums` needs of an engine."""
 
     @property
     def leaves(self) -> Sequence[Tensor]: ...
 
-    def intercept(self, receive: Receiver, indices: Iterable[int]) -> ExitStack: ...
+    def intercept(self, receive: Receiver, indices: Iterable[int]) -> HookHandle: ...
 
 
 class RunningSums:

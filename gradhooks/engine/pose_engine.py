@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradhooks.combination import BoundCombination, StreamWeights
-from gradhooks.engine.accumulation import Chunk
+from gradhooks.engine.accumulation import Chunk  # noqa: TC001 - the annotation of an attribute
 from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.gradient_sums import Gradients
 from gradhooks.engine.parameter_hooks import Receiver

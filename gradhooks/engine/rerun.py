@@ -1,9 +1,9 @@
 """SecondRun: run poses again once their coefficients are known.
 
-Chunks that ran together run together again, last to first, which is the order of autograd: the sums then agree with those
-of the full graph to the last bit. Where some poses of a chunk are skipped, or a chunk is too large for a graph, the
-remaining poses are packed into chunks of their own, provided that the first run changed no state and that a prediction
-does not depend on the other poses of its chunk.
+Chunks that ran together run together again, last to first, which is the order of autograd: the sums then agree with
+those of the full graph to the last bit. Where some poses of a chunk are skipped, or a chunk is too large for a graph,
+the remaining poses are packed into chunks of their own, provided that the first run changed no state and that a
+prediction does not depend on the other poses of its chunk.
 """
 
 from collections.abc import Mapping, Sequence

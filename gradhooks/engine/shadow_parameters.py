@@ -31,7 +31,7 @@ class _Slot(NamedTuple):
 
     parameters: MutableMapping[str, Tensor | None]
     name: str
-    index: int
+    leaf: int
 
 
 class _Saved(NamedTuple):

@@ -18,8 +18,8 @@ def add_zeros_for_skipped(
 ) -> None:
     """Set the gradient of leaves that only skipped poses reach to zero.
 
-    The search costs a forward of each skipped pose. A parameter that counts as unused is searched for again only after a
-    pose with a backward has reached it.
+    The search costs a forward of each skipped pose. A parameter that counts as unused is searched for again only after
+    a pose with a backward has reached it.
 
     Args:
         context: The group.

@@ -1,4 +1,5 @@
 """PeakMemory."""
+
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import Self
+
 
 class PeakMemory:
     """Measures the peak of the tensor memory that a `with` block allocates, beyond what was there before.

@@ -1,6 +1,6 @@
 """Models named by the edge case that each is, with the poses that they eat."""
 
-from model_zoo import checkpointed, derivatives, graphs, inputs, layers, reparametrised, sharing, stateful, wrapped
+from model_zoo import checkpointed, derivatives, graphs, inputs, layers, reparametrised, shared_tensors, stateful, wrapped
 from model_zoo.specimen import MOST_POSES, ZOO, Place, Species, Specimen, build, mlp
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "layers",
     "mlp",
     "reparametrised",
-    "sharing",
+    "shared_tensors",
     "stateful",
     "wrapped",
 ]
