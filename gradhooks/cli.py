@@ -75,19 +75,26 @@ def _clash(name: str, point: EntryPoint, points: Sequence[EntryPoint]) -> str:
 
 
 def _checked(plugins: Registry[Any], name: str) -> Cells:
-    """Load a plugin; return whether it streams, and `ok` or what is wrong."""
+    """Load a plugin; return whether it streams, and `ok`, the options it needs or what is wrong."""
     try:
-        missing = required_options(plugins.load(name))
-        if missing:
-            return "?", f"needs options: {', '.join(missing)}"
-        plugin = plugins.create(name)
+        required = required_options(plugins.load(name))
+        options = _example_options(plugins, name)
+        state = f"needs options: {', '.join(required)}" if required else "ok"
+        if any(option not in options for option in required):
+            return "?", state
+        plugin = plugins.create(name, **options)
         streams = "-" if plugins is registry.accumulators else "yes" if declares_stream(plugin) else "no"
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # one plugin, even if it calls sys.exit(), must not end the list
         message = str(error) if isinstance(error, GradhooksError) else f"{type(error).__name__}: {error}"
         return "?", " ".join(message.split())
-    return streams, "ok"
+    return streams, state
+
+
+def _example_options(plugins: Registry[Any], name: str) -> dict[str, Any]:
+    """Return the options with which a plugin class asks to be checked."""
+    return dict(getattr(plugins.load(name), "example_options", {}))
 
 
 def _add_check(subparsers: Subparsers) -> None:
@@ -101,7 +108,7 @@ def _add_check(subparsers: Subparsers) -> None:
 def _run_check(options: argparse.Namespace) -> int:
     try:
         plugins, name = _registry_of(options.name)
-        outcomes = list(results(plugins.create(name)))
+        outcomes = list(results(plugins.create(name, **_example_options(plugins, name))))
     except (GradhooksError, ValueError) as error:
         _print(str(error))
         return 2

@@ -1,4 +1,4 @@
-"""`python -m gradhooks`."""
+"""The command line, `python -m gradhooks`."""
 
 import subprocess
 import sys
@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import pytest
 from broken_combinations import FirstPose, WrongSign
+from torch import Tensor
 
 import gradhooks
-from gradhooks import accumulators, combinations, registry
+from gradhooks import Combination, accumulators, combinations, registry
 from gradhooks.cli import main
 
 
@@ -17,9 +18,22 @@ class Sorted(FirstPose):
     expected_failures: ClassVar[dict[str, str]] = {"check_order_of_poses": "the best pose comes first"}
 
 
+class Scaled(Combination):
+    example_options: ClassVar[dict[str, float]] = {"scale": 2.0}
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        return self.scale * predictions.mean(0)
+
+
 @pytest.fixture
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry.combinations, "_registered", {"wrong_sign": WrongSign, "sorted": Sorted})
+    monkeypatch.setattr(
+        registry.combinations, "_registered", {"wrong_sign": WrongSign, "sorted": Sorted, "scaled": Scaled}
+    )
 
 
 def test_plugins_lists_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,6 +80,12 @@ def test_a_failed_check_sets_the_exit_status(capsys: pytest.CaptureFixture[str])
 def test_check_gives_the_reason_of_an_expected_failure(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "sorted"]) == 0
     assert "the best pose comes first" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_registered")
+def test_check_uses_the_example_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "scaled"]) == 0
+    assert "12 of 12 checks" in capsys.readouterr().out
 
 
 def test_check_of_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,8 +181,8 @@ def _hide(monkeypatch: pytest.MonkeyPatch, distribution: str) -> None:
     """Make an installed distribution look as if it were not installed."""
     find = metadata.Distribution.discover
 
-    def discover(**options: Any) -> list[metadata.Distribution]:
-        return [each for each in find(**options) if each.metadata["Name"] != distribution]
+    def discover(**options: Any) -> Iterator[metadata.Distribution]:
+        return (each for each in find(**options) if each.metadata["Name"] != distribution)
 
     monkeypatch.setattr(metadata.Distribution, "discover", staticmethod(discover))
 
@@ -274,6 +274,7 @@ def test_broken_plugins_affect_neither_the_others_nor_the_listing(install: Insta
         "second_totals:total": "no +ok; 'total' is also provided by first_totals",
         "exiting": "SystemExit: no licence",
         "optional": r"\? +needs options: width, depth$",
+        "example": r"no +needs options: width, depth$",
         "raising": "ImportError: no libfoo",
         "future": "was written for version 99",
         "unrelated": "must name a subclass of gradhooks' Combination",
