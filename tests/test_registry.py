@@ -251,6 +251,7 @@ def test_broken_plugins_affect_neither_the_others_nor_the_listing(install: Insta
     install("unrelated", "unrelated = unrelated:Total", "class Total: pass")
     install("exiting", "exiting = exiting:Total", "import sys\nsys.exit('no licence')")
     install("optional", "optional = optional:Total", NEEDS_OPTIONS)
+    install("example", "example = example:Total", NEEDS_OPTIONS + "    example_options = {'width': 1, 'depth': 2}")
     install("malformed", "malformed =")
     install("fine", "fine = fine:Total")
 
