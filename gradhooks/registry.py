@@ -134,7 +134,7 @@ class Registry(Generic[Plugin]):
         return plugin
 
     def find(self, name: str) -> list[EntryPoint]:
-        """Return the entry points that `name` or `distribution:name` may stand for: of those, built-in ones first."""
+        """Return the entry points of `distribution:name`, or of `name`: the built-in one alone if there is one."""
         distribution, _, short = name.rpartition(":")
         points = self.entry_points().get(short, [])
         if distribution:
