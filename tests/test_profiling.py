@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,8 @@ def test_compare(combination: str, tmp_path: Path) -> None:
 def test_estimate_memory_predicts_the_peak_within_ten_percent(combination: str, accumulator: str, count: int) -> None:
     model, poses = Wide(), random_poses(count)
     estimate = gradhooks.estimate_memory(model, poses[:2], combination, count=count)
-    scorer = gradhooks.MultiPose(model, combination, accumulator=accumulator, tolerance=0)
+    options: Any = {} if accumulator == "store" else {"tolerance": 0}  # store skips no pose
+    scorer = gradhooks.MultiPose(model, combination, accumulator=accumulator, **options)
     with PeakMemory() as memory:
         scorer(poses).combined.sum().backward()
     assert estimate.peak_bytes[accumulator] == pytest.approx(memory.peak, rel=0.1)
@@ -67,6 +69,30 @@ def test_estimate_memory_predicts_the_peak_within_ten_percent(combination: str, 
     assert f"| {accumulator} " in str(estimate)
     assert f"<td>{accumulator}" in estimate._repr_html_()
     assert all(leaf.grad is not None for leaf in model.parameters())
+
+
+def test_estimate_memory_counts_the_graphs_that_memory_allows() -> None:
+    model, poses = Wide(), random_poses(16)
+    least = gradhooks.estimate_memory(model, poses[:2], "min", count=16)
+    for memory in (2**20, 2**40):
+        estimate = gradhooks.estimate_memory(model, poses[:2], "min", count=16, memory=memory)
+        with PeakMemory() as measured:
+            gradhooks.MultiPose(model, "min", accumulator="recompute", memory=memory)(poses).combined.sum().backward()
+        model.zero_grad()
+        assert least.peak_bytes["recompute"] < measured.peak <= 1.1 * estimate.peak_bytes["recompute"]
+        assert estimate.peak_bytes["recompute"] <= least.peak_bytes["full graph"]
+
+
+@pytest.mark.parametrize("function", [gradhooks.compare, gradhooks.gradcheck])
+def test_options_reach_the_accumulators_that_use_them(function: Any) -> None:
+    assert function(Wide(), random_poses(2), "min", memory="1MiB", tolerance=0)
+    with pytest.raises(TypeError, match="chunk_size"):
+        function(Wide(), random_poses(2), "min", chunk_sise=1)
+
+
+def test_an_option_that_every_accumulator_ignores_is_refused() -> None:
+    with pytest.raises(ValueError, match="'stream' does not use memory="):
+        gradhooks.compare(Wide(), random_poses(2), "min", accumulators=["stream", "store"], memory="1MiB")
 
 
 def test_gradcheck_passes_a_good_model_and_names_unused_parameters() -> None:

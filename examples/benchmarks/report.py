@@ -12,7 +12,6 @@ from command_line import flushed_denormals, markdown_table, model_parser, parse_
 from models import Reference, reference
 
 from gradhooks import Combination
-from gradhooks.accumulators import Recompute
 from gradhooks.combinations import Boltzmann, Mean, Min
 from gradhooks.profiling.comparison import Comparison, compare_steps
 from gradhooks.profiling.training_steps import accumulator_step, checkpoint_step, full_graph_step
@@ -21,7 +20,7 @@ from gradhooks.profiling.training_steps import accumulator_step, checkpoint_step
 ROWS: dict[str, Mapping[str, Any]] = {
     "stream": {"accumulator": "stream"},
     "recompute": {"accumulator": "recompute"},
-    "recompute, all graphs kept": {"accumulator": Recompute(retain="64GiB")},
+    "recompute, all graphs kept": {"accumulator": "recompute", "memory": "64GiB"},
     "auto": {"accumulator": "auto"},
 }
 SHORT = ("stream", "recompute", "auto")

@@ -8,7 +8,6 @@ import torch
 from command_line import flushed_denormals, markdown_table, model_parser, parse_models, save
 from trials import Measurement, Trial, TrialRunner
 
-from gradhooks.accumulators import Recompute
 from gradhooks.combinations import Boltzmann, Mean, Min
 from gradhooks.profiling.timing import median_ratio
 
@@ -67,7 +66,7 @@ def _uniform_weights(runner: TrialRunner) -> Ratios:
     for title, combination in (("mean", Mean()), ("min, scale 1", Min(1 / runner.spread))):
         names = ("full graph", "checkpoint per pose", "stream", "recompute", "auto")
         trials = {name: Trial(name, combination, runner.poses) for name in names}
-        trials[KEPT_GRAPHS] = Trial(Recompute(retain="64GiB"), combination, runner.poses)
+        trials[KEPT_GRAPHS] = Trial("recompute", combination, runner.poses, {"memory": "64GiB"})
         results = runner.run(trials)
         full_graph, stream, recompute = results["full graph"], results["stream"], results["recompute"]
         yield f"{title}: stream / full graph, time", _time_ratio(stream, full_graph), 1.03

@@ -30,7 +30,7 @@ class ComparisonRow:
         seconds: Median time of a step.
         time_ratio: Median of the ratios to the full graph's step of the same round.
         peak_bytes: Peak of what a step allocates, gradients included; on a CPU counted to the byte.
-        backwards: Backwards through the model; None if there is one per pose.
+        backwards: Poses that went through a backward, counted each time; None if every pose did so once.
         gradient_error: Largest relative difference of a parameter's gradient from the full graph's.
     """
 
@@ -114,7 +114,7 @@ def compare(
         accumulators: Names or objects.
         loss: Of a prediction; the sum of the combined prediction by default.
         repeats: Timed rounds, after two that are not timed, in which `auto` settles.
-        **options: Further options of `MultiPose`, for all accumulators.
+        **options: Further options of `MultiPose`; an accumulator that ignores one of them runs without it.
     """
     steps = training_steps(model, poses, combination, accumulators, **options)
     return compare_steps(model, steps, len(poses), loss=loss, repeats=repeats)
@@ -191,6 +191,6 @@ def _run(model: nn.Module, step: TrainingStep, loss: Loss) -> None:
 
 
 def _gradients(model: nn.Module, step: TrainingStep, loss: Loss) -> list[Tensor | None]:
-    with ModelState(model).undone():  # all steps draw the same random numbers
+    with ModelState(model).preserved():  # all steps draw the same random numbers
         _run(model, step, loss)
     return [None if leaf.grad is None else leaf.grad.detach().clone() for leaf in model.parameters()]

@@ -61,7 +61,7 @@ def gradcheck(
         poses: A list of poses, few enough for the full graph in float64.
         combination: As for `MultiPose`.
         loss: Of a prediction; the sum of the combined prediction by default.
-        **options: Further options of `MultiPose`.
+        **options: Further options of `MultiPose`; an accumulator that ignores one of them runs without it.
     """
     double_model = copy.deepcopy(model).double()
     double_poses = [
@@ -71,7 +71,7 @@ def gradcheck(
     gradients, second_run_agrees = {}, True
     for step in (reference, *steps):
         double_model.zero_grad()
-        with ModelState(double_model).undone():
+        with ModelState(double_model).preserved():
             try:
                 loss(step.forward()).backward()
             except ReplayError:

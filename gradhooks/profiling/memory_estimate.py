@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradhooks.combination import BoundCombination
-from gradhooks.engine.memory import free_bytes
+from gradhooks.engine.memory_budget import free_bytes, memory_in_bytes
 from gradhooks.engine.nested import tensors_in
 from gradhooks.profiling.peak_memory import PeakMemory
 from gradhooks.profiling.preserved_state import preserved_state
@@ -65,6 +65,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Predict the peak memory of every accumulator for a group, in chunks of one pose, by running its largest pose.
 
+    With the option `memory` the figure of "recompute" is an upper bound.
+
     Args:
         model: The bare model; its state is restored.
         poses: A list of poses.
@@ -84,7 +86,9 @@ def estimate_memory(
         model.zero_grad()
         scorer([largest])
     gradients = measured.gradients
-    peaks = {"full graph": (count - 1) * measured.graph + measured.first_step, "recompute": measured.later_step}
+    full_graph = (count - 1) * measured.graph + measured.first_step
+    kept_graphs = memory_in_bytes(scorer.memory, device)
+    peaks = {"full graph": full_graph, "recompute": min(measured.later_step + kept_graphs, full_graph)}
     if copies is not None:
         peaks["stream"] = measured.later_step + (copies - 1) * gradients
     peaks["store"] = max((count - 1) * gradients + measured.first_step, (count + 1) * gradients)
@@ -109,7 +113,7 @@ class _PoseMemory(NamedTuple):
     later_step: int
 
 
-def _measure(scorer: MultiPose, pose: Any, device: torch.device) -> _PoseMemory:
+def _measure(scorer: MultiPose[Any], pose: Any, device: torch.device) -> _PoseMemory:
     model = scorer.model
     model.zero_grad()
     with PeakMemory(device) as forward:

@@ -27,8 +27,7 @@ class PeakMemory:
     On a CPU it does not see three things: what a kernel allocates and frees before it returns, the memory of `numpy`,
     and operations in threads other than the one that entered the block. A backward on CPU tensors runs in the calling
     thread, also where one backward runs inside another. Counting slows operations down, so time a block without it.
-    Compiled code runs uncompiled inside the block; otherwise the dispatch mode would cause recompilations that stay in
-    effect afterwards.
+    Compiled code runs uncompiled inside the block; without that, it would stay uncompiled after the block.
 
     Args:
         device: The device whose memory is measured.

@@ -46,15 +46,25 @@ def training_steps(
         poses: A list of poses.
         combination: As for `MultiPose`.
         accumulators: Names or objects.
-        **options: Further options of `MultiPose`.
+        **options: Further options of `MultiPose`; an accumulator that ignores one of them runs without it.
     """
     combination = registry.combinations.resolve(combination)  # all steps share one object
     call: Call = options.get("call") or call_model
+    resolved = [registry.accumulators.resolve(accumulator) for accumulator in accumulators]
     return [
         full_graph_step(model, poses, combination, call),
         checkpoint_step(model, poses, combination, call),
-        *(accumulator_step(model, poses, combination, accumulator, **options) for accumulator in accumulators),
+        *(accumulator_step(model, poses, combination, each, **_used(options, each, resolved)) for each in resolved),
     ]
+
+
+def _used(options: dict[str, Any], accumulator: Accumulator, compared: Sequence[Accumulator]) -> dict[str, Any]:
+    """Return the options without those that `accumulator` ignores, if another one uses them.
+
+    `MultiPose` refuses an option that its accumulator ignores, and so refuses an option that all ignore.
+    """
+    used = {name for name in options if any(name not in other.ignored_options for other in compared)}
+    return {name: value for name, value in options.items() if name not in accumulator.ignored_options & used}
 
 
 def full_graph_step(
