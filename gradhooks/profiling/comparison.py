@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.engine.model_state import ModelState
+from gradhooks.options import OptionTypes
 from gradhooks.profiling.peak_memory import peak_bytes
 from gradhooks.profiling.preserved_state import preserved_state
 from gradhooks.profiling.result_table import ResultTable, TableContent
@@ -100,7 +102,7 @@ def compare(
     accumulators: Sequence[str | Accumulator] = ("stream", "recompute", "auto"),
     loss: Loss = sum_of_combined,
     repeats: int = 5,
-    **options: Any,
+    **options: Unpack[OptionTypes],
 ) -> Comparison:
     """Run a training step with the full graph, with `torch.utils.checkpoint` per pose and with each accumulator.
 

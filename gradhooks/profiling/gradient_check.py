@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from typing_extensions import Unpack
 
 from gradhooks.engine.model_state import ModelState
 from gradhooks.engine.nested import map_tensors
 from gradhooks.errors import ReplayError
+from gradhooks.options import OptionTypes
 from gradhooks.profiling.comparison import gradient_error
 from gradhooks.profiling.result_table import ResultTable, TableContent
 from gradhooks.profiling.training_steps import CombinationLike, Loss, sum_of_combined, training_steps
@@ -52,7 +54,7 @@ def gradcheck(
     combination: CombinationLike = "mean",
     *,
     loss: Loss = sum_of_combined,
-    **options: Any,
+    **options: Unpack[OptionTypes],
 ) -> GradientCheck:
     """Compare the gradients of every accumulator with those of the full graph, on a float64 copy of the model.
 

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from gradhooks.combination import BoundCombination
 from gradhooks.engine.memory_budget import free_bytes, memory_in_bytes
 from gradhooks.engine.nested import tensors_in
+from gradhooks.options import OptionTypes
 from gradhooks.profiling.peak_memory import PeakMemory
 from gradhooks.profiling.preserved_state import preserved_state
 from gradhooks.profiling.result_table import ResultTable, TableContent
@@ -61,7 +63,7 @@ def estimate_memory(
     combination: CombinationLike = "mean",
     *,
     count: int | None = None,
-    **options: Any,
+    **options: Unpack[OptionTypes],
 ) -> MemoryEstimate:
     """Predict the peak memory of every accumulator for a group, in chunks of one pose, by running its largest pose.
 
