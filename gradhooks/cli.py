@@ -1,117 +1,145 @@
-"""`python -m gradhooks`: what is installed, and whether it keeps its promises.
+"""`python -m gradhooks`: list plugins and check them.
 
-A subcommand is a function that adds its parser and names what runs it; list it in `COMMANDS`.
+A subcommand is a function that adds its parser and sets `run`, the function that executes it; add it to `COMMANDS`.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import EntryPoint
-from typing import Any, NamedTuple
+from typing import Any
 
+from tabulate import tabulate
+
+import gradhooks
 from gradhooks import registry
-from gradhooks.errors import GradhooksError
-from gradhooks.registry import Registry
+from gradhooks.entry_points import BUILT_IN, distribution_of, version_of
+from gradhooks.errors import GradhooksError, PluginError
+from gradhooks.registry import Registry, required_options, unknown_name
 from gradhooks.testing.check_derivatives import declares_stream
 from gradhooks.testing.runner import results
 
 Subparsers = Any  # argparse's own type is private
+Cells = tuple[str, ...]
+
+REGISTRIES: tuple[Registry[Any], ...] = (registry.combinations, registry.accumulators)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m gradhooks", description="What is installed, and whether it holds.")
+    """Run a subcommand and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m gradhooks", description="List plugins and check them.")
+    parser.add_argument("--version", action="version", version=f"gradhooks {gradhooks.__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in COMMANDS:
         add(subparsers)
-    chosen = parser.parse_args(arguments)
-    status: int = chosen.run(chosen)
+    options = parser.parse_args(arguments)
+    status: int = options.run(options)
     return status
 
 
-def _say(*lines: str) -> None:
+def _print(*lines: str) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
-class Row(NamedTuple):
-    """What is known of one plugin."""
-
-    name: str
-    kind: str
-    distribution: str
-    version: str
-    streamable: str
-    state: str
-
-
 def _add_plugins(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("plugins", help="list combinations and accumulators, broken ones with what is wrong")
+    parser = subparsers.add_parser("plugins", help="list combinations and accumulators; imports no plugin")
+    parser.add_argument("--check", action="store_true", help="import each plugin and say what is wrong with it")
     parser.set_defaults(run=_run_plugins)
 
 
-def _run_plugins(chosen: argparse.Namespace) -> int:
-    del chosen
-    rows = [row for kind in (registry.combinations, registry.accumulators) for row in _rows(kind)]
-    _say(*_table([Row(*(field.upper() for field in Row._fields)), *rows]))
+def _run_plugins(options: argparse.Namespace) -> int:
+    headers = ["NAME", "KIND", "DISTRIBUTION", "VERSION", *(["STREAMS"] if options.check else []), "STATE"]
+    rows = [row for plugins in REGISTRIES for row in _plugin_rows(plugins, check=options.check)]
+    _print(tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True))
     return 0
 
 
-def _rows(plugins: Registry) -> Iterator[Row]:
-    listed = plugins.available()
-    for short, points in sorted(plugins.claims().items()):
+def _plugin_rows(plugins: Registry[Any], *, check: bool) -> Iterator[Cells]:
+    available = plugins.available()
+    for short, points in sorted(plugins.entry_points().items()):
         for point in points:
-            distribution, version = _origin(point)
-            name = f"{distribution}:{short}" if f"{distribution}:{short}" in listed else short
-            others = ", ".join(_origin(other)[0] for other in points if other is not point)
-            streamable, state = _state(plugins, name)
-            if others and state == "ok":
-                state = f"ok under this name; {short!r} is also claimed by {others}"
-            yield Row(name, plugins.kind, distribution, version, streamable, state)
+            distribution = distribution_of(point)
+            name = f"{distribution}:{short}" if f"{distribution}:{short}" in available else short
+            unchecked = "built in" if distribution == BUILT_IN else "not loaded"
+            *streams, state = _checked(plugins, name) if check else (unchecked,)
+            clash = _clash(short, point, points)
+            if clash and state in ("ok", unchecked):
+                state = f"{state}; {clash}"
+            yield (name, plugins.kind, distribution, version_of(point), *streams, state)
 
 
-def _origin(point: EntryPoint) -> tuple[str, str]:
-    return ("?", "?") if point.dist is None else (point.dist.name, point.dist.version)
+def _clash(name: str, point: EntryPoint, points: Sequence[EntryPoint]) -> str:
+    """Return which other distributions provide the same name; empty if there are none."""
+    others = ", ".join(distribution_of(other) for other in points if other is not point)
+    return f"{name!r} is also provided by {others}" if others else ""
 
 
-def _state(plugins: Registry, name: str) -> tuple[str, str]:
-    """Whether it can stream, and `ok` or what is wrong."""
+def _checked(plugins: Registry[Any], name: str) -> Cells:
+    """Load a plugin; return whether it streams, and `ok`, the options it needs or what is wrong."""
     try:
-        made = plugins.create(name)
-        streamable = "-" if plugins is registry.accumulators else "yes" if declares_stream(made) else "no"
-    except Exception as fault:  # whatever one plugin does, the others are listed
-        message = str(fault) if isinstance(fault, GradhooksError) else f"{type(fault).__name__}: {fault}"
+        required = required_options(plugins.load(name))
+        options = _example_options(plugins, name)
+        state = f"needs options: {', '.join(required)}" if required else "ok"
+        if any(option not in options for option in required):
+            return "?", state
+        plugin = plugins.create(name, **options)
+        streams = "-" if plugins is registry.accumulators else "yes" if declares_stream(plugin) else "no"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # one plugin, even if it calls sys.exit(), must not end the list
+        message = str(error) if isinstance(error, GradhooksError) else f"{type(error).__name__}: {error}"
         return "?", " ".join(message.split())
-    return streamable, "ok"
+    return streams, state
 
 
-def _table(rows: Sequence[Row]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+def _example_options(plugins: Registry[Any], name: str) -> dict[str, Any]:
+    """Return the options with which a plugin class asks to be checked."""
+    return dict(getattr(plugins.load(name), "example_options", {}))
 
 
 def _add_check(subparsers: Subparsers) -> None:
-    parser = subparsers.add_parser("check", help="run the conformance kit on a plugin; exit status 1 if it fails")
-    parser.add_argument("name", metavar="NAME", help="name, or distribution:name")
-    parser.add_argument("--accumulator", action="store_true", help="NAME is an accumulator, not a combination")
+    parser = subparsers.add_parser("check", help="run the conformance kit on a plugin; exit status 1 if a check fails")
+    parser.add_argument(
+        "name", metavar="NAME", help="name or distribution:name; KIND:name if a combination and an accumulator have it"
+    )
     parser.set_defaults(run=_run_check)
 
 
-def _run_check(chosen: argparse.Namespace) -> int:
-    plugins = registry.accumulators if chosen.accumulator else registry.combinations
+def _run_check(options: argparse.Namespace) -> int:
     try:
-        plugin = plugins.create(chosen.name)
-        found = list(results(plugin))
-    except (GradhooksError, ValueError) as fault:
-        _say(str(fault))
+        plugins, name = _registry_of(options.name)
+        outcomes = list(results(plugins.create(name, **_example_options(plugins, name))))
+    except (GradhooksError, ValueError) as error:
+        _print(str(error))
         return 2
-    for result in found:
-        _say(f"{result.state:>16}  {result.check}" if result.good else f"{result.state:>16}  {result.message}")
-        if result.state == "expected failure":
-            _say(f"{'':>16}  {result.message}")
-    bad = sum(not result.good for result in found)
-    _say(f"{plugins.kind} {chosen.name!r}: {len(found) - bad} of {len(found)} checks as they should be")
+    for outcome in outcomes:
+        _print(f"{outcome.state:>16}  {outcome.check if outcome.good else outcome.message}")
+        if outcome.state == "expected failure":
+            _print(f"{'':>16}  {outcome.message}")
+    bad = sum(not outcome.good for outcome in outcomes)
+    _print(f"{plugins.kind} {name!r}: {len(outcomes) - bad} of {len(outcomes)} checks as expected")
     return 1 if bad else 0
+
+
+def _registry_of(name: str) -> tuple[Registry[Any], str]:
+    """Return the registry that has a name, and the name in it.
+
+    `combination:` or `accumulator:` before a name chooses the registry; otherwise exactly one of them must have it.
+
+    Raises:
+        PluginError: Neither registry has the name, or both have it.
+    """
+    prefix, _, rest = name.partition(":")
+    for plugins in REGISTRIES:
+        if rest and prefix == plugins.kind:
+            return plugins, rest
+    having = [plugins for plugins in REGISTRIES if plugins.has(name)]
+    if not having:
+        raise PluginError(unknown_name(name, *REGISTRIES))
+    if len(having) > 1:
+        choices = " or ".join(repr(f"{plugins.kind}:{name}") for plugins in having)
+        raise PluginError(f"{name!r} names both a combination and an accumulator; check {choices}")
+    return having[0], name
 
 
 COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_plugins, _add_check)

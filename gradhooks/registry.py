@@ -1,66 +1,85 @@
-"""Names for combinations and accumulators, found through entry points.
+"""Names of combinations and accumulators, found through entry points.
 
-Listing names imports nothing. A plugin is imported when it is asked for, so a broken one breaks nobody else; a failure
-is not remembered, so mending it is enough.
+Listing names imports nothing. A plugin is imported when its name is first used, so a broken plugin affects no other
+name. Failures are not cached: after a repair the same call works.
 """
 
 import difflib
-import os
-import warnings
-from collections.abc import Callable, Iterator
-from importlib.metadata import EntryPoint, distributions, entry_points
-from typing import Any, TypeVar
+import inspect
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from typing import Any, Generic, TypeVar
+
+from loguru import logger
 
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.combination import Combination
-from gradhooks.errors import GradhooksWarning, PluginError
+from gradhooks.entry_points import (
+    BUILT_IN,
+    describe,
+    distribution_of,
+    entry_points_by_name,
+    normalize,
+    plugins_disabled,
+    version_of,
+)
+from gradhooks.errors import PluginError
+from gradhooks.first_party import first_party_provider
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
+Plugin = TypeVar("Plugin")
+Object = TypeVar("Object")
 
 API_VERSION = 1
-"""Of the two contracts. A plugin class may say which one it was written for: `api_version = 1`."""
-
-BUILT_IN = "gradhooks"
+"""Version of both plugin contracts. A plugin class may state the version it was written for: `api_version = 1`."""
 
 
-class Registry:
+class Registry(Generic[Plugin]):
     """The names of one kind of plugin.
 
     Args:
-        kind: What they are, for messages.
+        kind: What the plugins are, for messages.
         group: Their entry-point group.
-        contract: The class that what they make must belong to.
+        contract: The class of the objects that they create.
     """
 
-    def __init__(self, kind: str, group: str, contract: type) -> None:
+    def __init__(self, kind: str, group: str, contract: type[Plugin]) -> None:
         self.kind = kind
         self.group = group
         self.contract = contract
         self._registered: dict[str, Callable[..., Any]] = {}
+        self._logged: set[EntryPoint] = set()
 
     def available(self) -> list[str]:
-        """Every name, sorted. A name that several distributions claim is given as `distribution:name`.
+        """Return every name, sorted; a name that several distributions provide as `distribution:name`.
 
-        A built-in keeps its own: what strangers call so too is had as `distribution:name` only.
+        Built-in names win; a third-party plugin of the same name needs `distribution:name`.
         """
         names = {*self._registered}
-        for name, points in self.claims().items():
-            own = [point for point in points if _distribution(point) == BUILT_IN] or points
-            names.update([name] if len(own) == 1 else [])
-            names.update(f"{_distribution(point)}:{name}" for point in points if len(points) > 1 and own != [point])
+        for name, points in self.entry_points().items():
+            preferred = _built_in(points) or points
+            names.update([name] if len(preferred) == 1 else [])
+            names.update(
+                f"{distribution_of(point)}:{name}" for point in points if len(points) > 1 and preferred != [point]
+            )
         return sorted(names)
 
+    def entry_points(self) -> dict[str, list[EntryPoint]]:
+        """Return the entry points by name; nothing is imported."""
+        return entry_points_by_name(self.group)
+
     def register(self, name: str) -> Callable[[Factory], Factory]:
-        """Name a class or function in this process only, as in a notebook. Registering again replaces it.
+        """Name a class or function in this process only, as in a notebook; a later call replaces an earlier one.
 
         Raises:
-            PluginError: An installed distribution has that name.
+            PluginError: An installed distribution provides that name.
         """
 
         def decorate(factory: Factory) -> Factory:
-            if name in self.claims():
+            points = self.entry_points().get(name, [])
+            if points:
                 raise PluginError(
-                    f"{self.kind} {name!r} is already provided by {_listed(self.claims()[name])}; choose another name"
+                    f"{self.kind} {name!r} is already provided by {describe(*points)}; choose another name"
                 )
             self._registered[name] = factory
             return factory
@@ -68,132 +87,146 @@ class Registry:
         return decorate
 
     def load(self, name: str) -> Callable[..., Any]:
-        """The class or function behind a name.
+        """Return the class or function that a name stands for, and import it if necessary.
 
         Args:
-            name: `name`, or `distribution:name` where several distributions claim it.
+            name: `name`, or `distribution:name` if several distributions provide it.
 
         Raises:
-            PluginError: No such name, several such names, or the plugin cannot be imported.
+            PluginError: No plugin has the name, several have it, or the plugin cannot be imported.
         """
-        distribution, _, short = name.rpartition(":")
-        if not distribution and short in self._registered:
-            return self._registered[short]
-        points = self.claims().get(short, [])
-        wanted = distribution or (BUILT_IN if any(_distribution(point) == BUILT_IN for point in points) else "")
-        if wanted:
-            points = [point for point in points if _normal(_distribution(point)) == _normal(wanted)]
-        if not points:
-            raise PluginError(self._unknown(name))
-        if len(points) > 1:
-            choices = " or ".join(repr(f"{_distribution(point)}:{short}") for point in points)
-            raise PluginError(f"{self.kind} {name!r} is provided by {_listed(points)}; say {choices}")
-        return self._import(points[0])
+        return self._registered[name] if name in self._registered else self._import(self._find(name))
 
-    def create(self, name: str, **options: Any) -> Any:
-        """An object made by what is behind a name.
+    def create(self, name: str, **options: Any) -> Plugin:
+        """Create an object of the plugin that a name stands for.
 
         Raises:
-            PluginError: As `load`; or the options do not fit.
+            PluginError: As for `load`; or the options do not fit.
         """
         factory = self.load(name)
+        missing = [option for option in required_options(factory) if option not in options]
+        if missing:
+            raise PluginError(
+                f"{self.kind} {name!r} needs options: {', '.join(missing)}. Pass an object instead of the name: "
+                f"{self._example(name, factory, missing)}"
+            )
         try:
-            made = factory(**options)
-        except TypeError as fault:
-            raise PluginError(f"{self.kind} {name!r} cannot be made with options {options}: {fault}") from fault
-        if not isinstance(made, self.contract):
-            raise PluginError(f"{self.kind} {name!r} made {made!r}, which is no gradhooks {self.contract.__name__}")
-        return made
+            plugin = factory(**options)
+        except TypeError as error:
+            raise PluginError(f"{self.kind} {name!r} cannot be created with options {options}: {error}") from error
+        if not isinstance(plugin, self.contract):
+            raise PluginError(
+                f"{self.kind} {name!r} must create a gradhooks {self.contract.__name__}, but created {plugin!r}"
+            )
+        return plugin
 
-    def resolve(self, wanted: Any) -> Any:
-        """An object for a name; any other callable or object of this kind as it is."""
-        if isinstance(wanted, str):
-            return self.create(wanted)
-        if isinstance(wanted, type) or not (callable(wanted) or isinstance(wanted, self.contract)):
-            raise TypeError(f"{self.kind} must be a name or an object (an instance, not a class), got {wanted!r}")
-        return wanted
+    def resolve(self, plugin: str | Object) -> Plugin | Object:
+        """Return the object for a name; return any other callable, or object of this kind, unchanged.
 
-    def claims(self) -> dict[str, list[EntryPoint]]:
-        """The entry points by name; nothing is imported."""
-        claims: dict[str, list[EntryPoint]] = {}
-        for point in _points(self.group):
-            if _distribution(point) == BUILT_IN or os.environ.get("GRADHOOKS_DISABLE_PLUGINS", "0") in ("", "0"):
-                known = claims.setdefault(point.name, [])
-                if all((other.value, _distribution(other)) != (point.value, _distribution(point)) for other in known):
-                    known.append(point)  # one distribution can be found twice along sys.path
-        return claims
+        Raises:
+            PluginError: As for `create`.
+            TypeError: It is neither a name nor such an object.
+        """
+        if isinstance(plugin, str):
+            return self.create(plugin)
+        if isinstance(plugin, type) or not (callable(plugin) or isinstance(plugin, self.contract)):
+            raise TypeError(f"{self.kind} must be a name or an object (an instance, not a class), got {plugin!r}")
+        return plugin
+
+    def find(self, name: str) -> list[EntryPoint]:
+        """Return the entry points of `distribution:name`, or of `name`: the built-in one alone if there is one."""
+        distribution, _, short = name.rpartition(":")
+        points = self.entry_points().get(short, [])
+        if distribution:
+            return [point for point in points if normalize(distribution_of(point)) == normalize(distribution)]
+        return _built_in(points) or points
+
+    def has(self, name: str) -> bool:
+        """Return whether a plugin has this name; nothing is imported."""
+        return name in self._registered or bool(self.find(name))
+
+    def _find(self, name: str) -> EntryPoint:
+        points = self.find(name)
+        if not points:
+            raise PluginError(unknown_name(name, self))
+        if len(points) > 1:
+            choices = " or ".join(repr(f"{distribution_of(point)}:{name}") for point in points)
+            raise PluginError(f"{self.kind} {name!r} is provided by {describe(*points)}; use {choices}")
+        return points[0]
 
     def _import(self, point: EntryPoint) -> Callable[..., Any]:
+        origin = f"{self.kind} {point.name!r} of {describe(point)}"
         try:
             if not point.pattern.match(point.value):
-                raise ValueError(f"an entry point's value must be 'module:object', not {point.value!r}")
+                raise ValueError(f"the value of an entry point must be 'module:object', not {point.value!r}")
             loaded = point.load()
-        except Exception as fault:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a module may call sys.exit() when it is imported
             raise PluginError(
-                f"{self.kind} {point.name!r} of {_listed([point])} cannot be imported from {point.value!r}: "
-                f"{type(fault).__name__}: {fault}. Mend or uninstall that distribution"
-            ) from fault
+                f"{origin} cannot be imported from {point.value!r}: {type(error).__name__}: {error}. "
+                f"Repair or uninstall that distribution"
+            ) from error
+        self._validate(loaded, point, origin)
+        if point not in self._logged:
+            self._logged.add(point)
+            logger.debug("loaded {} {!r} of {} {}", self.kind, point.name, distribution_of(point), version_of(point))
+        return loaded  # type: ignore[no-any-return]
+
+    def _validate(self, loaded: Any, point: EntryPoint, origin: str) -> None:
         if not callable(loaded) or (isinstance(loaded, type) and not issubclass(loaded, self.contract)):
             raise PluginError(
-                f"{self.kind} {point.name!r} of {_listed([point])} is {loaded!r}; its entry point {point.value!r} must "
-                f"name a subclass of gradhooks' {self.contract.__name__}, or a function that makes such an object"
+                f"{origin} is {loaded!r}; its entry point {point.value!r} must name a subclass of gradhooks' "
+                f"{self.contract.__name__}, or a function that creates such an object"
             )
         written_for = getattr(loaded, "api_version", API_VERSION)
         if written_for != API_VERSION:
             raise PluginError(
-                f"{self.kind} {point.name!r} of {_listed([point])} was written for version {written_for} of the plugin "
-                f"contract, this gradhooks has version {API_VERSION}; install versions of the two that fit"
+                f"{origin} was written for version {written_for} of the plugin contract, this gradhooks has version "
+                f"{API_VERSION}; install matching versions of the two"
             )
-        return loaded  # type: ignore[no-any-return]
 
-    def _unknown(self, name: str) -> str:
-        names = self.available()
-        if not names:
-            return f"no {self.kind} is registered, so gradhooks itself is not installed: pip install -e ."
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"unknown {self.kind} {name!r}: {hint}available are {', '.join(names)}"
+    def _example(self, name: str, factory: Callable[..., Any], options: list[str]) -> str:
+        """Return code that passes an object with its options to `MultiPose`."""
+        class_name = getattr(factory, "__name__", name)
+        created = f"{class_name}({', '.join(f'{option}=...' for option in options)})"
+        keyword = "" if self.kind == "combination" else f"{self.kind}="
+        points = self.find(name)
+        imported = f"from {points[0].module} import {points[0].attr}; " if points else ""
+        return f"{imported}MultiPose(model, {keyword}{created})"
 
 
-def _points(group: str) -> list[EntryPoint]:
+def required_options(factory: Callable[..., Any]) -> list[str]:
+    """Return the names of the parameters without a default."""
     try:
-        return list(entry_points(group=group))
-    except Exception:  # one unreadable entry_points.txt, of whatever package, spoils the listing of all
-        return list(_readable_points(group))
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # some callables written in C have no signature
+        return []
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [each.name for each in parameters if each.kind in named and each.default is each.empty]
 
 
-def _readable_points(group: str) -> Iterator[EntryPoint]:
-    seen = set()
-    for distribution in distributions():
-        name = _normal(distribution.metadata["Name"] or "?")
-        if name in seen:  # the first one along sys.path is the one that is imported
-            continue
-        seen.add(name)
-        try:
-            yield from distribution.entry_points.select(group=group)
-        except Exception as fault:
-            warnings.warn(
-                f"the entry_points.txt of {name} {distribution.version} cannot be read ({type(fault).__name__}: "
-                f"{fault}), so its plugins are left out; mend or uninstall that distribution",
-                GradhooksWarning,
-                stacklevel=2,
-            )
+def unknown_name(name: str, *registries: Registry[Any]) -> str:
+    """Return a message that says where a name could come from: another distribution, or a similar name."""
+    kind = " or ".join(registry.kind for registry in registries)
+    names = sorted({name for registry in registries for name in registry.available()})
+    if not names:
+        return f"no {kind} is registered because gradhooks itself is not installed: pip install -e ."
+    if plugins_disabled():
+        hint = "; GRADHOOKS_DISABLE_PLUGINS hides the plugins of other distributions"
+    else:
+        provider = first_party_provider(name)
+        if provider:
+            return f"{name!r} is provided by {provider}"
+        hint = ""
+    closest = difflib.get_close_matches(name, names, n=1)
+    suggestion = f": did you mean {closest[0]!r}?" if closest else "."
+    return f"unknown {kind} {name!r}{suggestion} Available: {', '.join(names)}{hint}"
 
 
-def _distribution(point: EntryPoint) -> str:
-    return point.dist.name if point.dist is not None else "an unknown distribution"
-
-
-def _normal(distribution: str) -> str:
-    return distribution.lower().replace("_", "-")
-
-
-def _listed(points: list[EntryPoint]) -> str:
-    return " and ".join(
-        f"{_distribution(point)} {point.dist.version}" if point.dist is not None else _distribution(point)
-        for point in points
-    )
+def _built_in(points: list[EntryPoint]) -> list[EntryPoint]:
+    return [point for point in points if distribution_of(point) == BUILT_IN]
 
 
 combinations = Registry("combination", "gradhooks.combinations", Combination)
-accumulators = Registry("accumulator", "gradhooks.accumulators", Accumulator)
+accumulators = Registry("accumulator", "gradhooks.accumulators", Accumulator)  # type: ignore[type-abstract]

@@ -1,4 +1,4 @@
-"""The memory meter, against answers worked out by hand."""
+"""PeakMemory gives the numbers of bytes that are worked out by hand."""
 
 from typing import Any
 
@@ -13,21 +13,21 @@ BYTES = 4 * ROW
 SCALAR = 4
 
 
-def test_results_count_while_they_live() -> None:
+def test_results_count_until_they_are_released() -> None:
     given = torch.ones(ROW)
     with PeakMemory() as memory:
         first = given * 2
         second = first + 1
         assert memory.peak == 2 * BYTES
         del first
-        third = second * 3  # as many as before
+        third = second * 3  # the same number of live storages as before
         assert memory.peak == 2 * BYTES
         fourth = third * 4
     assert memory.peak == 3 * BYTES
     assert fourth.shape == second.shape
 
 
-def test_what_was_there_before_and_views_cost_nothing() -> None:
+def test_earlier_tensors_and_views_count_nothing() -> None:
     given = torch.ones(ROW)
     with PeakMemory() as memory:
         given.view(10, 100).t()[:3].mul_(2)
@@ -35,14 +35,14 @@ def test_what_was_there_before_and_views_cost_nothing() -> None:
     assert memory.peak == 0
 
 
-def test_tensors_made_of_python_numbers_count() -> None:
+def test_tensors_from_python_numbers_count() -> None:
     numbers = [1.0] * ROW
     with PeakMemory() as memory:
         torch.tensor(numbers)
     assert memory.peak == BYTES
 
 
-def test_a_storage_that_grows_counts_as_it_is() -> None:
+def test_a_resized_storage_counts_its_new_size() -> None:
     given = torch.ones(ROW)
     with PeakMemory() as memory:
         grown = torch.empty(0)
@@ -58,13 +58,13 @@ def test_the_graph_and_the_backward_count() -> None:
             kept = kept.exp()  # saves its result
         assert memory.peak == 10 * BYTES
         kept.sum().backward()
-    # The gradients of two neighbouring operations live together, beside the sum and the gradient of it. The last of the
-    # ten results has a name, so that it outlives its turn.
+    # The gradients of two neighbouring operations exist at the same time, and so do the sum and its gradient. The last
+    # of the ten results is held by a variable, so it is not released during the backward.
     assert memory.peak == 12 * BYTES + 2 * SCALAR
 
 
 class BackwardInside(torch.autograd.Function):
-    """The identity. Its backward builds a graph of ten results and runs a backward through it."""
+    """The identity; its backward builds a graph of ten results and runs a backward through it."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def test_a_backward_inside_a_backward_counts() -> None:
     assert memory.peak == 12 * BYTES + 2 * SCALAR
 
 
-def test_it_forgets_what_died_and_can_be_used_again() -> None:
+def test_a_meter_can_be_used_again() -> None:
     given = torch.ones(ROW)
     memory = PeakMemory()
     for rows in (3, 1):
@@ -102,11 +102,11 @@ def test_it_forgets_what_died_and_can_be_used_again() -> None:
         del kept
     with pytest.raises(ZeroDivisionError), PeakMemory():
         raise ZeroDivisionError
-    assert (given * 2).numel() == ROW  # outside: nothing is counted any more
+    assert (given * 2).numel() == ROW  # outside the block nothing is counted
     assert memory.peak == BYTES
 
 
-def test_sparse_gradients_do_not_disturb_it() -> None:
+def test_sparse_gradients_are_accepted() -> None:
     embedding = torch.nn.Embedding(10, 4, sparse=True)
     with PeakMemory() as memory:
         embedding(torch.tensor([1, 2])).sum().backward()
@@ -114,7 +114,7 @@ def test_sparse_gradients_do_not_disturb_it() -> None:
 
 
 @pytest.mark.cuda
-def test_on_cuda_the_allocator_is_asked() -> None:
+def test_on_cuda_the_allocator_counts() -> None:
     given = torch.ones(1 << 20, device="cuda")
     with PeakMemory("cuda") as memory:
         kept = given * 2

@@ -1,22 +1,43 @@
-"""Names of plugins: found lazily, clashes and broken ones told apart, nobody broken by a stranger."""
+"""Names of plugins: loaded on first use; clashes and broken plugins are reported and affect no other name."""
 
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from loguru import logger
 
 import gradhooks
 from gradhooks.errors import GradhooksWarning, PluginError
+from gradhooks.first_party import FIRST_PARTY
 from gradhooks.registry import combinations
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # a dependency of pytest on that version
 
 HEALTHY = """
 from gradhooks import Combination
 
 class Total(Combination):
+    def forward(self, predictions):
+        return predictions.sum(0)
+"""
+
+NEEDS_OPTIONS = """
+from gradhooks import Combination
+
+class Total(Combination):
+    def __init__(self, width, *, depth, height=2, **others):
+        super().__init__()
+
     def forward(self, predictions):
         return predictions.sum(0)
 """
@@ -38,7 +59,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def install(site: Path) -> Install:
     def make(distribution: str, points: str, source: str = HEALTHY, version: str = "1.0") -> None:
-        """What pip leaves of a distribution with one module, named like it."""
+        """Write the files that pip writes for a distribution with one module of the same name."""
         metadata = site / f"{distribution}-{version}.dist-info"
         metadata.mkdir()
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
@@ -60,7 +81,7 @@ def test_a_plugin_is_found_by_name(install: Install) -> None:
     assert type(combinations.create("totals:total")).__name__ == "Total"
 
 
-def test_a_clash_names_both_and_each_can_be_had(install: Install) -> None:
+def test_a_clash_names_both_distributions_and_each_can_be_loaded(install: Install) -> None:
     install("first_totals", "total = first_totals:Total")
     install("second_totals", "total = second_totals:Total", version="2.1")
     with pytest.raises(PluginError, match=r"first_totals 1\.0 and second_totals 2\.1|second_totals 2\.1 and first_tot"):
@@ -73,15 +94,26 @@ def test_a_clash_names_both_and_each_can_be_had(install: Install) -> None:
     ("points", "source", "message"),
     [
         ("bad = bad:Total", "import nonesuch", r"'bad' of bad 1\.0 .* ModuleNotFoundError: No module named 'nonesuch'"),
-        ("bad = bad:Totals", HEALTHY, r"bad 1\.0 .* AttributeError: .*Totals.* Mend or uninstall"),
+        ("bad = bad:Totals", HEALTHY, r"bad 1\.0 .* AttributeError: .*Totals.* Repair or uninstall"),
         ("bad = bad:Total", HEALTHY + "    api_version = 99", r"bad 1\.0 was written for version 99 .* has version 1"),
         ("bad = bad:Total", "class Total: pass", r"bad 1\.0 is <class 'bad\.Total'>; .* must name a subclass"),
         ("bad = bad:Total", "Total = 3", r"bad 1\.0 is 3; .* must name a subclass"),
         ("bad = bad", HEALTHY, r"bad 1\.0 is <module .*must name a subclass"),
+        ("bad = bad:Total", "raise SystemExit(3)", r"bad 1\.0 cannot be imported from 'bad:Total': SystemExit: 3"),
         ("bad =", HEALTHY, r"bad 1\.0 .*cannot be imported from ''"),
         ("bad = bad Total", HEALTHY, r"bad 1\.0 .*cannot be imported from 'bad Total'"),
     ],
-    ids=["import fails", "no such class", "future API", "no Combination", "number", "module", "no value", "no colon"],
+    ids=[
+        "import fails",
+        "no such class",
+        "future API",
+        "no Combination",
+        "number",
+        "module",
+        "exits",
+        "no value",
+        "no colon",
+    ],
 )
 def test_a_broken_plugin_says_what_is_wrong(install: Install, points: str, source: str, message: str) -> None:
     install("bad", points, source)
@@ -91,19 +123,19 @@ def test_a_broken_plugin_says_what_is_wrong(install: Install, points: str, sourc
     assert isinstance(combinations.create("mean"), gradhooks.combinations.Mean)
 
 
-def test_unreadable_metadata_spoils_nothing_else(install: Install) -> None:
+def test_unreadable_metadata_affects_no_other_distribution(install: Install) -> None:
     install("unreadable", "a line that is no entry point")
     install("totals", "total = totals:Total")
     with pytest.warns(GradhooksWarning, match=r"entry_points.txt of unreadable 1\.0 cannot be read"):
         assert {"mean", "total"} <= set(combinations.available())
 
 
-def test_a_mended_plugin_is_loaded(install: Install, site: Path) -> None:
-    install("mended", "mended = mended:Total", "raise OSError('no network')")
+def test_a_repaired_plugin_is_loaded(install: Install, site: Path) -> None:
+    install("repaired", "repaired = repaired:Total", "raise OSError('no network')")
     with pytest.raises(PluginError, match="OSError: no network"):
-        combinations.load("mended")
-    (site / "mended.py").write_text(HEALTHY + "\n# another size, so that no cached bytecode is taken\n")
-    assert combinations.load("mended").__name__ == "Total"
+        combinations.load("repaired")
+    (site / "repaired.py").write_text(HEALTHY + "\n# another size, so that no cached bytecode is used\n")
+    assert combinations.load("repaired").__name__ == "Total"
 
 
 def test_plugins_can_be_disabled(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +151,84 @@ def test_an_unknown_name_suggests_the_closest() -> None:
         combinations.load("bolzmann")
 
 
+def test_an_unknown_name_lists_what_is_available() -> None:
+    with pytest.raises(PluginError, match=r"unknown combination 'qqq'\. Available: .*boltzmann.*, max, mean, "):
+        combinations.load("qqq")
+
+
+@pytest.mark.parametrize("name", ["noisy_or", "gradhooks-mil:noisy_or", "gradhooks_mil:noisy_or"])
+def test_a_plugin_that_is_not_installed_says_which_distribution_has_it(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    _hide(monkeypatch, "gradhooks-mil")
+    with pytest.raises(
+        PluginError,
+        match=f"'{name}' is provided by gradhooks-mil, which is not installed: pip install gradhooks-mil",
+    ):
+        combinations.load(name)
+    with pytest.raises(PluginError, match="unknown combination 'other:noisy_or'"):
+        combinations.load("other:noisy_or")
+
+
+def test_a_plugin_of_a_newer_version_says_to_upgrade(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    _hide(monkeypatch, "gradhooks-robust")
+    install("gradhooks_robust", "older = gradhooks_robust:Total", version="0.0.9")
+    with pytest.raises(PluginError, match=r"newer versions of gradhooks-robust than 0\.0\.9: pip install --upgrade"):
+        combinations.load("median_gradient")
+
+
+def _hide(monkeypatch: pytest.MonkeyPatch, distribution: str) -> None:
+    """Make an installed distribution look as if it were not installed."""
+    find = metadata.Distribution.discover
+
+    def discover(**options: Any) -> Iterator[metadata.Distribution]:
+        return (each for each in find(**options) if each.metadata["Name"] != distribution)
+
+    monkeypatch.setattr(metadata.Distribution, "discover", staticmethod(discover))
+
+
+def test_disabled_plugins_are_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADHOOKS_DISABLE_PLUGINS", "1")
+    with pytest.raises(PluginError, match=r"unknown combination 'noisy_or'.*GRADHOOKS_DISABLE_PLUGINS hides"):
+        combinations.load("noisy_or")
+
+
+def test_the_table_of_first_party_names_agrees_with_the_plugins() -> None:
+    tables = {}
+    for path in Path(__file__).parents[1].glob("plugins/gradhooks-*/pyproject.toml"):
+        project = tomllib.loads(path.read_text())["project"]
+        assert set(project["entry-points"]) == {"gradhooks.combinations"}
+        tables[project["name"]] = sorted(project["entry-points"]["gradhooks.combinations"])
+    assert {distribution: sorted(names) for distribution, names in FIRST_PARTY.items()} == tables
+
+
+def test_required_options_are_named(install: Install) -> None:
+    install("optional", "optional = optional:Total", NEEDS_OPTIONS)
+    with pytest.raises(
+        PluginError,
+        match=r"'optional' needs options: width, depth\. .*: from optional import Total; "
+        r"MultiPose\(model, Total\(width=\.\.\., depth=\.\.\.\)\)",
+    ):
+        gradhooks.MultiPose(torch.nn.Linear(1, 1), "optional")
+    with pytest.raises(PluginError, match=r"needs options: depth\."):
+        combinations.create("optional", width=1)
+    assert type(combinations.create("optional", width=1, depth=2)).__name__ == "Total"
+
+
+def test_loading_a_plugin_is_logged_once(install: Install) -> None:
+    install("logged", "logged = logged:Total", version="1.2")
+    messages: list[str] = []
+    sink = logger.add(lambda message: messages.append(message.record["message"]), level="DEBUG")
+    logger.enable("gradhooks")
+    try:
+        combinations.create("logged")
+        combinations.create("logged")
+    finally:
+        logger.disable("gradhooks")
+        logger.remove(sink)
+    assert messages == ["loaded combination 'logged' of logged 1.2"]
+
+
 def test_registering_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(combinations, "_registered", {})
     combinations.register("mine")(gradhooks.combinations.Mean)
@@ -128,17 +238,20 @@ def test_registering_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
         combinations.register("mean")(gradhooks.combinations.Mean)
 
 
-def test_options_that_do_not_fit() -> None:
-    with pytest.raises(PluginError, match=r"'mean' cannot be made with options \{'scale': 3\}"):
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(PluginError, match=r"'mean' cannot be created with options \{'scale': 3\}"):
         combinations.create("mean", scale=3)
 
 
-def test_all_at_once(install: Install, site: Path) -> None:
+def test_broken_plugins_affect_neither_the_others_nor_the_listing(install: Install, site: Path) -> None:
     install("first_totals", "total = first_totals:Total")
     install("second_totals", "total = second_totals:Total")
     install("raising", "raising = raising:Total", "raise ImportError('no libfoo')")
     install("future", "future = future:Total", HEALTHY + "    api_version = 99")
-    install("stranger", "stranger = stranger:Total", "class Total: pass")
+    install("unrelated", "unrelated = unrelated:Total", "class Total: pass")
+    install("exiting", "exiting = exiting:Total", "import sys\nsys.exit('no licence')")
+    install("optional", "optional = optional:Total", NEEDS_OPTIONS)
+    install("example", "example = example:Total", NEEDS_OPTIONS + "    example_options = {'width': 1, 'depth': 2}")
     install("malformed", "malformed =")
     install("fine", "fine = fine:Total")
 
@@ -152,12 +265,20 @@ def test_all_at_once(install: Install, site: Path) -> None:
     use = "import gradhooks\nfor name in ['mean', 'min', 'max', 'boltzmann', 'fine', 'first_totals:total']:\n"
     python("-c", use + "    gradhooks.registry.combinations.create(name)")
     lines = python("-m", "gradhooks", "plugins").splitlines()
+    names = ["first_totals:total", "second_totals:total", "raising", "future", "unrelated", "exiting", "malformed"]
+    for name in [*names, "optional", "fine"]:
+        (line,) = [line for line in lines if line.split()[0] == name]
+        assert "not loaded" in line
+    lines = python("-m", "gradhooks", "plugins", "--check").splitlines()
     expected = {
-        "first_totals:total": "'total' is also claimed by second_totals",
-        "second_totals:total": "'total' is also claimed by first_totals",
+        "first_totals:total": "no +ok; 'total' is also provided by second_totals",
+        "second_totals:total": "no +ok; 'total' is also provided by first_totals",
+        "exiting": "SystemExit: no licence",
+        "optional": r"\? +needs options: width, depth$",
+        "example": r"no +needs options: width, depth$",
         "raising": "ImportError: no libfoo",
         "future": "was written for version 99",
-        "stranger": "must name a subclass of gradhooks' Combination",
+        "unrelated": "must name a subclass of gradhooks' Combination",
         "malformed": "cannot be imported from ''",
         "fine": r"1\.0 +no +ok$",
         "mean": "yes +ok$",

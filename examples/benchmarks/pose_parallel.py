@@ -1,4 +1,4 @@
-"""bench --ranks: what it costs to share one group over processes."""
+"""Measure what it costs to share one group among processes (`process_group=`)."""
 
 import json
 import statistics
@@ -9,111 +9,158 @@ from datetime import timedelta
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from command_line import markdown_table, parser, save
 from torch import multiprocessing, nn
 
-from gradhooks.profiling.table import table
-from gradhooks.profiling.timing import in_turns
-from gradhooks.wrapper import MultiPose
+import gradhooks
+from gradhooks.profiling.timing import interleaved_seconds
+from gradhooks.units import format_bytes, format_seconds
 
-POSES = (8, 64)  # of a rank
 WIDTHS = (128, 1024)  # of square layers
 LAYERS = 3
-LIMIT = timedelta(minutes=5)
+WARM_UP_ROUNDS = 2
+TIMEOUT = timedelta(minutes=5)
+
+
+class Settings(NamedTuple):
+    """What each process needs to know."""
+
+    ranks: int
+    poses: tuple[int, ...]  # of a rank
+    repeats: int
+    device: str
+    threads: int
+    folder: str
 
 
 @dataclass(frozen=True)
-class Shared:
-    """One step of a group that ranks share, beside the same ranks each with a group of its own.
+class SharingCost:
+    """One step of a group shared by all ranks, compared with a step of a separate group on each rank.
 
     Attributes:
-        ranks: How many processes.
-        poses: N, over all of them.
+        ranks: Number of processes.
+        poses: Poses of the shared group.
         parameters: Numbers in a gradient.
-        alone: Seconds of a step on a rank's own poses, while the others do the same.
-        added: Seconds more where all those poses are one group.
-        travels: Bytes of the predictions and of the gradient.
+        separate_seconds: A step of a separate group on each rank, all at the same time.
+        added_seconds: Additional time of the shared group.
+        sent_bytes: Bytes of the predictions and of the gradient.
     """
 
     ranks: int
     poses: int
     parameters: int
-    alone: float
-    added: float
-    travels: int
+    separate_seconds: float
+    added_seconds: float
+    sent_bytes: int
+
+    @property
+    def total_seconds(self) -> float:
+        """Time of a step of the shared group."""
+        return self.separate_seconds + self.added_seconds
 
 
-def sharing(ranks: Sequence[int], repeats: int, device: str = "cpu") -> Iterator[Shared]:
-    """Measure for groups of several sizes, models of several sizes and numbers of processes.
+def measure_sharing(
+    ranks: Sequence[int], poses: Sequence[int], repeats: int, device: str, threads: int
+) -> Iterator[SharingCost]:
+    """Measure groups and models of several sizes with several numbers of processes.
 
-    Both steps run on all ranks at once and take turns, so that what processes take from each other on one machine falls
-    on both. Medians are those of the slowest rank.
+    Both steps run on all ranks at the same time and are interleaved, so that competition for one machine affects both
+    equally. The figures are those of the slowest rank.
+
+    Args:
+        ranks: Numbers of processes.
+        poses: Poses of a rank.
+        repeats: Timed rounds.
+        device: `"cpu"` (gloo) or `"cuda"` (NCCL, one GPU per rank).
+        threads: CPU threads of a process.
     """
     for count in ranks:
         with tempfile.TemporaryDirectory() as folder:
-            multiprocessing.spawn(_run, (count, repeats, device, folder), nprocs=count)  # type: ignore[attr-defined]
-            found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(count)]
-        for each in zip(*found, strict=True):
-            yield Shared(**max(each, key=lambda shared: shared["alone"] + shared["added"]))
+            settings = Settings(count, tuple(poses), repeats, device, threads, folder)
+            multiprocessing.spawn(_run_rank, (settings,), nprocs=count)
+            by_rank = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(count)]
+        for costs in zip(*by_rank, strict=True):
+            yield max((SharingCost(**cost) for cost in costs), key=lambda cost: cost.total_seconds)
 
 
-def _run(rank: int, ranks: int, repeats: int, device: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    if device == "cuda":
+def _run_rank(rank: int, settings: Settings) -> None:
+    torch.set_num_threads(settings.threads)
+    if settings.device == "cuda":
         torch.cuda.set_device(rank)
-    store = dist.FileStore(f"{folder}/meeting", ranks)  # type: ignore[attr-defined]
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=LIMIT)
+    store = dist.FileStore(f"{settings.folder}/store", settings.ranks)
+    backend = "nccl" if settings.device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=settings.ranks, timeout=TIMEOUT)
     try:
-        found = [asdict(_measured(poses, width, repeats, device)) for poses, width in product(POSES, WIDTHS)]
-        (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+        costs = [asdict(_measure(poses, width, settings)) for poses, width in product(settings.poses, WIDTHS)]
+        (Path(settings.folder) / f"{rank}.json").write_text(json.dumps(costs))
     finally:
         dist.destroy_process_group()
 
 
-def _measured(poses: int, width: int, repeats: int, device: str) -> Shared:
+def _measure(poses: int, width: int, settings: Settings) -> SharingCost:
     torch.manual_seed(0)
     layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(width, width), nn.Tanh())]
-    model = nn.Sequential(*layers, nn.Linear(width, 1)).to(device)
-    own = torch.randn(poses, width, device=device).unbind()
-    alone, shared = (
-        MultiPose(model, "boltzmann", accumulator="stream", process_group=group) for group in (None, dist.group.WORLD)
+    model = nn.Sequential(*layers, nn.Linear(width, 1)).to(settings.device)
+    own_poses = torch.randn(poses, width, device=settings.device).unbind()
+    separate, shared = (
+        gradhooks.MultiPose(model, "boltzmann", accumulator="stream", process_group=group)
+        for group in (None, dist.group.WORLD)
     )
 
-    def step(scorer: MultiPose) -> None:
+    def step(scorer: gradhooks.MultiPose) -> None:
         dist.barrier()
         model.zero_grad()
-        scorer(own).combined.square().sum().backward()
+        scorer(own_poses).combined.square().sum().backward()
 
-    steps = (partial(step, alone), partial(step, shared))
-    in_turns(steps, 2, torch.device(device))
-    singly, jointly = in_turns(steps, repeats, torch.device(device))
+    steps, device = (partial(step, separate), partial(step, shared)), torch.device(settings.device)
+    interleaved_seconds(steps, WARM_UP_ROUNDS, device)
+    separate_seconds, shared_seconds = interleaved_seconds(steps, settings.repeats, device)
+    added = [both - alone for both, alone in zip(shared_seconds, separate_seconds, strict=True)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    ranks = dist.get_world_size()
-    added = statistics.median(joint - single for joint, single in zip(jointly, singly, strict=True))
-    travels = 4 * (ranks * poses + parameters)
-    return Shared(ranks, ranks * poses, parameters, statistics.median(singly), added, travels)
+    total = settings.ranks * poses
+    return SharingCost(
+        ranks=settings.ranks,
+        poses=total,
+        parameters=parameters,
+        separate_seconds=statistics.median(separate_seconds),
+        added_seconds=statistics.median(added),
+        sent_bytes=4 * (total + parameters),
+    )
 
 
-def as_table(found: Sequence[Shared]) -> str:
-    """In Markdown."""
-    heads = ["ranks", "poses", "parameters", "own poses", "sharing adds", "travels"]
+def sharing_table(costs: Sequence[SharingCost]) -> str:
+    """Return a Markdown table."""
+    headers = ["ranks", "poses", "parameters", "separate groups", "sharing adds", "sent"]
     rows = [
         [
-            str(shared.ranks),
-            str(shared.poses),
-            f"{shared.parameters / 1e6:.2f} M",
-            f"{shared.alone * 1e3:.1f} ms",
-            f"{shared.added * 1e3:.1f} ms",
-            f"{shared.travels / 1e6:.2f} MB",
+            str(cost.ranks),
+            str(cost.poses),
+            f"{cost.parameters / 1e6:.2f} M",
+            format_seconds(cost.separate_seconds),
+            format_seconds(cost.added_seconds),
+            format_bytes(cost.sent_bytes),
         ]
-        for shared in found
+        for cost in costs
     ]
-    return table(heads, rows)
+    return markdown_table(headers, rows)
 
 
-def save(found: Sequence[Shared], path: str | Path) -> None:
-    """As JSON."""
-    Path(path).write_text(json.dumps([asdict(shared) for shared in found], indent=1))
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark from the command line."""
+    options = parser(__doc__, repeats=5)
+    options.add_argument(
+        "--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes (default: 1 2 4)"
+    )
+    options.add_argument("--poses", type=int, nargs="+", default=[8, 64], help="poses of a rank (default: 8 64)")
+    parsed = options.parse_args(arguments)
+    costs = list(measure_sharing(parsed.ranks, parsed.poses, parsed.repeats, parsed.device, parsed.threads))
+    print(sharing_table(costs))
+    save([asdict(cost) for cost in costs], parsed.save)
+
+
+if __name__ == "__main__":
+    main()

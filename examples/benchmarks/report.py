@@ -1,91 +1,97 @@
-"""bench: the figures of the README, on the reference models."""
+"""Compare time and peak memory of the accumulators with the full graph, on the reference models.
 
-import json
-from collections.abc import Iterator, Sequence
+Prints a table per model and combination, and a summary.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from command_line import flushed_denormals, markdown_table, model_parser, parse_models, save
+from models import Reference, reference
 
-from benchmarks.models import REFERENCES
-from gradhooks.accumulators import Recompute, Stream
+from gradhooks import Combination
 from gradhooks.combinations import Boltzmann, Mean, Min
-from gradhooks.engine.nested import map_tensors
-from gradhooks.profiling.comparison import Comparison, compare
-from gradhooks.profiling.table import table
-from gradhooks.wrapper import MultiPose
+from gradhooks.profiling.comparison import Comparison, compare_steps
+from gradhooks.profiling.training_steps import accumulator_step, checkpoint_step, full_graph_step
+
+# Options of MultiPose by the name of a row.
+ROWS: dict[str, Mapping[str, Any]] = {
+    "stream": {"accumulator": "stream"},
+    "recompute": {"accumulator": "recompute"},
+    "recompute, all graphs kept": {"accumulator": "recompute", "memory": "64GiB"},
+    "auto": {"accumulator": "auto"},
+}
+SHORT = ("stream", "recompute", "auto")
 
 
-class Finding(NamedTuple):
-    """What was found for a model and a combination."""
+class Result(NamedTuple):
+    """The comparison of the accumulators for one model and combination."""
 
     model: str
     combination: str
     comparison: Comparison
 
 
-def benchmark(names: Sequence[str], poses: int, repeats: int, device: torch.device | str = "cpu") -> Iterator[Finding]:
-    """Compare the ways on reference models, with a mean, a Boltzmann average and a sharp minimum.
+def benchmark(names: Sequence[str], poses: int, repeats: int, device: torch.device | str) -> Iterator[Result]:
+    """Compare the accumulators for a mean, a Boltzmann average and a sharp minimum.
 
-    Temperature and scale are relative to the spread of the predictions: at scale 1000 few poses matter. Numbers too
-    small for a normalised float count as zero meanwhile; a full graph of a sharp minimum would be several times slower
-    with them, and every ratio to it flattered.
+    Temperature and scale are relative to the spread of the predictions: at scale 1000 few poses matter.
 
     Args:
-        names: Of reference models.
-        poses: N.
-        repeats: Rounds that count.
+        names: Names of reference models.
+        poses: Poses of a group.
+        repeats: Timed rounds.
         device: Where to run.
-
-    Yields:
-        What was found.
     """
-    flushing = torch.set_flush_denormal(True)
-    try:
-        for name in names:
-            model, group, spread = reference(name, poses, device)
-            combinations = [
-                ("mean", Mean(), ("stream", "recompute", Recompute(retain="64GiB"), "auto")),
-                ("boltzmann", Boltzmann(spread), ("stream", "recompute", "auto")),
-                ("min, scale 1000", Min(1000 / spread), (Stream(), "recompute", "auto")),
-            ]
-            for title, combination, accumulators in combinations:
-                found = compare(model, group, combination, accumulators=accumulators, repeats=repeats)
-                yield Finding(name, title, found)
-    finally:
-        torch.set_flush_denormal(not flushing)
+    for name in names:
+        group = reference(name, poses, device)
+        for title, combination, rows in (
+            ("mean", Mean(), tuple(ROWS)),
+            ("boltzmann", Boltzmann(group.spread), SHORT),
+            ("min, scale 1000", Min(1000 / group.spread), SHORT),
+        ):
+            with flushed_denormals():
+                comparison = _compare(group, combination, rows, repeats)
+            yield Result(name, title, comparison)
 
 
-def summary(findings: Sequence[Finding]) -> str:
-    """The README's table: time and peak memory of each way, both relative to the full graph's, by model."""
-    models = list(dict.fromkeys(finding.model for finding in findings))
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for finding in findings:
-        full = finding.comparison.rows[0].peak_bytes
-        for row in finding.comparison.rows[1:]:
-            cells = rows.setdefault((finding.combination, row.way), {})
-            cells[finding.model] = f"{row.time_ratio:.2f} / {row.peak_bytes / full:.3f}"
-    lines = [
-        [f"{combination}: {way}", *(cells.get(model, "") for model in models)]
-        for (combination, way), cells in rows.items()
+def _compare(group: Reference, combination: Combination, rows: Sequence[str], repeats: int) -> Comparison:
+    steps = [
+        full_graph_step(group.model, group.poses, combination),
+        checkpoint_step(group.model, group.poses, combination),
+        *(accumulator_step(group.model, group.poses, combination, name=row, **ROWS[row]) for row in rows),
     ]
-    return table(["time / peak memory, full graph = 1", *models], lines)
+    return compare_steps(group.model, steps, len(group.poses), repeats=repeats)
 
 
-def save(findings: Sequence[Finding], path: str | Path) -> None:
-    """Write all figures as JSON."""
-    figures = [finding._asdict() | {"comparison": asdict(finding.comparison)} for finding in findings]
-    Path(path).write_text(json.dumps(figures, indent=2) + "\n")
+def summary(results: Sequence[Result]) -> str:
+    """Return one table of all results: time and peak memory relative to the full graph, models by column."""
+    models = list(dict.fromkeys(result.model for result in results))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for result in results:
+        full_graph = result.comparison.rows[0]
+        for row in result.comparison.rows[1:]:
+            cells = rows.setdefault((result.combination, row.name), {})
+            cells[result.model] = f"{row.time_ratio:.2f} / {row.peak_bytes / full_graph.peak_bytes:.3f}"
+    lines = [
+        [f"{combination}: {row}", *(cells.get(model, "") for model in models)]
+        for (combination, row), cells in rows.items()
+    ]
+    return markdown_table(["time / peak memory, full graph = 1", *models], lines)
 
 
-def reference(name: str, poses: int, device: torch.device | str) -> tuple[nn.Module, list[Any], float]:
-    """A reference model, a group for it, and the spread of its predictions."""
-    torch.manual_seed(0)
-    model, make_pose = REFERENCES[name]()
-    model.to(device)
-    group = [map_tensors(lambda tensor: tensor.to(device), make_pose(seed)) for seed in range(poses)]
-    with torch.no_grad():
-        predictions: Tensor = MultiPose(model)(group[:32]).per_pose
-    return model, group, predictions.std().item()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark from the command line."""
+    options = parse_models(model_parser(__doc__), arguments)
+    results = []
+    for result in benchmark(options.models, options.poses, options.repeats, options.device):
+        print(f"{result.model}, {result.combination}\n\n{result.comparison}\n", flush=True)
+        results.append(result)
+    print(summary(results))
+    save([result._asdict() | {"comparison": asdict(result.comparison)} for result in results], options.save)
+
+
+if __name__ == "__main__":
+    main()

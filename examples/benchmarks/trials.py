@@ -1,115 +1,120 @@
-"""Ways to train a reference model, side by side with plain steps and plain forwards."""
+"""Run training steps of a reference model, interleaved with plain steps and plain forwards of its poses."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from models import reference
 
-from benchmarks.report import reference
-from gradhooks.accumulators import Accumulator
-from gradhooks.combination import Combination
+from gradhooks import Combination
 from gradhooks.engine.model_call import call_model
-from gradhooks.profiling.timing import in_turns, peak_of
-from gradhooks.profiling.training_steps import all_ways
-from gradhooks.profiling.undisturbed import undisturbed
+from gradhooks.profiling.peak_memory import peak_bytes
+from gradhooks.profiling.preserved_state import preserved_state
+from gradhooks.profiling.timing import interleaved_seconds
+from gradhooks.profiling.training_steps import TrainingStep, accumulator_step, checkpoint_step, full_graph_step
 
-# Steps of each way before it counts: `auto` has settled by then.
-WARM_UP = 3
-PLAIN = ("full graph", "checkpoint per pose")
+WARM_UP_STEPS = 3  # in which `auto` settles
+BASELINES = {"full graph": full_graph_step, "checkpoint per pose": checkpoint_step}
 
 
-class Found(NamedTuple):
-    """Seconds by round, peak bytes, and poses that got a backward."""
+class Measurement(NamedTuple):
+    """What a step needs: seconds by round, peak bytes, and backwards through the model."""
 
     seconds: list[float]
-    peak: int
+    peak_bytes: int
     backwards: int
 
 
 class Trial(NamedTuple):
-    """A way, `"full graph"`, `"checkpoint per pose"` or an accumulator, with a combination and N poses."""
+    """One training step.
 
-    way: str | Accumulator
+    Attributes:
+        step: `"full graph"`, `"checkpoint per pose"`, or the name of an accumulator.
+        combination: The combination.
+        poses: Poses in the group.
+        options: Further options of `MultiPose`.
+    """
+
+    step: str
     combination: Combination
     poses: int
+    options: Mapping[str, Any] = {}
 
 
-class Bench:
-    """Measures on one reference model.
+class TrialRunner:
+    """Runs trials on one reference model.
 
     Args:
         name: The model.
-        poses: N of the full graph.
-        many: N of a long group, which is the N poses over and over; so many as a quarter are there without repetition.
-        repeats: Rounds that count.
-        device: Where.
+        poses: Poses of a group.
+        long_group: Poses of a long group. A quarter of them are distinct; a longer group repeats the first `poses`.
+        repeats: Timed rounds.
+        device: Where to run.
     """
 
-    def __init__(self, name: str, poses: int, many: int, repeats: int, device: torch.device | str) -> None:
-        self.poses, self.many, self.repeats, self.device = poses, many, repeats, torch.device(device)
-        self.model, self.group, self.spread = reference(name, max(poses, many // 4), device)
+    def __init__(self, name: str, poses: int, long_group: int, repeats: int, device: torch.device | str) -> None:
+        self.poses, self.long_group, self.repeats = poses, long_group, repeats
+        self.device = torch.device(device)
+        self.model, self.distinct_poses, self.spread = reference(name, max(poses, long_group // 4), device)
 
-    def together(self, combination: Combination, *ways: str | Accumulator) -> dict[str, Found]:
-        """What several ways need for one combination, by their names."""
-        return self.found({str(way): Trial(way, combination, self.poses) for way in ways})
-
-    def found(self, trials: Mapping[str, Trial]) -> dict[str, Found]:
-        """What each trial needs, in turns with `"plain steps"` (N S) and `"forwards"` (N F) of N poses."""
-        steps: dict[str, Callable[[], object]] = {"plain steps": self._plain_steps, "forwards": self._forwards}
-        reports: dict[str, Callable[[], Any]] = {}
-        for name, trial in trials.items():
-            accumulators: Sequence[Any] = () if trial.way in PLAIN else (trial.way,)
-            ways = all_ways(self.model, self._group(trial.poses), trial.combination, accumulators)
-            way = ways[-1] if accumulators else ways[PLAIN.index(str(trial.way))]
-            steps[name], reports[name] = partial(self._step, way.forward), way.report
-        with undisturbed(self.model):
-            for _ in range(WARM_UP):
-                for step in steps.values():
-                    step()
-            peaks = [self._peak(step) for step in steps.values()]
-            seconds = in_turns(list(steps.values()), self.repeats, self.device)
-        counted = {name: report() for name, report in reports.items()}
-        backwards = {name: 0 if report is None else report.backwards for name, report in counted.items()}
+    def run(self, trials: Mapping[str, Trial]) -> dict[str, Measurement]:
+        """Measure trials by name, interleaved with `"plain steps"` and `"plain forwards"` of `poses` poses."""
+        steps = {name: self._training_step(trial) for name, trial in trials.items()}
+        runs: dict[str, Callable[[], None]] = {"plain steps": self._plain_steps, "plain forwards": self._plain_forwards}
+        runs.update((name, partial(self._run_step, step)) for name, step in steps.items())
+        with preserved_state(self.model):
+            for _ in range(WARM_UP_STEPS):
+                for run in runs.values():
+                    run()
+            peaks = []
+            for run in runs.values():
+                self.model.zero_grad()
+                peaks.append(peak_bytes(run, self.device))
+            seconds = interleaved_seconds(list(runs.values()), self.repeats, self.device)
+        reports = {name: step.report() for name, step in steps.items()}
+        backwards = {name: 0 if report is None else report.backwards for name, report in reports.items()}
         return {
-            name: Found(times, peak, backwards.get(name, 0))
-            for name, times, peak in zip(steps, seconds, peaks, strict=True)
+            name: Measurement(times, peak, backwards.get(name, 0))
+            for name, times, peak in zip(runs, seconds, peaks, strict=True)
         }
 
-    def _step(self, forward: Callable[[], Any]) -> None:
-        self.model.zero_grad()
-        forward().combined.sum().backward()
-
-    def _plain_steps(self) -> None:
-        """N S: each pose for itself, `.grad` adds up."""
-        self.model.zero_grad()
-        for pose in self.group[: self.poses]:
-            call_model(self.model, pose).sum().backward()
-
-    @torch.no_grad()
-    def _forwards(self) -> None:
-        """N F."""
-        for pose in self.group[: self.poses]:
-            call_model(self.model, pose)
-
-    def _peak(self, step: Callable[[], object]) -> int:
-        self.model.zero_grad()
-        return peak_of(step, self.device)
-
     def gradient_bytes(self) -> int:
+        """Return the bytes of one copy of the gradients."""
         return sum(leaf.nbytes for leaf in self.model.parameters() if leaf.requires_grad)
 
-    def step_peak(self, poses: int) -> int:
-        """The peak of a plain step of the largest pose, gradients included, which join those of the step before."""
-        with undisturbed(self.model):
+    def plain_step_peak(self, poses: int) -> int:
+        """Return the peak of a plain step of the largest pose with the gradients of an earlier step, those included."""
+        with preserved_state(self.model):
             self._plain_steps()
-            later = [
-                peak_of(lambda pose=pose: call_model(self.model, pose).sum().backward(), self.device)  # type: ignore[misc]
-                for pose in self._group(poses)
-            ]
-        return self.gradient_bytes() + max(later)
+            peaks = [peak_bytes(partial(self._plain_step, pose), self.device) for pose in self._group(poses)]
+        return self.gradient_bytes() + max(peaks)
+
+    def _training_step(self, trial: Trial) -> TrainingStep:
+        group = self._group(trial.poses)
+        if trial.step in BASELINES:
+            return BASELINES[trial.step](self.model, group, trial.combination)
+        return accumulator_step(self.model, group, trial.combination, trial.step, **trial.options)
 
     def _group(self, poses: int) -> list[Any]:
-        if poses <= len(self.group):
-            return self.group[:poses]
-        return [self.group[place % self.poses] for place in range(poses)]
+        if poses <= len(self.distinct_poses):
+            return self.distinct_poses[:poses]
+        return [self.distinct_poses[index % self.poses] for index in range(poses)]
+
+    def _run_step(self, step: TrainingStep) -> None:
+        self.model.zero_grad()
+        step.forward().combined.sum().backward()
+
+    def _plain_step(self, pose: Any) -> None:
+        call_model(self.model, pose).sum().backward()
+
+    def _plain_steps(self) -> None:
+        """Run forward and backward of each pose by itself, adding to `.grad`."""
+        self.model.zero_grad()
+        for pose in self.distinct_poses[: self.poses]:
+            self._plain_step(pose)
+
+    @torch.no_grad()
+    def _plain_forwards(self) -> None:
+        for pose in self.distinct_poses[: self.poses]:
+            call_model(self.model, pose)

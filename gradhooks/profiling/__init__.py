@@ -1,1 +1,1 @@
-"""Tools that measure and check a user's own model: compare, estimate_memory, gradcheck."""
+"""Measure and check a user's own model: `compare`, `estimate_memory` and `gradcheck`."""

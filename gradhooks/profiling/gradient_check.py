@@ -1,82 +1,86 @@
-"""check: prove that a user's own model trains right."""
+"""Check that gradhooks gives a user's model the gradients of the full graph."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+from typing_extensions import Unpack
 
 from gradhooks.engine.model_state import ModelState
 from gradhooks.engine.nested import map_tensors
 from gradhooks.errors import ReplayError
+from gradhooks.options import OptionTypes
 from gradhooks.profiling.comparison import gradient_error
-from gradhooks.profiling.table import table
-from gradhooks.profiling.training_steps import Loss, all_ways, total
+from gradhooks.profiling.result_table import ResultTable, TableContent
+from gradhooks.profiling.training_steps import CombinationLike, Loss, sum_of_combined, training_steps
 
-EXACT = 1e-10
+TOLERANCE = 1e-10
+ACCUMULATORS = ("store", "stream", "recompute", "auto")
 
 
 @dataclass(frozen=True)
-class Proof:
-    """What was found; prints as a table.
+class GradientCheck(ResultTable):
+    """The result of `gradcheck`; prints as a table.
 
     Attributes:
         errors: Largest relative error of a parameter's gradient in float64, by accumulator.
-        replays: Whether a second run of every pose gives the first one's prediction.
-        unreached: Parameters that require grad and that no pose reaches, in the full graph as here.
+        second_run_agrees: Whether a second run of every pose gives the prediction of the first.
+        unused_parameters: Parameters that require grad and get no gradient from any pose, also in the full graph.
     """
 
     errors: dict[str, float]
-    replays: bool
-    unreached: tuple[str, ...]
+    second_run_agrees: bool
+    unused_parameters: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
         """Whether every gradient agrees and every pose can be run again."""
-        return self.replays and all(error <= EXACT for error in self.errors.values())
+        return self.second_run_agrees and all(error <= TOLERANCE for error in self.errors.values())
 
-    def __str__(self) -> str:
-        rows = [[name, f"{error:.1e}", "ok" if error <= EXACT else "WRONG"] for name, error in self.errors.items()]
-        notes = [f"a second run of a pose gives {'the same' if self.replays else 'ANOTHER'} prediction"]
-        if self.unreached:
-            notes.append(f"no pose reaches {', '.join(self.unreached)}")
-        return "\n".join([table(["accumulator", "gradient error", f"<= {EXACT:.0e}"], rows), *notes])
+    def table_content(self) -> TableContent:
+        """Return one row per accumulator, and notes on the second run and on unused parameters."""
+        rows = [[name, f"{error:.1e}", "ok" if error <= TOLERANCE else "WRONG"] for name, error in self.errors.items()]
+        notes = [f"a second run of a pose gives {'the same' if self.second_run_agrees else 'ANOTHER'} prediction"]
+        if self.unused_parameters:
+            notes.append(f"no prediction depends on {', '.join(self.unused_parameters)}")
+        return TableContent(["accumulator", "gradient error", f"<= {TOLERANCE:.0e}"], rows, notes)
 
 
 def gradcheck(
     model: nn.Module,
     poses: Sequence[Any],
-    combination: str | Callable[[Tensor], Tensor] = "mean",
+    combination: CombinationLike = "mean",
     *,
-    loss: Loss = total,
-    **options: Any,
-) -> Proof:
-    """Compare every accumulator with the full graph, on a float64 copy of the model.
+    loss: Loss = sum_of_combined,
+    **options: Unpack[OptionTypes],
+) -> GradientCheck:
+    """Compare the gradients of every accumulator with those of the full graph, on a float64 copy of the model.
 
     Args:
-        model: The bare model; it is not touched.
+        model: The bare model; it is not changed.
         poses: A list of poses, few enough for the full graph in float64.
         combination: As for `MultiPose`.
-        loss: Of a prediction; the sum of the combined one by default.
-        **options: Further options of `MultiPose`.
+        loss: Of a prediction; the sum of the combined prediction by default.
+        **options: Further options of `MultiPose`; an accumulator that ignores one of them runs without it.
     """
-    exact = copy.deepcopy(model).double()
-    wide = [
+    double_model = copy.deepcopy(model).double()
+    double_poses = [
         map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, pose) for pose in poses
     ]
-    first, _, *ways = all_ways(exact, wide, combination, ["store", "stream", "recompute", "auto"], **options)
-    gradients, replays = {}, True
-    for way in (first, *ways):
-        exact.zero_grad()
-        with ModelState(exact).preserved():
+    reference, _, *steps = training_steps(double_model, double_poses, combination, ACCUMULATORS, **options)
+    gradients, second_run_agrees = {}, True
+    for step in (reference, *steps):
+        double_model.zero_grad()
+        with ModelState(double_model).preserved():
             try:
-                loss(way.forward()).backward()
+                loss(step.forward()).backward()
             except ReplayError:
-                replays = False
-        gradients[way.name] = [leaf.grad for leaf in exact.parameters()]
-    wanted = gradients.pop(first.name)
-    named = zip(exact.named_parameters(), wanted, strict=True)
-    unreached = tuple(name for (name, leaf), gradient in named if leaf.requires_grad and gradient is None)
-    errors = {name: gradient_error(found, wanted) for name, found in gradients.items()}
-    return Proof(errors, replays, unreached)
+                second_run_agrees = False
+        gradients[step.name] = [leaf.grad for leaf in double_model.parameters()]
+    expected = gradients.pop(reference.name)
+    named = zip(double_model.named_parameters(), expected, strict=True)
+    unused = tuple(name for (name, leaf), gradient in named if leaf.requires_grad and gradient is None)
+    errors = {name: gradient_error(actual, expected) for name, actual in gradients.items()}
+    return GradientCheck(errors, second_run_agrees, unused)

@@ -1,110 +1,136 @@
-"""plan: what each accumulator will need, from one probe pose."""
+"""Estimate the peak memory of every accumulator from one run of the largest pose."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from gradhooks.combination import BoundCombination
-from gradhooks.engine.memory_budget import free_bytes
-from gradhooks.profiling.peak_memory import PeakMemory
+from gradhooks.engine.memory_budget import free_bytes, memory_in_bytes
 from gradhooks.engine.nested import tensors_in
-from gradhooks.profiling.table import table
-from gradhooks.profiling.undisturbed import undisturbed
+from gradhooks.options import OptionTypes
+from gradhooks.profiling.peak_memory import PeakMemory
+from gradhooks.profiling.preserved_state import preserved_state
+from gradhooks.profiling.result_table import ResultTable, TableContent
+from gradhooks.profiling.training_steps import CombinationLike
+from gradhooks.units import format_bytes
 from gradhooks.wrapper import MultiPose
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Predicted peaks of a training step, beyond model and poses; prints as a table.
+class MemoryEstimate(ResultTable):
+    """The result of `estimate_memory`; prints as a table. All peaks are in addition to model and poses.
 
     Attributes:
-        poses: N.
+        poses: Number of poses in the group.
         gradient_bytes: One copy of the gradients.
-        graph_bytes: The peak of the probe pose's forward with a graph.
-        step_bytes: The peak of a plain step of the probe pose with gradients already there, those included.
-        peaks: Bytes by accumulator, and of the full graph.
-        free_bytes: What the model's device has left.
-        choice: What `auto` will do first.
-        reason: Why.
+        graph_bytes: Peak of the largest pose's forward with its graph.
+        step_bytes: Peak of a plain training step of the largest pose, with the gradients of an earlier step.
+        peak_bytes: Peak of a step of the group, by accumulator, and under `"full graph"`.
+        free_bytes: Free memory of the model's device.
+        auto_accumulator: The accumulator that `auto` uses for the first group.
+        auto_reason: Why it uses that one.
     """
 
     poses: int
     gradient_bytes: int
     graph_bytes: int
     step_bytes: int
-    peaks: dict[str, int]
+    peak_bytes: dict[str, int]
     free_bytes: int
-    choice: str
-    reason: str
+    auto_accumulator: str
+    auto_reason: str
 
-    def fits(self, way: str) -> bool:
-        """Whether the peak of an accumulator, or of `"full graph"`, is within what is free."""
-        return self.peaks[way] <= self.free_bytes
+    def fits(self, name: str) -> bool:
+        """Return whether the peak of an accumulator, or of `"full graph"`, is within the free memory."""
+        return self.peak_bytes[name] <= self.free_bytes
 
-    def __str__(self) -> str:
-        rows = [[way, f"{peak / 2**20:.2f} MiB", "yes" if self.fits(way) else "no"] for way, peak in self.peaks.items()]
-        return (
-            table([f"{self.poses} poses", "predicted peak", "fits"], rows)
-            + f"\nfree: {self.free_bytes / 2**20:.0f} MiB; auto begins with {self.choice}: {self.reason}"
-        )
+    def table_content(self) -> TableContent:
+        """Return one row per accumulator, and notes on the free memory and on `auto`."""
+        rows = [
+            [name, format_bytes(peak), "yes" if self.fits(name) else "no"] for name, peak in self.peak_bytes.items()
+        ]
+        notes = [f"free: {format_bytes(self.free_bytes)}; auto begins with {self.auto_accumulator}: {self.auto_reason}"]
+        return TableContent([f"{self.poses} poses", "predicted peak", "fits"], rows, notes)
 
 
 def estimate_memory(
     model: nn.Module,
     poses: Sequence[Any],
-    combination: str | Callable[[Tensor], Tensor] = "mean",
+    combination: CombinationLike = "mean",
     *,
     count: int | None = None,
-    **options: Any,
-) -> Plan:
-    """Predict the peak of every accumulator for a group, by running its largest pose once.
+    **options: Unpack[OptionTypes],
+) -> MemoryEstimate:
+    """Predict the peak memory of every accumulator for a group, in chunks of one pose, by running its largest pose.
+
+    With the option `memory` the figure of "recompute" is an upper bound.
 
     Args:
-        model: The bare model; it is left as it was.
+        model: The bare model; its state is restored.
         poses: A list of poses.
         combination: As for `MultiPose`.
-        count: N, if the group will have another number of such poses.
+        count: Number of poses in the group, if other than `len(poses)`.
         **options: Further options of `MultiPose`.
     """
     count = len(poses) if count is None else count
-    probe = max(poses, key=lambda pose: sum(tensor.nbytes for _, tensor in tensors_in(pose)))
+    largest = max(poses, key=lambda pose: sum(tensor.nbytes for _, tensor in tensors_in(pose)))
     scorer = MultiPose(model, combination, accumulator="auto", **options)
-    with undisturbed(model):
+    with preserved_state(model):
         device = next(model.parameters()).device
         with torch.no_grad():
-            prediction = scorer([probe]).per_pose
-        sums = _running_sums(BoundCombination(scorer.combination, count), prediction)
-        gradients, graph, first, later = _probed(scorer, probe, device)
+            prediction = scorer([largest]).per_pose
+        copies = _gradient_copies(BoundCombination(scorer.combination, count), prediction)
+        measured = _measure(scorer, largest, device)
         model.zero_grad()
-        scorer([probe])
-    peaks = {"full graph": (count - 1) * graph + first, "recompute": later}
-    if sums is not None:
-        peaks["stream"] = later + (sums - 1) * gradients
-    peaks["store"] = max((count - 1) * gradients + first, (count + 1) * gradients)
-    return Plan(
-        count, gradients, graph, later, peaks, free_bytes(device), scorer.report.accumulator, scorer.report.reason
+        scorer([largest])
+    gradients = measured.gradients
+    full_graph = (count - 1) * measured.graph + measured.first_step
+    kept_graphs = memory_in_bytes(scorer.memory, device)
+    peaks = {"full graph": full_graph, "recompute": min(measured.later_step + kept_graphs, full_graph)}
+    if copies is not None:
+        peaks["stream"] = measured.later_step + (copies - 1) * gradients
+    peaks["store"] = max((count - 1) * gradients + measured.first_step, (count + 1) * gradients)
+    return MemoryEstimate(
+        poses=count,
+        gradient_bytes=gradients,
+        graph_bytes=measured.graph,
+        step_bytes=measured.later_step,
+        peak_bytes=peaks,
+        free_bytes=free_bytes(device),
+        auto_accumulator=scorer.report.accumulator,
+        auto_reason=scorer.report.reason,
     )
 
 
-def _probed(scorer: MultiPose, probe: Any, device: torch.device) -> tuple[int, int, int, int]:
-    """Bytes of the gradients, of one graph, of the peak of a first step, and of a later one with gradients there."""
+class _PoseMemory(NamedTuple):
+    """Bytes that one pose needs: gradients, graph, and a step without and with earlier gradients."""
+
+    gradients: int
+    graph: int
+    first_step: int
+    later_step: int
+
+
+def _measure(scorer: MultiPose[Any], pose: Any, device: torch.device) -> _PoseMemory:
     model = scorer.model
     model.zero_grad()
     with PeakMemory(device) as forward:
-        prediction = scorer.call(model, probe)
-    with PeakMemory(device) as first:
-        scorer.call(model, probe).sum().backward()
+        prediction = scorer.call(model, pose)
+    with PeakMemory(device) as first_step:
+        scorer.call(model, pose).sum().backward()
     gradients = sum(leaf.grad.nbytes for leaf in model.parameters() if leaf.grad is not None)
-    with PeakMemory(device) as later:
-        scorer.call(model, probe).sum().backward()
+    with PeakMemory(device) as later_step:
+        scorer.call(model, pose).sum().backward()
     del prediction
-    return gradients, forward.peak, first.peak, gradients + later.peak
+    return _PoseMemory(gradients, forward.peak, first_step.peak, gradients + later_step.peak)
 
 
-def _running_sums(combination: BoundCombination, prediction: Tensor) -> int | None:
+def _gradient_copies(combination: BoundCombination, prediction: Tensor) -> int | None:
+    """Return how many copies of the gradients a stream keeps; None if the combination cannot be streamed."""
     if prediction.numel() != 1:
         return None
     declaration = combination.declare(prediction.flatten(), 0)

@@ -1,4 +1,4 @@
-"""Steps that take turns, so that whatever else the machine does falls on all of them."""
+"""Interleaved timing, so that background load affects all candidates equally."""
 
 import statistics
 import time
@@ -6,19 +6,17 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from gradhooks.profiling.peak_memory import PeakMemory
-
 Step = Callable[[], object]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was begun on `device`, so that a clock tells of it."""
+    """Wait until `device` has finished what was queued, so that a clock measures it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds_of(step: Step, device: torch.device) -> float:
-    """What one step takes."""
+    """Return the time that one call of `step` takes."""
     synchronize(device)
     start = time.perf_counter()
     step()
@@ -26,19 +24,12 @@ def seconds_of(step: Step, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(steps: Sequence[Step], repeats: int, device: torch.device) -> list[list[float]]:
-    """Seconds of each step, round by round."""
+def interleaved_seconds(steps: Sequence[Step], repeats: int, device: torch.device) -> list[list[float]]:
+    """Run all steps in each of `repeats` rounds; return for each step its seconds by round."""
     rounds = [[seconds_of(step, device) for step in steps] for _ in range(repeats)]
-    return [list(times) for times in zip(*rounds, strict=True)]
+    return [list(seconds) for seconds in zip(*rounds, strict=True)]
 
 
-def ratio(seconds: Iterable[float], others: Iterable[float]) -> float:
-    """The median, over the rounds, of what one step takes relative to another."""
-    return statistics.median(one / other for one, other in zip(seconds, others, strict=True))
-
-
-def peak_of(step: Step, device: torch.device) -> int:
-    """Bytes that a step needs at most, beyond what is there."""
-    with PeakMemory(device) as memory:
-        step()
-    return memory.peak
+def median_ratio(seconds: Iterable[float], reference: Iterable[float]) -> float:
+    """Return the median, over the rounds, of the time of one step relative to another in the same round."""
+    return statistics.median(one / other for one, other in zip(seconds, reference, strict=True))

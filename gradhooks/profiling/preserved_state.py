@@ -1,3 +1,5 @@
+"""Run trial steps without leaving a trace."""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,8 +9,8 @@ from gradhooks.engine.model_state import ModelState
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Try things out on a model: its `.grad`, buffers and the random state are afterwards what they were."""
+def preserved_state(model: nn.Module) -> Iterator[None]:
+    """Restore `.grad`, buffers and random state of `model` at the end of the block."""
     gradients = [parameter.grad for parameter in model.parameters()]
     try:
         with ModelState(model).preserved():

@@ -1,0 +1,89 @@
+"""The scripts in examples/benchmarks run, and print and save what they measure."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+
+
+@pytest.fixture
+def _sibling_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the folder of the scripts on `sys.path`, as Python does for a script."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
+    """Run a script in this process, because torch is already imported here."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    try:
+        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_sibling_imports")
+def test_report_prints_the_summary(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "figures.json"
+    run_script(monkeypatch, "report.py", "resnet", "--poses", "2", "--repeats", "1", "--save", str(path))
+    printed = capsys.readouterr().out
+    assert "| time / peak memory, full graph = 1" in printed
+    assert "| mean: recompute, all graphs kept " in printed
+    assert "| min, scale 1000: recompute " in printed
+    assert len(json.loads(path.read_text())) == 3
+    with pytest.raises(SystemExit, match="2"):
+        run_script(monkeypatch, "report.py", "nonsense")
+    assert "unknown model nonsense; available: schnet, transformer, resnet" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_sibling_imports")
+def test_targets_are_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "targets.json"
+    sizes = ["--poses", "2", "--long-group", "12", "--repeats", "1"]
+    run_script(monkeypatch, "targets.py", "resnet", *sizes, "--save", str(path))
+    printed = capsys.readouterr().out
+    saved = json.loads(path.read_text())
+    assert len(saved) == printed.count("\n") - 2 == 27
+    # Bytes are counted, so they are the same in every run.
+    peaks = [target for target in saved if ", peak" in target["quantity"]]
+    assert len(peaks) == 8
+    assert all(target["met"] for target in peaks), peaks
+    assert all(target["measured"] > 0 for target in saved)
+
+
+@pytest.mark.usefixtures("_sibling_imports")
+def test_a_target_that_is_not_met_is_marked() -> None:
+    from targets import Target, target_table  # noqa: PLC0415 - on sys.path in this test only
+
+    targets = [Target("a", "one", 1.2, 1.0), Target("b", "one", 0.9, 1.0), Target("b", "other", 2.0, 2.0)]
+    lines = [line.split("|")[1:-1] for line in target_table(targets).splitlines()]
+    assert [[cell.strip() for cell in line] for line in lines[2:]] == [
+        ["one", "1.00", "1.200 NOT MET", "0.900"],
+        ["other", "2.00", "", "2.000"],
+    ]
+
+
+def test_pose_parallel_measures_several_processes(tmp_path: Path) -> None:
+    path = tmp_path / "sharing.json"
+    options = ["--ranks", "2", "--poses", "2", "--repeats", "1", "--save", str(path)]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "pose_parallel.py"), *options],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
+    )
+    assert "sharing adds |" in done.stdout
+    saved = json.loads(path.read_text())
+    assert [(cost["ranks"], cost["poses"]) for cost in saved] == [(2, 4), (2, 4)]
+    assert all(cost["separate_seconds"] > 0 and cost["sent_bytes"] > 0 for cost in saved)
