@@ -48,8 +48,8 @@ class Combination(torch.nn.Module):
     - `expected_failures`: a mapping from the name of a conformance check to the reason why the class does not pass it.
     - `example(count)`: a method that returns predictions of shape `(count, *prediction)` for the conformance checks, or
       a tuple of these and of the keyword arguments of a call; needed where arbitrary real numbers are not valid.
-    - `example_options`: constructor options with which the conformance checks create the class by its name; needed where
-      an option is required.
+    - `example_options`: a mapping of constructor options with which the conformance checks create the class by its
+      name; needed where an option is required.
     """
 
     def forward(self, predictions: Tensor, *_: Any, **arguments: Any) -> Tensor:

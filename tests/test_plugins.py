@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+import types
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -83,6 +84,14 @@ def test_readme_of_a_distribution(folder: Path) -> None:
     readme = (folder / "README.md").read_text()
     assert [name for name in names_in(folder) if f"`{name}`" not in readme] == []
     run_python_blocks(readme, {})
+
+
+def test_guide(monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (PLUGINS / "README.md").read_text()
+    guide = types.ModuleType("guide")  # the checks pickle classes, which must be found in a module
+    monkeypatch.setitem(sys.modules, "guide", guide)
+    monkeypatch.setattr(registry.combinations, "_registered", {})  # removes what the guide registers
+    run_python_blocks(readme, guide.__dict__)
 
 
 def run_python_blocks(readme: str, namespace: dict[str, Any]) -> None:
