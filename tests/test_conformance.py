@@ -79,9 +79,9 @@ def test_results_of_a_combination_and_of_an_accumulator() -> None:
         (registry.combinations, "mean", COMBINATION_CHECKS),
         (registry.accumulators, "recompute", ACCUMULATOR_CHECKS),
     ):
-        found = list(results(create_example(plugins, name)))
-        assert [result.check for result in found] == [check.__name__ for check in checks]
-        assert all(result.good for result in found)
+        outcomes = list(results(create_example(plugins, name)))
+        assert [result.check for result in outcomes] == [check.__name__ for check in checks]
+        assert all(result.good for result in outcomes)
 
 
 def test_unexpected_pass_is_refused() -> None:
