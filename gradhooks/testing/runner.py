@@ -5,14 +5,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from gradhooks import registry
 from gradhooks.accumulators.base import Accumulator
-from gradhooks.testing import check_accumulators, check_derivatives, check_training, check_values
+from gradhooks.testing.check_accumulators import CHECKS as OF_ACCUMULATORS
+from gradhooks.testing.check_derivatives import CHECKS as OF_DERIVATIVES
+from gradhooks.testing.check_training import CHECKS as OF_TRAINING
+from gradhooks.testing.check_values import CHECKS as OF_VALUES
 from gradhooks.testing.errors import Check, ConformanceError, name_of
 
 if TYPE_CHECKING:
     import pytest
 
-COMBINATION_CHECKS: tuple[Check, ...] = (*check_values.CHECKS, *check_derivatives.CHECKS, *check_training.CHECKS)
-ACCUMULATOR_CHECKS: tuple[Check, ...] = check_accumulators.CHECKS
+COMBINATION_CHECKS: tuple[Check, ...] = (*OF_VALUES, *OF_DERIVATIVES, *OF_TRAINING)
+ACCUMULATOR_CHECKS: tuple[Check, ...] = OF_ACCUMULATORS
 
 State = Literal["passed", "failed", "expected failure", "unexpected pass"]
 
