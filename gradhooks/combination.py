@@ -11,21 +11,22 @@ from gradhooks.numerics import at_least_float32
 
 
 class StreamWeights(NamedTuple):
-    r"""What a combination knows of its coefficients while the poses are still coming.
+    r"""Declare the form of the coefficients before the loss is known.
 
-    With `y_i` the prediction of pose `i`, the declaration claims that numbers `a_0 .. a_K` exist, the same for all
-    poses and known only when the loss is, such that
+    With `y_i` the prediction of pose `i`, the declaration claims that there are numbers `a_0 .. a_K`, the same for all
+    poses, such that
 
         dL/dy_i = exp(log_weights[i]) * (a_0 + a_1 features[i, 0] + ... + a_K features[i, K - 1])
 
-    for every loss `L` of the combined prediction. Row `i` may depend on `y_i` alone. The claim is checked in every
-    group: a pose that it does not explain is recomputed, so a wrong declaration costs time and never a gradient.
+    for every loss `L` of the combined prediction. The numbers `a` need not be declared: they are fitted when the loss
+    is known. Row `i` may depend on `y_i` only. The claim is checked in every group and a pose that it does not explain
+    is recomputed, so a wrong declaration costs time but never gives a wrong gradient.
 
     Attributes:
-        log_weights: Shape `(N,)`, no unit. None says that all poses weigh the same, whatever they predict; then no
-            number has to leave the device before the loss is known.
+        log_weights: Shape `(N,)`, dimensionless. None declares equal weights for all predictions; then nothing has to
+            be copied from the device before the loss is known.
         features: Shape `(N, K)` or `(N,)`, of order 1 where they vary (divide energies by the temperature).
-            None says `K = 0`. Each feature costs one more copy of the gradients.
+            None declares `K = 0`. Each feature costs one more copy of the gradients.
     """
 
     log_weights: Tensor | None = None
@@ -33,78 +34,86 @@ class StreamWeights(NamedTuple):
 
 
 class Combination(torch.nn.Module):
-    """Makes one prediction of the `N` predictions of a group; subclass it and write `forward`.
+    """Combine the `N` predictions of a group into one. Base class: subclass it and define `forward`.
 
-    It is an ordinary module in the user's own graph: autograd derives its coefficients, and parameters of its own
-    are trained with everything else. `N` is small, so compute in float64 where digits could be lost.
+    A combination is an ordinary module in the user's own graph. Autograd derives its coefficients, and its parameters
+    are trained with those of the model. `N` is small, so compute in float64 where float32 would lose digits.
 
-    Keyword arguments of the user's call (masks, weights of the poses, known energies) reach both methods.
+    Keyword arguments of the call `scorer(poses, name=value)` (masks, weights of the poses, known energies) are passed
+    to both methods.
 
-    A class may say more of itself. `api_version = 1` is the version of this contract that it was written for. The
-    conformance kit reads `expected_failures`, a mapping from a check's name to the reason why the promise is not made,
-    and `example(count)`, which returns predictions, where any real numbers will not do.
+    Optional attributes of a subclass:
+
+    - `api_version = 1`: the version of this contract that the class was written for.
+    - `expected_failures`: a mapping from the name of a conformance check to the reason why the class does not pass it.
+    - `example(count)`: a method that returns predictions of shape `(count, *prediction)` for the conformance checks, or
+      a tuple of these and of the keyword arguments of a call; needed where arbitrary real numbers are not valid.
+    - `example_options`: a mapping of constructor options with which the conformance checks create the class by its
+      name; needed where an option is required.
     """
 
     def forward(self, predictions: Tensor, *_: Any, **arguments: Any) -> Tensor:
-        """Combine a group.
+        """Combine the predictions of a group.
 
         Args:
             predictions: Shape `(N, *prediction)`, float32 or wider, in the order of the poses.
-            **arguments: What the user passed beside the poses.
+            **arguments: Keyword arguments of the user's call.
 
         Returns:
-            Shape `(*prediction)` by convention, so that loss code for one pose serves a group; anything goes.
+            Shape `(*prediction)` by convention, so that a loss written for one pose applies to a group. Other shapes
+            are allowed.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(predictions)")
 
     def stream_weights(self, predictions: Tensor, *_: Any, **arguments: Any) -> StreamWeights | None:
-        """Declare how the coefficients depend on each prediction, which makes the combination streamable.
+        """Declare how the coefficient of a pose depends on its prediction, which makes the combination streamable.
 
         Args:
             predictions: Shape `(n,)`, detached, float32 or wider: some poses of a group, not all.
-            **arguments: As for `forward`; of a tensor with `N` rows, the rows of these poses.
+            **arguments: As for `forward`, except that a tensor with `N` rows is passed as the `n` rows of these poses.
 
         Returns:
-            The declaration for those poses, or None (the default) where there is none.
+            The declaration for these poses, or None (the default) if the coefficients have no such form.
         """
         del predictions, arguments
         return None
 
 
 class GradientCombination(Combination):
-    """A combination that also decides what becomes of the poses' gradients: clipping, voting, conflict resolution.
+    """Combine the predictions and also the gradients of the poses: clipping, voting, conflict resolution.
 
-    It needs every gradient, so it is served by the accumulator `store`, which `auto` then chooses: N copies of them.
+    It needs the gradient of every pose, N copies of the gradients, which only the accumulator `store` keeps. The
+    accumulator `auto` selects it for these combinations.
     """
 
     def combine_gradients(
         self, gradients: Mapping[str, Tensor], predictions: Tensor, coefficients: Tensor
     ) -> Mapping[str, Tensor]:
-        """Make the gradients to deliver.
+        """Compute the gradients that are added to `.grad`.
 
-        Plain training would deliver `einsum("n, n ... -> ...", coefficients, gradient)` for each.
+        Plain training uses `einsum("n, n ... -> ...", coefficients, gradient)` for each of them.
 
         Args:
             gradients: `dy_i/dtheta` of each leaf that any pose reaches, shape `(N, *leaf)`, float32 or wider, zeros for
-                the poses that do not reach it. Parameters go by their name in the model, pose inputs that require grad
-                by `"input 0"`, `"input 1"`, ...
+                the poses that do not reach it. Parameters are named as in the model, pose inputs that require grad
+                are named `"input 0"`, `"input 1"`, ...
             predictions: Shape `(N,)`.
             coefficients: `dL/dy_i`, shape `(N,)`, float32 or wider.
 
         Returns:
-            What to deliver, shape `(*leaf)`, under the same names.
+            One gradient of shape `(*leaf)` for each name in `gradients`.
         """
         raise NotImplementedError(f"{type(self).__name__} must define combine_gradients")
 
 
 @dataclass(frozen=True)
 class BoundCombination:
-    """A combination with the arguments of one call.
+    """Bind a combination to the keyword arguments of one call.
 
     Attributes:
         combination: A `Combination`, or any callable.
-        count: N.
-        arguments: What the user passed beside the poses.
+        count: N, the number of poses in the group.
+        arguments: Keyword arguments of the user's call.
     """
 
     combination: Callable[..., Tensor]
@@ -113,35 +122,35 @@ class BoundCombination:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The name of the combination in messages."""
         return getattr(self.combination, "__name__", type(self.combination).__name__)
 
     @property
     def combine_gradients(self) -> Callable[..., Mapping[str, Tensor]] | None:
-        """What it makes of the poses' gradients, if it cares."""
+        """The method `combine_gradients` of the combination, or None if it has none."""
         return getattr(self.combination, "combine_gradients", None)
 
-    def __call__(self, predictions: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Combine the predictions, shape `(N, *prediction)`, or those that are `chosen`, shape `(N,)`, boolean."""
-        seen = predictions.to(at_least_float32(predictions.dtype))
-        if chosen is None:
-            return self.combination(seen, **self.arguments)
-        return self.combination(seen[chosen], **self._of_poses(chosen))
+    def __call__(self, predictions: Tensor, selected: Tensor | None = None) -> Tensor:
+        """Combine the predictions, shape `(N, *prediction)`, or those where `selected`, boolean `(N,)`, is true."""
+        predictions = predictions.to(at_least_float32(predictions.dtype))
+        if selected is None:
+            return self.combination(predictions, **self.arguments)
+        return self.combination(predictions[selected], **self._arguments_of(selected))
 
     def declare(self, predictions: Tensor, start: int) -> StreamWeights | None:
-        """The declaration for the predictions, shape `(n,)`, of the poses from `start` on."""
+        """Return the declaration for the predictions, shape `(n,)`, of the poses `start .. start + n - 1`."""
         stream_weights = getattr(self.combination, "stream_weights", None)
         if stream_weights is None:
             return None
         declaration: StreamWeights | None = stream_weights(
             predictions.to(at_least_float32(predictions.dtype)),
-            **self._of_poses(slice(start, start + len(predictions))),
+            **self._arguments_of(slice(start, start + len(predictions))),
         )
         return declaration
 
-    def _of_poses(self, chosen: Tensor | slice) -> dict[str, Any]:
-        return {name: self._rows(argument, chosen) for name, argument in self.arguments.items()}
+    def _arguments_of(self, selected: Tensor | slice) -> dict[str, Any]:
+        return {name: self._select(argument, selected) for name, argument in self.arguments.items()}
 
-    def _rows(self, argument: Any, chosen: Tensor | slice) -> Any:
-        for_each_pose = isinstance(argument, Tensor) and argument.dim() > 0 and len(argument) == self.count
-        return argument[chosen] if for_each_pose else argument
+    def _select(self, argument: Any, selected: Tensor | slice) -> Any:
+        has_row_per_pose = isinstance(argument, Tensor) and argument.dim() > 0 and len(argument) == self.count
+        return argument[selected] if has_row_per_pose else argument

@@ -13,3 +13,12 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def per_row(values: Tensor, rows: Tensor) -> Tensor:
     """Return `values`, shape `(N,)`, with axes of length 1 so that it broadcasts over `rows`, shape `(N, ...)`."""
     return rearrange(values, "n -> n" + " 1" * (rows.dim() - 1))
+
+
+def to_float64(tensor: Tensor) -> Tensor:
+    """Convert to float64, or return `tensor` itself on a device without float64 (MPS).
+
+    For the N predictions of a group, where float64 costs nothing: in float32, `scale * y` at a scale of 1000 rounds
+    a coefficient by up to 7e-6 of its size.
+    """
+    return tensor if tensor.device.type == "mps" else tensor.to(torch.float64)

@@ -1,4 +1,4 @@
-"""Combinations that break one promise each, by the check that must refuse them and what it must say."""
+"""Combinations that violate one rule of the contract each, with the check that refuses them and its message."""
 # ruff: noqa: ARG002
 
 import threading
@@ -85,7 +85,7 @@ class UnusedParameter(Combination):
 
 
 class WrongSign(Combination):
-    """The plugin whose declaration is wrong, and which trains right all the same."""
+    """A wrong declaration, which costs time but trains with exact gradients."""
 
     def forward(self, predictions: Tensor) -> Tensor:
         return -torch.logsumexp(-predictions.double(), 0).to(predictions.dtype)
@@ -111,18 +111,18 @@ class DeclaresWrongShape(Combination):
 
 
 class DeclaresSome(Combination):
-    """Declares the first pose, then loses interest."""
+    """Declares weights in the first call of stream_weights only."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked = 0
+        self.calls = 0
 
     def forward(self, predictions: Tensor) -> Tensor:
         return torch.logsumexp(predictions, 0)
 
     def stream_weights(self, predictions: Tensor) -> StreamWeights | None:
-        self.asked += 1
-        return StreamWeights(predictions) if self.asked < 2 else None
+        self.calls += 1
+        return StreamWeights(predictions) if self.calls < 2 else None
 
 
 class LosesNames(GradientCombination):
@@ -143,21 +143,21 @@ class DividesByNorm(LosesNames):
 
 
 BROKEN_COMBINATIONS: list[tuple[type[Combination], str, str]] = [
-    (KeepsAxis, "check_result_shape", r"made shape \(1,\) .* reduce axis 0"),
+    (KeepsAxis, "check_result_shape", r"returned shape \(1,\) .* reduce axis 0"),
     (SampleVariance, "check_one_pose", "divide by N - 1"),
     (FirstPose, "check_order_of_poses", "depends on the order of the poses"),
     (RunningMean, "check_repeatable", "keep no state in forward"),
     (ChangesInPlace, "check_repeatable", "changed the predictions in place"),
-    (Exponentials, "check_extreme_values", "all 1e4; work with logarithms"),
-    (AlwaysDouble, "check_dtype_and_device", r"torch.float64 on cpu of predictions in torch.float32"),
+    (Exponentials, "check_extreme_values", "all 1e4; compute with logarithms"),
+    (AlwaysDouble, "check_dtype_and_device", r"torch.float64 on cpu for predictions in torch.float32"),
     (HoldsLock, "check_copies", "cannot be copied by pickle"),
     (DetachesWeights, "check_coefficients", "does it detach a part"),
     (CutsGraph, "check_coefficients", "cut the graph"),
     (UnusedParameter, "check_learnable_parameters", "gives its parameter 'temperature' no gradient"),
-    (WrongSign, "check_stream_declaration", "do not explain its coefficients: pose .* mend it, or return None"),
+    (WrongSign, "check_stream_declaration", "do not explain its coefficients: pose .* correct it, or return None"),
     (DeclaresByGroup, "check_stream_declaration", "row i may depend on prediction i only"),
     (DeclaresWrongShape, "check_stream_declaration", r"log_weights of shape \(\)"),
-    (DeclaresSome, "check_training", "declared the first pose of a group with 0 features, and pose 1 not at all"),
+    (DeclaresSome, "check_training", "stream_weights declared 0 features for pose 0 and nothing for pose 1"),
     (LosesNames, "check_combined_gradients", "keep the names"),
     (DividesByNorm, "check_combined_gradients", "divide by a norm that can be 0"),
 ]

@@ -1,8 +1,9 @@
-"""Every installed combination and accumulator passes the kit, found through its entry point."""
+"""Every installed combination and accumulator passes the conformance kit, created through its entry point."""
 
 import ast
 import re
 import sys
+import types
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 import gradhooks
+import gradhooks.errors
 import gradhooks.testing
 from gradhooks import registry
 from gradhooks.testing import parametrize_with_checks
@@ -18,10 +20,17 @@ from gradhooks.testing import parametrize_with_checks
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib  # comes with pytest there
+    import tomli as tomllib  # a dependency of pytest on Python 3.10
 
 PLUGINS = Path(__file__).parent.parent / "plugins"
 FOLDERS = sorted(path.parent for path in PLUGINS.glob("*/pyproject.toml"))
+PUBLIC = {
+    "gradhooks": gradhooks.__all__,
+    "gradhooks.errors": [name for name in vars(gradhooks.errors) if not name.startswith("_")],
+    "gradhooks.testing": gradhooks.testing.__all__,
+}
+
+every_distribution = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -34,52 +43,59 @@ def names_of(distribution: str) -> list[str]:
     return sorted(point.name for point in points if point.dist is not None and point.dist.name == distribution)
 
 
-FOUND = [name for folder in FOLDERS for name in names_in(folder) if name in registry.combinations.available()]
-ALL_NAMES = [*names_of("gradhooks"), *FOUND]
+INSTALLED = [name for folder in FOLDERS for name in names_in(folder) if name in registry.combinations.available()]
 
 
-def needs(folder: Path) -> None:
-    missing = set(names_in(folder)) - set(FOUND)
+def require(folder: Path) -> None:
+    missing = set(names_in(folder)) - set(INSTALLED)
     if missing:
         pytest.skip(f"{', '.join(sorted(missing))} not installed: pip install -e plugins/{folder.name}")
 
 
-@parametrize_with_checks(ALL_NAMES)
-def test_every_combination(plugin: Any, check: Callable[[Any], None]) -> None:
+@parametrize_with_checks([*names_of("gradhooks"), *INSTALLED])
+def test_combination(plugin: Any, check: Callable[[Any], None]) -> None:
     check(plugin)
 
 
 @parametrize_with_checks([registry.accumulators.create(name) for name in ("auto", "recompute", "store", "stream")])
-def test_every_accumulator(plugin: Any, check: Callable[[Any], None]) -> None:
+def test_accumulator(plugin: Any, check: Callable[[Any], None]) -> None:
     check(plugin)
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_every_name_of_a_distribution_is_installed(folder: Path) -> None:
-    needs(folder)
+@every_distribution
+def test_every_name_of_a_distribution_can_be_loaded(folder: Path) -> None:
+    require(folder)
     for name in names_in(folder):
         assert registry.combinations.load(name).__name__
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_plugins_use_public_names_only(folder: Path) -> None:
-    public = {"gradhooks": gradhooks.__all__, "gradhooks.testing": gradhooks.testing.__all__}
+@every_distribution
+def test_plugins_import_public_names_only(folder: Path) -> None:
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gradhooks":
                 names = {alias.name for alias in node.names}
-                assert names <= set(public[node.module or ""]), f"{path} imports {names} from {node.module}"
+                assert names <= set(PUBLIC[node.module or ""]), f"{path} imports {names} from {node.module}"
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_readme_runs(folder: Path) -> None:
-    needs(folder)
-    namespace: dict[str, Any] = {}
-    for block in re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL):
-        exec(block, namespace)  # noqa: S102
-
-
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_readme_names_every_combination(folder: Path) -> None:
+@every_distribution
+def test_readme_of_a_distribution(folder: Path) -> None:
+    require(folder)
     readme = (folder / "README.md").read_text()
     assert [name for name in names_in(folder) if f"`{name}`" not in readme] == []
+    run_python_blocks(readme, {})
+
+
+def test_guide(monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (PLUGINS / "README.md").read_text()
+    guide = types.ModuleType("guide")  # the checks pickle classes, which must be found in a module
+    monkeypatch.setitem(sys.modules, "guide", guide)
+    monkeypatch.setattr(registry.combinations, "_registered", {})  # removes what the guide registers
+    run_python_blocks(readme, guide.__dict__)
+
+
+def run_python_blocks(readme: str, namespace: dict[str, Any]) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", readme, flags=re.DOTALL | re.MULTILINE)
+    assert blocks
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"README.md, block {number}", "exec"), namespace)  # noqa: S102

@@ -1,4 +1,4 @@
-"""The built-in combinations, found through the same entry points as a stranger's."""
+"""The built-in combinations, registered through the same entry points as plugins."""
 
 from gradhooks.combinations.boltzmann import Boltzmann
 from gradhooks.combinations.logsumexp import Max, Min

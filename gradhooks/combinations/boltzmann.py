@@ -1,24 +1,28 @@
+"""The Boltzmann average."""
+
 import math
 
 import torch
 from torch import Tensor
 
 from gradhooks.combination import Combination, StreamWeights
-from gradhooks.combinations.pose_weights import log_weights, widest
+from gradhooks.combinations.pose_weights import log_weights
 from gradhooks.errors import CombinationError
+from gradhooks.numerics import to_float64
 
 ROOM_TEMPERATURE = 0.592485  # R * 298.15 K in kcal/mol, R = 1.987204e-3 kcal/(mol K) (CODATA 2018)
 
 
 class Boltzmann(Combination):
-    """Thermal average `h = sum_i w_i y_i`, `w_i = g_i exp(-y_i/T - Q)`, `Q = ln sum_j g_j exp(-y_j/T)`.
+    """Compute the thermal average `h = sum_i w_i y_i` with `w_i = g_i exp(-y_i/T - Q)`, `Q = ln sum_j g_j exp(-y_j/T)`.
 
-    All degeneracies `g_i` are 1 unless the call says `weights=`.
+    The degeneracies `g_i` are the argument `weights=` of the call, 1 by default.
 
     Args:
         temperature: `T > 0`, in the unit of the predictions. The default is `RT` at 298.15 K in kcal/mol, for
             predictions that are free energies in kcal/mol.
-        learnable: Train the temperature with everything else; the parameter is its logarithm, so it stays positive.
+        learnable: Train the temperature with the other parameters. The parameter is its logarithm, so that the
+            temperature stays positive.
 
     Raises:
         CombinationError: `temperature` is not a positive finite number.
@@ -36,11 +40,12 @@ class Boltzmann(Combination):
 
     @property
     def temperature(self) -> Tensor | float:
-        """`T`, in the unit of the predictions; a tensor of shape `()` where it is learnable."""
-        return widest(self.log_temperature).exp() if self.learnable else self._temperature
+        """`T`, in the unit of the predictions; a tensor of shape `()` if it is learnable."""
+        return to_float64(self.log_temperature).exp() if self.learnable else self._temperature
 
     def forward(self, predictions: Tensor, weights: Tensor | None = None) -> Tensor:
-        energies = widest(predictions)
+        energies = to_float64(predictions)
+        # w_i = exp(ln g_i - y_i/T) / sum_j exp(ln g_j - y_j/T) = softmax_i(ln g_i - y_i/T)
         occupations = torch.softmax(
             log_weights(weights, predictions, whole_group=True) - energies / self.temperature, dim=0
         )
@@ -48,8 +53,9 @@ class Boltzmann(Combination):
 
     @torch.no_grad()
     def stream_weights(self, predictions: Tensor, weights: Tensor | None = None) -> StreamWeights:
-        # dh/dy_i = w_i (1 - (y_i - h)/T) = exp(-y_i/T) e^-Q ((1 + h/T) - y_i/T): one weight, two numbers, one feature.
-        reduced = widest(predictions) / self.temperature
+        reduced = to_float64(predictions) / self.temperature
+        # dh/dy_i = w_i (1 - (y_i - h)/T) = exp(ln g_i - y_i/T) (a_0 + a_1 y_i/T)
+        # with a_0 = e^-Q (1 + h/T) and a_1 = -e^-Q: one log-weight and one feature
         return StreamWeights(log_weights(weights, predictions) - reduced, features=reduced)
 
     def extra_repr(self) -> str:

@@ -1,3 +1,5 @@
+"""Smooth maximum and minimum."""
+
 import math
 from typing import ClassVar
 
@@ -5,20 +7,21 @@ import torch
 from torch import Tensor
 
 from gradhooks.combination import Combination, StreamWeights
-from gradhooks.combinations.pose_weights import log_weights, widest
+from gradhooks.combinations.pose_weights import log_weights
 from gradhooks.errors import CombinationError
+from gradhooks.numerics import to_float64
 
 
 class LogSumExp(Combination):
-    """What `Max` and `Min` share: `h = (n/t) ln sum_i w_i exp(n t y_i)`, with `n` the sign and `t` the scale.
+    """Compute `h = (n/t) ln sum_i g_i exp(n t y_i)`, with `n` the sign and `t` the scale.
 
-    All `w_i` are 1 unless the call says `weights=`.
+    Base class of `Max` and `Min`. The weights `g_i` are the argument `weights=` of the call, 1 by default.
 
     Args:
-        scale: `t > 0`, in the inverse unit of the predictions. The larger, the closer to the hard extremum, and the
-            fewer poses matter; the distance from it is at most `ln(N) / t`.
-        normalize: Take the mean of the exponentials instead of their sum, so that the result does not depend on `N`:
-            subtract `(n/t) ln sum_i w_i`.
+        scale: `t > 0`, in the inverse unit of the predictions. With a larger scale the result is closer to the hard
+            extremum, from which it differs by at most `ln(N) / t`, and fewer poses matter.
+        normalize: Take the mean of the exponentials instead of their sum, which makes the result independent of `N`:
+            subtract `(n/t) ln sum_i g_i`.
 
     Raises:
         CombinationError: `scale` is not a positive finite number.
@@ -34,28 +37,30 @@ class LogSumExp(Combination):
         self.normalize = normalize
 
     def forward(self, predictions: Tensor, weights: Tensor | None = None) -> Tensor:
-        steepness = self.sign * self.scale
+        signed_scale = self.sign * self.scale
         logarithms = log_weights(weights, predictions, whole_group=True)
-        combined = torch.logsumexp(steepness * widest(predictions) + logarithms, dim=0)
+        # n t h = ln sum_i exp(n t y_i + ln g_i), minus ln sum_i g_i if normalized; 1/(n t) = n/t since n = 1 or -1
+        exponent = torch.logsumexp(signed_scale * to_float64(predictions) + logarithms, dim=0)
         if self.normalize:
-            combined = combined - torch.logsumexp(logarithms.expand_as(predictions), dim=0)
-        return (combined / steepness).to(predictions.dtype)
+            exponent = exponent - torch.logsumexp(logarithms.expand_as(predictions), dim=0)
+        return (exponent / signed_scale).to(predictions.dtype)
 
     def stream_weights(self, predictions: Tensor, weights: Tensor | None = None) -> StreamWeights:
-        # dh/dy_i = w_i exp(n t y_i - Q) with Q = ln sum_j w_j exp(n t y_j): one weight, times a number that all share.
-        return StreamWeights(self.sign * self.scale * widest(predictions) + log_weights(weights, predictions))
+        # dh/dy_i = g_i exp(n t y_i - Q) with Q = ln sum_j g_j exp(n t y_j)
+        #         = exp(n t y_i + ln g_i) a_0 with a_0 = exp(-Q)
+        return StreamWeights(self.sign * self.scale * to_float64(predictions) + log_weights(weights, predictions))
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}, normalize={self.normalize}"
 
 
 class Max(LogSumExp):
-    """Smooth maximum, `h = (1/t) ln sum_i exp(t y_i)`: the best score of the group."""
+    """Compute the smooth maximum `h = (1/t) ln sum_i exp(t y_i)`, for example the best score of a group."""
 
     sign = 1
 
 
 class Min(LogSumExp):
-    """Smooth minimum, `h = -(1/t) ln sum_i exp(-t y_i)`: the lowest energy of the group."""
+    """Compute the smooth minimum `h = -(1/t) ln sum_i exp(-t y_i)`, for example the lowest energy of a group."""
 
     sign = -1

@@ -1,37 +1,35 @@
+"""The argument `weights=` of the built-in combinations: statistical weights of the poses, given by the user."""
+
 import torch
 from torch import Tensor
 
 from gradhooks.errors import CombinationError
-
-
-def widest(numbers: Tensor) -> Tensor:
-    """`numbers` in the widest float their device has.
-
-    N numbers cost nothing, and `scale * y` in float32 is rounded by up to 7e-6 of a coefficient at scale 1000.
-    """
-    return numbers if numbers.device.type == "mps" else numbers.to(torch.float64)
+from gradhooks.numerics import per_row, to_float64
 
 
 def log_weights(weights: Tensor | None, predictions: Tensor, *, whole_group: bool = False) -> Tensor:
-    """Logarithms of the user's weights of the poses, in a shape that broadcasts over the predictions; 0 without any.
+    """Return the logarithms of the weights in float64, in a shape that broadcasts over the predictions.
 
     Args:
-        weights: Shape `(N,)`, not negative; a boolean mask will do.
+        weights: Shape `(N,)`, not negative; may be a boolean mask. None stands for weights of 1.
         predictions: Shape `(N, *prediction)`.
-        whole_group: Whether these are all poses, of which one must weigh something.
+        whole_group: Whether these are all poses of the group, so that at least one weight must be positive.
 
     Raises:
-        CombinationError: The weights have another shape, one is negative or NaN, or all of a group's are 0.
+        CombinationError: The weights have another shape, one is negative or NaN, or all weights of a group are 0.
     """
     if weights is None:
-        return widest(torch.zeros((), device=predictions.device))
+        return to_float64(torch.zeros((), device=predictions.device))
     if weights.shape != predictions.shape[:1]:
         raise CombinationError(
-            f"weights must have shape ({len(predictions)},), one for each pose, got {tuple(weights.shape)}"
+            f"weights must have shape ({len(predictions)},), one weight for each pose, got shape {tuple(weights.shape)}"
         )
-    wide = widest(weights.to(predictions.device))
-    if not (wide >= 0).all():
-        raise CombinationError("weights of poses must not be negative or NaN")
-    if whole_group and not (wide > 0).any():
-        raise CombinationError(f"all {len(wide)} weights are 0, so that no pose is left to combine")
-    return wide.log().view(-1, *[1] * (predictions.dim() - 1))
+    numbers = to_float64(weights.to(predictions.device))
+    invalid = ~(numbers >= 0)
+    if invalid.any():
+        raise CombinationError(f"weights must not be negative or NaN, got {numbers[invalid][0].item():g}")
+    if whole_group and not (numbers > 0).any():
+        raise CombinationError(
+            f"all {len(numbers)} weights are 0, so no pose is left to combine; give at least one a positive weight"
+        )
+    return per_row(numbers.log(), predictions)

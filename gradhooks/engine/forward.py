@@ -13,6 +13,7 @@ from gradhooks.engine.model_call import check_rows
 from gradhooks.engine.model_state import Snapshot
 from gradhooks.engine.parameter_hooks import RunningSums
 from gradhooks.engine.pose_engine import PoseEngine
+from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.pose_runner import NeedsGradModeError
 from gradhooks.engine.progress import progress_of
 from gradhooks.engine.saved_tensors import storage_addresses
@@ -83,7 +84,7 @@ def _run_local_poses(context: ForwardContext, begin: Begin, before: Snapshot) ->
     finite = context.options.nonfinite == "raise"
     engine = PoseEngine(context)
     with progress_of(context.options.progress, count, "poses") as report_progress:
-        _measure_first_poses(context)
+        _measure_first_poses(context, context.runner.run)
         chunk = Chunk(0, sizes.next(count), before)
         live = _run_with_graph(context, chunk)
         accumulation = begin(engine, live)
@@ -124,13 +125,11 @@ def _run_with_graph(context: ForwardContext, chunk: Chunk) -> Tensor:
     return live
 
 
-def _measure_first_poses(context: ForwardContext) -> None:
+def _measure_first_poses(context: ForwardContext, run: Callable[[Poses, int, int], Tensor]) -> None:
     if context.chunk_sizes.needs_measuring and len(context.poses):
         excluded = storage_addresses(context.model, context.shadows.leaves)
         with context.state.preserved():
-            context.chunk_sizes.measure(
-                lambda count: context.runner.run(context.poses, 0, count), len(context.poses), excluded
-            )
+            context.chunk_sizes.measure(lambda count: run(context.poses, 0, count), len(context.poses), excluded)
 
 
 def predict(context: ForwardContext) -> Tensor:
@@ -141,7 +140,7 @@ def predict(context: ForwardContext) -> Tensor:
     partition, sizes = context.partition, context.chunk_sizes
 
     def attempt() -> Tensor:
-        _measure_first_poses(context)
+        _measure_first_poses(context, context.runner.predict)
         with context.state.preserved(only_on_error=True):
             return _predict_local_poses(context)
 
@@ -159,7 +158,7 @@ def _predict_local_poses(context: ForwardContext) -> Tensor:
     with progress_of(context.options.progress, count, "poses") as report_progress:
         while start < count:
             stop = start + context.chunk_sizes.next(count - start)
-            rows.append(context.runner.run(context.poses, start, stop).detach())
+            rows.append(context.runner.predict(context.poses, start, stop).detach())
             check_rows(rows[0], rows[-1], start, finite=context.options.nonfinite == "raise")
             report_progress(stop)
             start = stop

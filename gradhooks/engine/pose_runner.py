@@ -68,11 +68,7 @@ class PoseRunner:
         if self._detach_inputs:
             inputs = map_tensors(self._detach_input, inputs)
         versions = [(tensor, path, tensor._version) for path, tensor in tensors_in(inputs)]
-        try:
-            output = self._call(self._model, inputs)
-        except Exception as error:
-            self._name_pose(error, poses.original_index(start))
-            raise
+        predictions = self._call_model(inputs, poses, start, stop)
         changed = [path for tensor, path, version in versions if tensor._version != version]
         if changed:
             raise PosesError(
@@ -80,6 +76,20 @@ class PoseRunner:
                 "cannot be run again; let the model work on a copy (clone), or pass one with "
                 "call=lambda model, pose: ..."
             )
+        return predictions
+
+    def predict(self, poses: Poses, start: int, stop: int) -> Tensor:
+        """Return the predictions as `run` does, of poses that will not run again and may be changed in place."""
+        return self._call_model(poses.slice(start, stop), poses, start, stop)
+
+    def _call_model(self, inputs: Any, poses: Poses, start: int, stop: int) -> Tensor:
+        try:
+            output = self._call(self._model, inputs)
+        except Exception as error:
+            if hasattr(error, "add_note"):  # Python 3.11
+                index = poses.original_index(start)
+                error.add_note(f"gradhooks: this was pose {index} of a group of {self._pose_count} (counted from 0)")
+            raise
         return prediction_rows(output, start, stop, poses.batched)
 
     def run_without_graph(self, poses: Poses, start: int, stop: int) -> Tensor:
@@ -103,7 +113,3 @@ class PoseRunner:
 
     def _detach_input(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.grad_fn is not None or self._shadows.is_shadow(tensor) else tensor.detach()
-
-    def _name_pose(self, error: Any, index: int) -> None:
-        if hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(f"gradhooks: this was pose {index} of a group of {self._pose_count} (counted from 0)")

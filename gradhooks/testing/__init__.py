@@ -1,4 +1,4 @@
-"""What tests of a plugin, or of training with gradhooks, need: the oracle and the conformance kit."""
+"""Tools for testing plugins and training code: the full graph as reference, and the conformance kit."""
 
 from gradhooks.testing.errors import ConformanceError
 from gradhooks.testing.reference import full_graph
@@ -9,6 +9,7 @@ from gradhooks.testing.runner import (
     check_accumulator,
     check_combination,
     checks_for,
+    create_example,
     parametrize_with_checks,
     results,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "check_accumulator",
     "check_combination",
     "checks_for",
+    "create_example",
     "full_graph",
     "parametrize_with_checks",
     "results",

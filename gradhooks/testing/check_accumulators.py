@@ -1,4 +1,4 @@
-"""Checks of an accumulator: the gradients it delivers are the full graph's."""
+"""Checks of an accumulator: its gradients agree with the full graph."""
 
 import contextlib
 import copy
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gradhooks.combinations import Boltzmann, Max, Mean
-from gradhooks.testing.check_training import EXACT, LOSSES
-from gradhooks.testing.errors import CheckFailed, named
+from gradhooks.testing.check_training import LOSSES, TRAINING_TOLERANCE
+from gradhooks.testing.errors import CheckFailed, conformance_check
 from gradhooks.testing.inputs import REFERENCE_DTYPE, largest_difference
 from gradhooks.testing.reference import full_graph
 from gradhooks.wrapper import MultiPose
@@ -19,7 +19,7 @@ COMBINATIONS: tuple[Callable[[], nn.Module], ...] = (Mean, Max, lambda: Boltzman
 
 
 class Trunk(nn.Module):
-    """Has a frozen, a tied and an unused parameter."""
+    """A model with a frozen, a tied and an unused parameter."""
 
     def __init__(self, outputs: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
@@ -41,104 +41,103 @@ def _trunk_and_poses(count: int = 6, outputs: int = 1, dropout: float = 0.0) -> 
 
 
 def _compare(accumulator: Any, loss: str, combination: nn.Module, passes: int = 1, **options: Any) -> None:
-    """Train two twins, one by the full graph, and compare all their gradients."""
+    """Train two copies of a model, one of them with the full graph, and compare all gradients."""
     trunk, poses = _trunk_and_poses(**options)
-    twin, other = copy.deepcopy(trunk), copy.deepcopy(combination)
+    expected_trunk, expected_combination = copy.deepcopy(trunk), copy.deepcopy(combination)
     torch.manual_seed(3)
-    expected = LOSSES[loss](full_graph(twin, poses, other))
+    expected = LOSSES[loss](full_graph(expected_trunk, poses, expected_combination))
     torch.manual_seed(3)
-    found = LOSSES[loss](MultiPose(trunk, combination, accumulator=copy.deepcopy(accumulator))(list(poses)))
+    result = LOSSES[loss](MultiPose(trunk, combination, accumulator=copy.deepcopy(accumulator))(list(poses)))
     if any(parameter.grad is not None for parameter in trunk.parameters()):
-        raise CheckFailed(
-            "left something in .grad before the loss was known; deliver gradients from Accumulation.gradients alone"
-        )
-    for last in range(passes - 1, -1, -1):
-        expected.backward(retain_graph=last > 0)
-        found.backward(retain_graph=last > 0)
-    what = f"with a loss of {loss} of the combination {type(combination).__name__}"
-    _compare_gradients(trunk, twin, what)
-    _compare_gradients(combination, other, what)
+        raise CheckFailed("changed .grad before the loss was known; return gradients from Accumulation.gradients only")
+    for remaining in range(passes - 1, -1, -1):
+        expected.backward(retain_graph=remaining > 0)
+        result.backward(retain_graph=remaining > 0)
+    condition = f"with a loss of {loss} and the combination {type(combination).__name__}"
+    _compare_gradients(trunk, expected_trunk, condition)
+    _compare_gradients(combination, expected_combination, condition)
 
 
-def _compare_gradients(found: nn.Module, expected: nn.Module, what: str) -> None:
-    for (name, one), other in zip(found.named_parameters(), expected.parameters(), strict=True):
+def _compare_gradients(result: nn.Module, expected: nn.Module, condition: str) -> None:
+    for (name, one), other in zip(result.named_parameters(), expected.parameters(), strict=True):
         if (one.grad is None) != (other.grad is None):
             raise CheckFailed(
-                f"{what}: the .grad of {name!r} is {'None' if one.grad is None else 'there'}, that of the full graph "
-                f"{'None' if other.grad is None else 'is there'}; return None for leaves that no pose reaches"
+                f"{condition}: .grad of {name!r} is {'None' if one.grad is None else 'a tensor'}, but "
+                f"{'None' if other.grad is None else 'a tensor'} in the full graph; return None from "
+                "Accumulation.gradients for exactly the leaves that no pose reaches"
             )
         if one.grad is None or other.grad is None:
             continue
         difference = largest_difference(one.grad, other.grad)
-        if not difference <= EXACT:
+        if not difference <= TRAINING_TOLERANCE:
             raise CheckFailed(
-                f"{what}: the gradient of {name!r} is {difference:.2g} off the full graph's; Accumulation.gradients must "
-                "return sum_i coefficients.total[i] * dy_i/dtheta for each leaf"
+                f"{condition}: the gradient of {name!r} differs from the full graph's by {difference:.2g}; "
+                "Accumulation.gradients must return sum_i coefficients.total[i] * dy_i/dtheta for each leaf"
             )
 
 
-@named
+@conformance_check
 def check_every_loss(accumulator: Any) -> None:
-    """Losses of the combined prediction, of the poses and of both train as the full graph does."""
+    """Losses of the combined prediction, of the pose predictions and of both give the gradients of the full graph."""
     for make in COMBINATIONS:
         for loss in LOSSES:
             _compare(accumulator, loss, make().to(REFERENCE_DTYPE))
 
 
-@named
+@conformance_check
 def check_group_of_one(accumulator: Any) -> None:
-    """A group of one pose trains as the full graph does."""
+    """A group of one pose gives the gradients of the full graph."""
     for make in COMBINATIONS:
         _compare(accumulator, "both", make().to(REFERENCE_DTYPE), count=1)
 
 
-@named
+@conformance_check
 def check_vector_predictions(accumulator: Any) -> None:
-    """Predictions of several numbers train as the full graph does."""
+    """Predictions of several numbers give the gradients of the full graph."""
     _compare(accumulator, "both", Boltzmann(0.7), outputs=3)
 
 
-@named
+@conformance_check
 def check_dropout(accumulator: Any) -> None:
-    """A model that draws random numbers draws the same as in the full graph, also where it is run again."""
+    """A model with dropout draws the same random numbers as in the full graph, also in a second run of a pose."""
     _compare(accumulator, "both", Boltzmann(0.7), dropout=0.5)
 
 
-@named
+@conformance_check
 def check_backward_twice(accumulator: Any) -> None:
-    """`backward(retain_graph=True)` can be followed by another one, which adds the same gradients."""
+    """After `backward(retain_graph=True)`, a second backward adds the same gradients again."""
     for make in COMBINATIONS:
         _compare(accumulator, "both", make().to(REFERENCE_DTYPE), passes=2)
 
 
-@named
+@conformance_check
 def check_several_groups(accumulator: Any) -> None:
-    """What it learned of earlier groups changes no later gradient."""
+    """The gradients of a group do not depend on earlier groups."""
     own = copy.deepcopy(accumulator)
     trunk, poses = _trunk_and_poses()
     scorer = MultiPose(trunk, Max(2.0), accumulator=own)
     for number in range(4):
         trunk.zero_grad()
-        twin = copy.deepcopy(trunk)
+        expected_trunk = copy.deepcopy(trunk)
         group = poses + 0.1 * number
         LOSSES["the combined prediction"](scorer(list(group))).backward()
-        LOSSES["the combined prediction"](full_graph(twin, group, Max(2.0))).backward()
-        _compare_gradients(trunk, twin, f"group {number} of one MultiPose")
+        LOSSES["the combined prediction"](full_graph(expected_trunk, group, Max(2.0))).backward()
+        _compare_gradients(trunk, expected_trunk, f"in group {number} of one MultiPose")
 
 
-@named
+@conformance_check
 def check_leaves_no_trace(accumulator: Any) -> None:
-    """Parameters and hooks of the model are as before, also where a pose raised in the middle of a group."""
+    """The model has its own parameters and no additional hooks afterwards, also if a pose raises in mid-group."""
     trunk, poses = _trunk_and_poses()
     parameters = dict(trunk.named_parameters())
     scorer = MultiPose(trunk, Mean(), accumulator=copy.deepcopy(accumulator))
     scorer(list(poses)).combined.backward()
-    with contextlib.suppress(RuntimeError):  # the last pose does not fit, on purpose
+    with contextlib.suppress(RuntimeError):  # the last pose has the wrong shape
         scorer([*poses[:2], torch.randn(7, dtype=REFERENCE_DTYPE)])
     if any(dict(trunk.named_parameters())[name] is not parameter for name, parameter in parameters.items()):
-        raise CheckFailed("left other parameters in the model than were there before")
+        raise CheckFailed("left other parameters in the model than it had before")
     if any(parameter._post_accumulate_grad_hooks for parameter in parameters.values()):
-        raise CheckFailed("left hooks on the model's parameters; take them off when the group is closed")
+        raise CheckFailed("left hooks on the model's parameters; remove them in Accumulation.close")
 
 
 CHECKS = (

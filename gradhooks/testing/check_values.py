@@ -2,101 +2,110 @@
 
 import copy
 import pickle
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradhooks.testing.errors import CheckFailed, named
-from gradhooks.testing.inputs import largest_difference, parameters, sample
+from gradhooks.numerics import per_row
+from gradhooks.testing.errors import CheckFailed, conformance_check
+from gradhooks.testing.inputs import largest_difference, make_sample, trainable_parameters
 
-SAME = 1e-12
-REORDERED = 1e-9
+REPEAT_TOLERANCE = 1e-12
+ORDER_TOLERANCE = 1e-9
 
 
-@named
+@conformance_check
 def check_result_shape(combination: Any) -> None:
     """The result of 5 poses is finite and has the shape of one prediction."""
-    given = sample(combination, 5)
-    result = given.combined(given.predictions)
-    wanted = given.predictions.shape[1:]
-    if result.shape != wanted:
+    sample = make_sample(combination, 5)
+    result = sample.combine(sample.predictions)
+    expected_shape = sample.predictions.shape[1:]
+    if result.shape != expected_shape:
         raise CheckFailed(
-            f"made shape {tuple(result.shape)} of predictions of shape {tuple(given.predictions.shape)}; reduce axis 0 "
-            f"alone, so that shape {tuple(wanted)} is left and loss code for one pose serves a group"
+            f"returned shape {tuple(result.shape)} for predictions of shape {tuple(sample.predictions.shape)}; reduce "
+            f"axis 0 and no other, to shape {tuple(expected_shape)}, so that a loss for one pose applies to a group"
         )
     if not result.isfinite().all():
-        raise CheckFailed(f"made {_shown(result)} of the finite predictions {_shown(given.predictions)}")
+        raise CheckFailed(f"returned {_shown(result)} for the finite predictions {_shown(sample.predictions)}")
 
 
-@named
+@conformance_check
 def check_one_pose(combination: Any) -> None:
-    """A group of one pose is a group: finite result, finite coefficients, the same shape."""
-    given = sample(combination, 1)
-    result = given.combined(given.predictions)
-    if result.shape != given.predictions.shape[1:]:
+    """A group of one pose has a finite result of the shape of its prediction, and finite coefficients."""
+    sample = make_sample(combination, 1)
+    result = sample.combine(sample.predictions)
+    if result.shape != sample.predictions.shape[1:]:
         raise CheckFailed(
-            f"made shape {tuple(result.shape)} of one pose with a prediction of shape "
-            f"{tuple(given.predictions.shape[1:])}; does it squeeze() without an axis?"
+            f"returned shape {tuple(result.shape)} for one pose with a prediction of shape "
+            f"{tuple(sample.predictions.shape[1:])}; does it call squeeze() without an axis?"
         )
-    if not (result.isfinite().all() and given.coefficients(given.predictions).isfinite().all()):
-        raise CheckFailed("is not finite, or has no finite gradient, for a group of one pose; does it divide by N - 1?")
+    if not (result.isfinite().all() and sample.coefficients(sample.predictions).isfinite().all()):
+        raise CheckFailed(
+            "has a result or a gradient that is not finite for a group of one pose; does it divide by N - 1?"
+        )
 
 
-@named
+@conformance_check
 def check_order_of_poses(combination: Any) -> None:
-    """Another order of the poses gives the same result, to rounding."""
-    given = sample(combination, 6)
+    """The result does not depend on the order of the poses, except for rounding."""
+    sample = make_sample(combination, 6)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    found, expected = given.bound(given.predictions, order), given.bound(given.predictions)
-    difference = largest_difference(found, expected)
-    if not difference <= REORDERED:
+    result, expected = sample.bound(sample.predictions, order), sample.bound(sample.predictions)
+    difference = largest_difference(result, expected)
+    if not difference <= ORDER_TOLERANCE:
         raise CheckFailed(
-            f"depends on the order of the poses: by {difference:.2g} of its result; reduce over axis 0 without "
-            f"indices, or declare expected_failures = {{'check_order_of_poses': 'why the order counts'}}"
+            f"depends on the order of the poses: the result differs by {difference:.2g}; reduce over axis 0 without "
+            "indices, or declare expected_failures = {'check_order_of_poses': 'why the order matters'}"
         )
 
 
-@named
+@conformance_check
 def check_repeatable(combination: Any) -> None:
-    """The same predictions give the same result again, and are left unchanged."""
-    given = sample(combination, 5)
-    kept = given.predictions.clone()
-    first = given.combined(given.predictions).detach().clone()
-    if not torch.equal(kept, given.predictions):
-        raise CheckFailed("changed the predictions in place; work on a copy (add instead of add_, torch.where, clone)")
-    again = given.combined(given.predictions)
-    if not largest_difference(again, first) <= SAME:
+    """The same predictions give the same result a second time, and are not changed."""
+    sample = make_sample(combination, 5)
+    original = sample.predictions.clone()
+    first = sample.combine(sample.predictions).detach().clone()
+    if not torch.equal(original, sample.predictions):
         raise CheckFailed(
-            f"gave {_shown(first)}, then {_shown(again)} for the same predictions; gradhooks combines a group again "
-            "for prediction.weights, so draw no random numbers and keep no state in forward"
+            "changed the predictions in place; use out-of-place operations (add instead of add_, torch.where, clone)"
+        )
+    second = sample.combine(sample.predictions)
+    if not largest_difference(second, first) <= REPEAT_TOLERANCE:
+        raise CheckFailed(
+            f"returned {_shown(first)}, then {_shown(second)} for the same predictions; a group is combined a second "
+            "time by prediction.coefficients(), so draw no random numbers and keep no state in forward"
         )
 
 
-@named
+@conformance_check
 def check_extreme_values(combination: Any) -> None:
     """Predictions that are huge, all equal, or 1e4 apart give a finite result and finite gradients."""
     for dtype in (torch.float32, torch.float64):
-        given = sample(combination, 6, dtype=dtype)
-        for kind, predictions in _extremes(given.predictions).items():
+        sample = make_sample(combination, 6, dtype=dtype)
+        for kind, predictions in _extreme_predictions(sample.predictions).items():
             leaf = predictions.requires_grad_()
-            result = given.combined(leaf)
-            trained = {"the predictions": leaf, **parameters(given.bound.combination)}
-            found = torch.autograd.grad(result.sum(), list(trained.values()), allow_unused=True)
+            result = sample.combine(leaf)
+            inputs = {"the predictions": leaf, **trainable_parameters(sample.bound.combination)}
+            gradients = torch.autograd.grad(result.sum(), list(inputs.values()), allow_unused=True)
             numbers: dict[str, Tensor | None] = {"its result": result}
-            numbers.update({f"the gradient of {name}": part for name, part in zip(trained, found, strict=True)})
-            for what, tensor in numbers.items():
-                if tensor is not None and not tensor.isfinite().all():
-                    raise CheckFailed(
-                        f"{what} is {_shown(tensor)} where predictions in {dtype} are {kind}; work with logarithms "
-                        "(logsumexp, softmax, logsigmoid), and remember that torch.where sends NaN back from the "
-                        "branch that was not taken"
-                    )
+            numbers.update({f"the gradient of {name}": part for name, part in zip(inputs, gradients, strict=True)})
+            _check_finite(numbers, f"predictions in {dtype} are {kind}")
 
 
-def _extremes(like: Tensor) -> dict[str, Tensor]:
-    count = len(like)
-    ramp = torch.linspace(-1, 1, count, dtype=like.dtype).view(-1, *[1] * (like.dim() - 1)).expand_as(like)
+def _check_finite(numbers: Mapping[str, Tensor | None], condition: str) -> None:
+    for name, tensor in numbers.items():
+        if tensor is not None and not tensor.isfinite().all():
+            raise CheckFailed(
+                f"is not finite: {name} is {_shown(tensor)} if {condition}; compute with logarithms (logsumexp, "
+                "softmax, logsigmoid), and note that torch.where passes NaN gradients of the branch that is not taken"
+            )
+
+
+def _extreme_predictions(like: Tensor) -> dict[str, Tensor]:
+    ramp = torch.linspace(-1, 1, len(like), dtype=like.dtype)
+    ramp = per_row(ramp, like).expand_as(like)
     return {
         "all 1e4": torch.full_like(like, 1e4),
         "all -1e4": torch.full_like(like, -1e4),
@@ -108,40 +117,40 @@ def _extremes(like: Tensor) -> dict[str, Tensor]:
     }
 
 
-@named
+@conformance_check
 def check_dtype_and_device(combination: Any) -> None:
-    """The result has the dtype and the device of the predictions, and so have the coefficients."""
+    """The result and the coefficients have the dtype and the device of the predictions."""
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for dtype in (torch.float32, torch.float64):
-            given = sample(combination, 4, dtype=dtype, device=device)
-            result = given.combined(given.predictions)
+            sample = make_sample(combination, 4, dtype=dtype, device=device)
+            result = sample.combine(sample.predictions)
             if result.dtype != dtype or result.device.type != device:
                 raise CheckFailed(
-                    f"made {result.dtype} on {result.device.type} of predictions in {dtype} on {device}; create "
-                    "tensors with dtype= and device= of the predictions, and end with .to(predictions.dtype)"
+                    f"returned {result.dtype} on {result.device.type} for predictions in {dtype} on {device}; create "
+                    "tensors with dtype= and device= of the predictions, and return result.to(predictions.dtype)"
                 )
-            given.coefficients(given.predictions)
+            sample.coefficients(sample.predictions)
 
 
-@named
+@conformance_check
 def check_copies(combination: Any) -> None:
-    """It can be copied and pickled, as models in checkpoints and in worker processes are."""
-    given = sample(combination, 4)
-    own = given.bound.combination
-    expected = given.combined(given.predictions)
-    copies = {"copy.deepcopy": copy.deepcopy, "pickle": lambda value: pickle.loads(pickle.dumps(value))}  # noqa: S301
-    for how, make in copies.items():
+    """The combination can be copied and pickled, as models in checkpoints and in worker processes are."""
+    sample = make_sample(combination, 4)
+    expected = sample.combine(sample.predictions)
+    copiers = {"copy.deepcopy": copy.deepcopy, "pickle": lambda value: pickle.loads(pickle.dumps(value))}  # noqa: S301
+    for how, make_copy in copiers.items():
         try:
-            twin = make(own)
-        except Exception as fault:
+            copied = make_copy(sample.bound.combination)
+        except Exception as error:
             raise CheckFailed(
-                f"cannot be copied by {how}: {type(fault).__name__}: {fault}; keep lambdas, local classes and open "
-                "handles out of its attributes"
-            ) from fault
-        found = given._replace(bound=type(given.bound)(twin, 4, given.bound.arguments)).combined(given.predictions)
-        if not largest_difference(found, expected) <= SAME:
+                f"cannot be copied by {how}: {type(error).__name__}: {error}; do not store lambdas, local classes or "
+                "open handles in attributes"
+            ) from error
+        bound = type(sample.bound)(copied, 4, sample.bound.arguments)
+        result = sample._replace(bound=bound).combine(sample.predictions)
+        if not largest_difference(result, expected) <= REPEAT_TOLERANCE:
             raise CheckFailed(
-                f"gives {_shown(found)} instead of {_shown(expected)} after {how}; what state does it lose?"
+                f"returns {_shown(result)} instead of {_shown(expected)} after {how}; which state is not copied?"
             )
 
 

@@ -1,4 +1,4 @@
-"""How a check says what is wrong."""
+"""How a conformance check reports a failure."""
 
 import functools
 from collections.abc import Callable
@@ -12,22 +12,22 @@ Check = Callable[[Any], None]
 
 
 class ConformanceError(GradhooksError, AssertionError):
-    """Mend the plugin: a check of the conformance kit failed."""
+    """Repair the plugin: a check of the conformance kit failed."""
 
 
 class CheckFailed(Exception):  # noqa: N818 - never leaves the kit
-    """What a check found; `named` adds which check and which plugin."""
+    """Describe a failure inside a check; `conformance_check` adds the names of the check and of the plugin."""
 
 
 def name_of(plugin: Any) -> str:
-    """For messages and test ids."""
+    """Return the name of a plugin for messages and test ids."""
     return getattr(plugin, "__name__", type(plugin).__name__)
 
 
-def named(check: Check) -> Check:
-    """Make every way in which a check can fail a `ConformanceError` that names check and plugin.
+def conformance_check(check: Check) -> Check:
+    """Decorate a check: every failure becomes a `ConformanceError` that names the check and the plugin.
 
-    Checks draw from the global random source, which is left as it was.
+    The check runs with a fixed seed of PyTorch's CPU generator, whose state is restored afterwards.
     """
 
     @functools.wraps(check)
@@ -36,12 +36,12 @@ def named(check: Check) -> Check:
             with torch.random.fork_rng(devices=[]), torch.enable_grad():
                 torch.manual_seed(0)
                 check(plugin)
-        except CheckFailed as found:
-            raise ConformanceError(f"{check.__name__}: {name_of(plugin)} {found}") from found.__cause__
-        except Exception as fault:
+        except CheckFailed as failure:
+            raise ConformanceError(f"{check.__name__}: {name_of(plugin)} {failure}") from failure.__cause__
+        except Exception as error:
             raise ConformanceError(
-                f"{check.__name__}: {name_of(plugin)} raised {type(fault).__name__}: {fault}. What this check asks: "
+                f"{check.__name__}: {name_of(plugin)} raised {type(error).__name__}: {error}. The check requires: "
                 f"{check.__doc__}"
-            ) from fault
+            ) from error
 
     return run

@@ -1,4 +1,4 @@
-"""What the checks feed a combination with."""
+"""Predictions, models and poses for the conformance checks."""
 
 import copy
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from gradhooks.combination import BoundCombination
 from gradhooks.testing.errors import CheckFailed
 
 REFERENCE_DTYPE = torch.float64
-"""The precision of every check that compares numbers."""
+"""The dtype of every check that compares numbers."""
 
 
 class Sample(NamedTuple):
@@ -19,70 +19,69 @@ class Sample(NamedTuple):
     bound: BoundCombination
     predictions: Tensor
 
-    def combined(self, predictions: Tensor) -> Tensor:
-        """The combination of other predictions of that shape.
+    def combine(self, predictions: Tensor) -> Tensor:
+        """Combine other predictions of the same shape.
 
         Raises:
-            CheckFailed: It is no floating-point tensor.
+            CheckFailed: The result is not a floating-point tensor.
         """
         result = self.bound(predictions)
         if not isinstance(result, Tensor) or not result.is_floating_point():
             raise CheckFailed(f"returned {result!r}; forward must return one floating-point tensor")
         return result
 
-    def coefficients(self, predictions: Tensor, cotangent: Tensor | None = None) -> Tensor:
-        """`d combined / d predictions`, summed over what is combined, or over it times `cotangent`.
+    def coefficients(self, predictions: Tensor) -> Tensor:
+        """Compute `d combined / d predictions`, summed over the elements of the combined prediction.
 
         Raises:
-            CheckFailed: No gradient comes back.
+            CheckFailed: The result is not connected to the predictions.
         """
         leaf = predictions.detach().clone().requires_grad_()
-        result = self.combined(leaf)
+        result = self.combine(leaf)
         if not result.requires_grad:
             raise CheckFailed(
-                "cut the graph: its result does not require grad; leave out detach(), item() and no_grad()"
+                "cut the graph: its result does not require grad; do not use detach(), item() or no_grad() in forward"
             )
-        (found,) = torch.autograd.grad((result * (1 if cotangent is None else cotangent)).sum(), leaf)
-        return found
+        (coefficients,) = torch.autograd.grad(result.sum(), leaf)
+        return coefficients
 
 
-def sample(
+def make_sample(
     combination: Any,
     count: int,
     *,
     dtype: torch.dtype = REFERENCE_DTYPE,
     device: str | torch.device = "cpu",
-    seed: int = 0,
 ) -> Sample:
-    """A group of `count` poses for a private copy of the combination.
+    """Create a group of `count` predictions for a private copy of the combination.
 
-    Standard normal numbers, unless the combination has a method `example(count)` that returns predictions, and maybe
-    arguments of the call.
+    The predictions are standard normal numbers, unless the combination has a method `example(count)` that returns
+    predictions, or a tuple of predictions and keyword arguments of the call.
     """
-    own = private(combination, dtype, device)
-    make = getattr(combination, "example", None)
-    torch.manual_seed(seed)
-    made = torch.randn(count) if make is None else make(count)
-    predictions, arguments = made if isinstance(made, tuple) else (made, {})
+    torch.manual_seed(0)
+    make_example = getattr(combination, "example", None)
+    example = torch.randn(count) if make_example is None else make_example(count)
+    predictions, arguments = example if isinstance(example, tuple) else (example, {})
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    return Sample(BoundCombination(own, count, moved), predictions.detach().to(device, dtype))
+    bound = BoundCombination(private_copy(combination, dtype, device), count, moved)
+    return Sample(bound, predictions.detach().to(device, dtype))
 
 
-def private(combination: Any, dtype: torch.dtype = REFERENCE_DTYPE, device: str | torch.device = "cpu") -> Any:
-    """A copy that the check may do anything to."""
+def private_copy(combination: Any, dtype: torch.dtype = REFERENCE_DTYPE, device: str | torch.device = "cpu") -> Any:
+    """Copy the combination, so that a check cannot change the user's object, and convert the copy."""
     own = copy.deepcopy(combination)
     return own.to(device, dtype) if isinstance(own, nn.Module) else own
 
 
-def parameters(combination: Any) -> dict[str, nn.Parameter]:
-    """Its trainable parameters, by name."""
+def trainable_parameters(combination: Any) -> dict[str, nn.Parameter]:
+    """Return the parameters of a combination that require grad, by name."""
     if not isinstance(combination, nn.Module):
         return {}
     return {name: parameter for name, parameter in combination.named_parameters() if parameter.requires_grad}
 
 
 class Network(nn.Module):
-    """Predicts the example's numbers and something that depends on its parameters.
+    """Predict the numbers of the example plus a small correction that depends on trainable parameters.
 
     A pose is `(features, example)`, of shapes `(3,)` and `(*prediction)`.
     """
@@ -98,17 +97,20 @@ class Network(nn.Module):
 
 
 def network_and_poses(predictions: Tensor) -> tuple[Network, list[tuple[Tensor, Tensor]]]:
-    """A model, and poses for which it predicts about `predictions`, shape `(N, *prediction)`."""
+    """Create a model, and poses for which it predicts about `predictions`, shape `(N, *prediction)`."""
     torch.manual_seed(1)
     network = Network(max(1, predictions[0].numel()))
     return network, [(torch.randn(3, dtype=REFERENCE_DTYPE), row) for row in predictions]
 
 
-def largest_difference(found: Tensor, expected: Tensor) -> float:
-    """Relative to the largest expected number, or to 1 where all are smaller; infinite if either is not finite."""
-    if found.shape != expected.shape or not (found.isfinite().all() and expected.isfinite().all()):
+def largest_difference(result: Tensor, expected: Tensor) -> float:
+    """Return the largest difference relative to the largest expected number, or to 1 if all are smaller.
+
+    It is infinite if the shapes differ or a number is not finite.
+    """
+    if result.shape != expected.shape or not (result.isfinite().all() and expected.isfinite().all()):
         return float("inf")
     if expected.numel() == 0:
         return 0.0
     size = max(1.0, expected.abs().max().item())
-    return (found.to(expected) - expected).abs().max().item() / size
+    return (result.to(expected) - expected).abs().max().item() / size

@@ -1,4 +1,4 @@
-"""Combinations of multiple-instance learning for gradhooks."""
+"""Combinations for multiple-instance learning with gradhooks."""
 
 from gradhooks_mil.attention import Attention, GatedAttention
 from gradhooks_mil.generalized_mean import GeneralizedMean

@@ -1,4 +1,9 @@
+"""Means of embeddings with learned weights."""
+
+from typing import Any, ClassVar
+
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from gradhooks import Combination
@@ -6,63 +11,63 @@ from gradhooks.errors import CombinationError
 
 
 class Attention(Combination):
-    """Learned weighted mean of embeddings: `h = sum_i a_i h_i`, `a = softmax_i(w . tanh(V h_i))`.
+    """Compute the mean of embeddings with learned weights, `h = sum_i a_i h_i` with `a = softmax_i(w . tanh(V h_i))`.
 
-    Not streamable, since a prediction is a vector. Biases are learned besides. Source: Ilse, Tomczak and Welling,
-    Attention-based deep multiple instance learning, arXiv:1802.04712, eq. 7 and 8.
+    The linear map `V` has a bias, which the paper leaves out. Not streamable, since a prediction is a vector. Source:
+    Ilse, Tomczak and Welling, Attention-based deep multiple instance learning, arXiv:1802.04712, eq. 8.
 
     Args:
-        features: Length of an embedding `h_i`. With 1, predictions that are single numbers will do too.
-        hidden: Rows of `V`.
+        features: Length of an embedding `h_i`; 1 for predictions of one number.
+        hidden: Number of rows of `V`.
     """
 
-    def __init__(self, features: int = 1, hidden: int = 128) -> None:
+    example_options: ClassVar[dict[str, Any]] = {"features": 3}
+
+    def __init__(self, features: int, hidden: int = 128) -> None:
         super().__init__()
         self.features = features
         self.hidden = nn.Linear(features, hidden)
         self.score = nn.Linear(hidden, 1, bias=False)  # a bias would cancel in the softmax
 
-    def scores(self, embeddings: Tensor) -> Tensor:
-        """`w . tanh(V h_i)`, shape `(N, 1)`, of embeddings of shape `(N, features)`."""
-        scores: Tensor = self.score(self.activation(embeddings))
-        return scores
-
     def activation(self, embeddings: Tensor) -> Tensor:
-        """What is scored, shape `(N, hidden)`."""
+        """Compute `tanh(V h_i)`, shape `(N, hidden)`, from embeddings of shape `(N, features)`."""
         activation: Tensor = self.hidden(embeddings)
         return activation.tanh()
 
     def forward(self, predictions: Tensor) -> Tensor:
-        embeddings = predictions.reshape(len(predictions), -1)
+        embeddings = rearrange(predictions, "n ... -> n (...)")
         if embeddings.shape[1] != self.features:
+            name = type(self).__name__
             raise CombinationError(
-                f"{type(self).__name__} was made for embeddings of {self.features} features, and a prediction has "
-                f"{embeddings.shape[1]}; say {type(self).__name__}(features={embeddings.shape[1]})"
+                f"{name} expects predictions of {self.features} features, got {embeddings.shape[1]}; create it with "
+                f"{name}(features={embeddings.shape[1]})"
             )
-        # In the parameters' precision, which is narrower than the predictions' where the model is bfloat16.
-        attention = torch.softmax(self.scores(embeddings.to(self.score.weight.dtype)), dim=0)
-        return (attention.to(predictions.dtype) * embeddings).sum(0).view(predictions.shape[1:])
+        # The scores have the dtype of the parameters, which is narrower than the predictions' in a bfloat16 model.
+        scores = self.score(self.activation(embeddings.to(self.score.weight.dtype)))
+        attention = torch.softmax(scores, dim=0).to(predictions.dtype)
+        return (attention * embeddings).sum(0).view(predictions.shape[1:])
 
     def example(self, count: int) -> Tensor:
-        """For the conformance kit."""
+        """Return embeddings for the conformance checks."""
         return torch.randn(count, self.features)
 
 
 class GatedAttention(Attention):
-    """Attention with a gate: `h = sum_i a_i h_i`, `a = softmax_i(w . (tanh(V h_i) * sigmoid(U h_i)))`.
+    """Compute attention with a gate, `h = sum_i a_i h_i` with `a = softmax_i(w . (tanh(V h_i) * sigmoid(U h_i)))`.
 
-    Source: Ilse, Tomczak and Welling, arXiv:1802.04712, eq. 9.
+    The linear maps `V` and `U` have biases, which the paper leaves out. Source: Ilse, Tomczak and Welling,
+    arXiv:1802.04712, eq. 9.
 
     Args:
-        features: Length of an embedding `h_i`. With 1, predictions that are single numbers will do too.
-        hidden: Rows of `V` and of `U`.
+        features: Length of an embedding `h_i`; 1 for predictions of one number.
+        hidden: Number of rows of `V` and of `U`.
     """
 
-    def __init__(self, features: int = 1, hidden: int = 128) -> None:
+    def __init__(self, features: int, hidden: int = 128) -> None:
         super().__init__(features, hidden)
         self.gate = nn.Linear(features, hidden)
 
     def activation(self, embeddings: Tensor) -> Tensor:
-        """What is scored, shape `(N, hidden)`."""
+        """Compute `tanh(V h_i) * sigmoid(U h_i)`, shape `(N, hidden)`, from embeddings of shape `(N, features)`."""
         gate: Tensor = self.gate(embeddings)
         return super().activation(embeddings) * gate.sigmoid()

@@ -1,3 +1,5 @@
+"""Generalized (power) mean of probabilities."""
+
 import math
 
 import torch
@@ -6,14 +8,15 @@ from torch.nn.functional import logsigmoid
 
 from gradhooks import Combination, StreamWeights
 from gradhooks.errors import CombinationError
-from gradhooks_mil.logarithms import NEGLIGIBLE, log_mean, log_one_minus_exp
+from gradhooks_mil.logarithms import NEGLIGIBLE, log_mean_exp, log_one_minus_exp
 
 
 class GeneralizedMean(Combination):
-    """Power mean of probabilities: `P = (mean_i p_i^r)^(1/r)`.
+    """Compute the power mean of probabilities, `P = (mean_i p_i^r)^(1/r)`.
 
-    Takes logits, `p_i = sigmoid(y_i)`, and returns the logit of `P`. The mean for `r = 1`, the maximum for large `r`.
-    Source: Kraus, Ba and Frey, arXiv:1511.05286, table 1.
+    Takes logits, `p_i = sigmoid(y_i)`, and returns the logit of `P`. It is the mean for `r = 1` and approaches the
+    maximum as `r` grows. Source: Kraus, Ba and Frey, Classifying and segmenting microscopy images using convolutional
+    multiple instance learning, arXiv:1511.05286 (generalized mean, in the comparison of pooling functions).
 
     Args:
         exponent: `r > 0`.
@@ -29,30 +32,33 @@ class GeneralizedMean(Combination):
         self.exponent = float(exponent)
 
     def forward(self, predictions: Tensor) -> Tensor:
-        # M = mean p^r. Both ln M and ln(1 - M) are had as means, each exact where the other has lost its digits.
-        powers = self.exponent * logsigmoid(predictions.double())
-        log_m, log_rest = log_mean(powers), log_mean(self._log_rests(predictions.double(), powers))
-        high = log_rest < -math.log(2)
-        log_m = torch.where(high, torch.log1p(-torch.where(high, log_rest, -1.0).exp()), log_m)
-        # P = M^(1/r), and 1 - P = (1 - M) / r where M is nearly 1.
-        near_one = log_rest < NEGLIGIBLE
-        log_negative = torch.where(
-            near_one,
-            log_rest - math.log(self.exponent),
-            log_one_minus_exp(torch.where(near_one, -1.0, log_m / self.exponent)),
+        logits = predictions.double()
+        # M = mean_i p_i^r and 1 - M = mean_i (1 - p_i^r): each mean keeps the digits that the other one loses.
+        log_powers = self.exponent * logsigmoid(logits)
+        log_m = log_mean_exp(log_powers)
+        log_one_minus_m = log_mean_exp(self._log_one_minus_powers(logits, log_powers))
+        m_is_large = log_one_minus_m < -math.log(2)
+        log_m = torch.where(m_is_large, torch.log1p(-torch.where(m_is_large, log_one_minus_m, -1.0).exp()), log_m)
+        # ln(1 - P) = ln(1 - M^(1/r)), which is ln((1 - M) / r) where M is nearly 1
+        m_is_one = log_one_minus_m < NEGLIGIBLE
+        log_one_minus_p = torch.where(
+            m_is_one,
+            log_one_minus_m - math.log(self.exponent),
+            log_one_minus_exp(torch.where(m_is_one, -1.0, log_m / self.exponent)),
         )
-        return (log_m / self.exponent - log_negative).to(predictions.dtype)
+        # logit P = ln P - ln(1 - P) with ln P = (ln M) / r
+        return (log_m / self.exponent - log_one_minus_p).to(predictions.dtype)
 
-    def _log_rests(self, logits: Tensor, powers: Tensor) -> Tensor:
-        """`ln(1 - p_i^r)`, which is `ln r - y_i` where `p_i` is nearly 1."""
-        near_one = logits > -NEGLIGIBLE
+    def _log_one_minus_powers(self, logits: Tensor, log_powers: Tensor) -> Tensor:
+        """Compute `ln(1 - p_i^r)`, which is `ln r - y_i` where `p_i` is nearly 1."""
+        p_is_one = logits > -NEGLIGIBLE
         return torch.where(
-            near_one, math.log(self.exponent) - logits, log_one_minus_exp(torch.where(near_one, -1.0, powers))
+            p_is_one, math.log(self.exponent) - logits, log_one_minus_exp(torch.where(p_is_one, -1.0, log_powers))
         )
 
     def stream_weights(self, predictions: Tensor) -> StreamWeights:
-        # dp_i^r / dy_i = r p_i^r (1 - p_i), and the rest is a function of M.
         logits = predictions.double()
+        # dh/dy_i = dh/dM dM/dy_i = dh/dM (r/N) p_i^r (1 - p_i) = exp(r ln p_i + ln(1 - p_i)) a_0
         return StreamWeights(self.exponent * logsigmoid(logits) + logsigmoid(-logits))
 
     def extra_repr(self) -> str:

@@ -1,17 +1,20 @@
+"""Smooth maximum that is independent of the number of instances."""
+
 import math
 
 from torch import Tensor
 
 from gradhooks import Combination, StreamWeights
 from gradhooks.errors import CombinationError
-from gradhooks_mil.logarithms import log_mean
+from gradhooks_mil.logarithms import log_mean_exp
 
 
 class LogMeanExp(Combination):
-    """Smooth maximum that does not depend on the size of the bag: `h = (1/t) ln mean_i exp(t y_i)`.
+    """Compute `h = (1/t) ln mean_i exp(t y_i)`, a smooth maximum that does not depend on the size of the bag.
 
-    Between the mean (small `t`) and the maximum (large `t`; negative `t`: the minimum), within `ln(N) / |t|` of it.
-    Source: Pinheiro and Collobert, From image-level to pixel-level labeling, arXiv:1411.6228.
+    It lies between the mean (small `t`) and the maximum (large `t`; the minimum for negative `t`), from which it
+    differs by at most `ln(N) / |t|`. Source: Pinheiro and Collobert, From image-level to pixel-level labeling with
+    convolutional networks, arXiv:1411.6228, eq. 6.
 
     Args:
         scale: `t`, not 0, in the inverse unit of the predictions.
@@ -27,10 +30,10 @@ class LogMeanExp(Combination):
         self.scale = float(scale)
 
     def forward(self, predictions: Tensor) -> Tensor:
-        return (log_mean(self.scale * predictions.double()) / self.scale).to(predictions.dtype)
+        return (log_mean_exp(self.scale * predictions.double()) / self.scale).to(predictions.dtype)
 
     def stream_weights(self, predictions: Tensor) -> StreamWeights:
-        # dh/dy_i = exp(t y_i - Q), Q = ln sum_j exp(t y_j).
+        # dh/dy_i = exp(t y_i - Q) with Q = ln sum_j exp(t y_j) = exp(t y_i) a_0 with a_0 = exp(-Q)
         return StreamWeights(self.scale * predictions.double())
 
     def extra_repr(self) -> str:

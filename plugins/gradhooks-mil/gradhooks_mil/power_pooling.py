@@ -1,3 +1,5 @@
+"""Means of probabilities, weighted by a power of the probability itself."""
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -7,14 +9,15 @@ from gradhooks.errors import CombinationError
 
 
 class PowerPooling(Combination):
-    """Instances weighted by a power of their probability: `P = sum_i p_i^(n+1) / sum_i p_i^n`.
+    """Compute the mean of probabilities weighted by their own power, `P = sum_i p_i^(n+1) / sum_i p_i^n`.
 
-    Takes logits, `p_i = sigmoid(y_i)`, and returns the logit of `P`. The mean for `n = 0`, the maximum for large `n`.
-    Source: Liu et al., Power pooling, arXiv:2010.09985.
+    Takes logits, `p_i = sigmoid(y_i)`, and returns the logit of `P`. It is the mean for `n = 0` and approaches the
+    maximum as `n` grows. Source: Liu et al., Power pooling: an adaptive pooling function for weakly labelled sound
+    event detection, arXiv:2010.09985.
 
     Args:
         exponent: `n > 0`.
-        learnable: Train `n` with everything else; the parameter is its logarithm, so that it stays positive.
+        learnable: Train `n` with the other parameters. The parameter is its logarithm, so that `n` stays positive.
 
     Raises:
         CombinationError: `exponent` is not positive.
@@ -32,24 +35,27 @@ class PowerPooling(Combination):
         return self.log_exponent.double().exp()
 
     def forward(self, predictions: Tensor) -> Tensor:
-        # 1 - P = sum p_i^n (1 - p_i) / sum p_i^n: the denominators of P and 1 - P cancel in the logit.
-        log_p, log_q = logsigmoid(predictions.double()), logsigmoid(-predictions.double())
+        log_p, log_one_minus_p = logsigmoid(predictions.double()), logsigmoid(-predictions.double())
+        # P = sum_i p_i^(n+1) / D and 1 - P = sum_i p_i^n (1 - p_i) / D with D = sum_i p_i^n
         positive = torch.logsumexp((self.exponent + 1) * log_p, dim=0)
-        negative = torch.logsumexp(self.exponent * log_p + log_q, dim=0)
+        negative = torch.logsumexp(self.exponent * log_p + log_one_minus_p, dim=0)
+        # logit P = ln P - ln(1 - P), where ln D cancels
         return (positive - negative).to(predictions.dtype)
 
     @torch.no_grad()
     def stream_weights(self, predictions: Tensor) -> StreamWeights:
-        # dh/dy_i = p_i^n q_i (-n/B + (n + 1) (1/A + 1/B) p_i), A = sum p_j^(n+1), B = sum p_j^n q_j: one feature.
-        log_p, log_q = logsigmoid(predictions.double()), logsigmoid(-predictions.double())
-        return StreamWeights(self.exponent * log_p + log_q, features=log_p.exp())
+        log_p, log_one_minus_p = logsigmoid(predictions.double()), logsigmoid(-predictions.double())
+        # dh/dy_i = p_i^n (1 - p_i) (-n/B + (n + 1) (1/A + 1/B) p_i) with A = sum_j p_j^(n+1), B = sum_j p_j^n (1 - p_j)
+        #         = exp(n ln p_i + ln(1 - p_i)) (a_0 + a_1 p_i): one log-weight and one feature
+        return StreamWeights(self.exponent * log_p + log_one_minus_p, features=log_p.exp())
 
 
 class LinearSoftmax(PowerPooling):
-    """Instances weighted by their own probability: `P = sum_i p_i^2 / sum_i p_i`.
+    """Compute the mean of probabilities weighted by themselves, `P = sum_i p_i^2 / sum_i p_i`.
 
     Takes logits, `p_i = sigmoid(y_i)`, and returns the logit of `P`; power pooling with `n = 1`. Source: Wang, Li and
-    Metze, A comparison of five multiple instance learning pooling functions, arXiv:1810.09050, table 1.
+    Metze, A comparison of five multiple instance learning pooling functions for sound event detection with weak
+    labeling, arXiv:1810.09050 (linear softmax).
     """
 
     def __init__(self) -> None:

@@ -1,3 +1,5 @@
+"""Mean of the largest predictions."""
+
 from torch import Tensor
 
 from gradhooks import Combination
@@ -5,14 +7,14 @@ from gradhooks.errors import CombinationError
 
 
 class TopKMean(Combination):
-    """Mean of the `k` largest predictions, of all where there are fewer.
+    """Compute the mean of the `k` largest predictions, or of all if there are fewer.
 
-    Its coefficients are `1/k` for those and 0 for the others. Which they are is known only when all have come, so it is
-    not streamable: gradhooks runs the `k` that matter a second time, and no other. Source: Li and Vasconcelos, Multiple
-    instance learning for soft bags via top instances, CVPR 2015.
+    The coefficients are `1/k` for these poses and 0 for the others. Which poses they are is known only when all
+    predictions are, so the combination is not streamable: the `k` poses are run a second time, the others are not.
+    Source: Li and Vasconcelos, Multiple instance learning for soft bags via top instances, CVPR 2015.
 
     Args:
-        k: How many, at least 1.
+        k: Number of predictions in the mean, at least 1.
 
     Raises:
         CombinationError: `k` is less than 1.

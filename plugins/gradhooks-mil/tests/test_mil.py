@@ -25,6 +25,8 @@ P = Y.sigmoid()
         "log_mean_exp",
         "attention",
         "gated_attention",
+        gradhooks_mil.Attention(features=1),
+        gradhooks_mil.GatedAttention(features=1),
         gradhooks_mil.GatedAttention(features=3, hidden=5),
         gradhooks_mil.GeneralizedMean(0.5),
         gradhooks_mil.LogMeanExp(-20.0),
@@ -48,13 +50,13 @@ def test_conformance(plugin: Any, check: Callable[[Any], None]) -> None:
     ],
     ids=lambda value: str(value) if isinstance(value, torch.nn.Module) else "",
 )
-def test_the_formula(combination: Combination, expected: torch.Tensor) -> None:
+def test_formula(combination: Combination, expected: torch.Tensor) -> None:
     torch.testing.assert_close(combination.double()(Y), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("make", [gradhooks_mil.NoisyOr, gradhooks_mil.GeneralizedMean, gradhooks_mil.LinearSoftmax])
 @pytest.mark.parametrize("logit", [-700.0, -45.0, -35.0, -0.1, 20.0, 35.0, 45.0, 700.0])
-def test_one_instance_is_its_own_bag(make: Callable[[], Combination], logit: float) -> None:
+def test_bag_of_one_instance(make: Callable[[], Combination], logit: float) -> None:
     y = torch.tensor([logit], dtype=torch.float64, requires_grad=True)
     combined = make()(y)
     combined.backward()
@@ -62,16 +64,20 @@ def test_one_instance_is_its_own_bag(make: Callable[[], Combination], logit: flo
     torch.testing.assert_close(y.grad, torch.ones_like(y), rtol=1e-12, atol=0)
 
 
-def test_attention_of_equal_scores_is_the_mean() -> None:
+def test_attention_with_equal_scores_is_the_mean() -> None:
     attention = gradhooks_mil.GatedAttention(features=3)
     torch.nn.init.zeros_(attention.score.weight)
     embeddings = torch.randn(7, 3)
     torch.testing.assert_close(attention(embeddings), embeddings.mean(0))
 
 
-def test_attention_says_what_it_was_made_for() -> None:
-    with pytest.raises(CombinationError, match=r"say Attention\(features=4\)"):
-        gradhooks_mil.Attention()(torch.randn(5, 4))
+def test_attention_refuses_embeddings_of_another_length() -> None:
+    with pytest.raises(CombinationError, match=r"of 3 features, got 4; create it with Attention\(features=4\)"):
+        gradhooks_mil.Attention(features=3)(torch.randn(5, 4))
+
+
+def test_attention_of_single_numbers() -> None:
+    assert gradhooks_mil.Attention(features=1)(torch.randn(5)).shape == ()
 
 
 @pytest.mark.parametrize(
@@ -83,12 +89,12 @@ def test_attention_says_what_it_was_made_for() -> None:
         lambda: gradhooks_mil.PowerPooling(0.0),
     ],
 )
-def test_impossible_options(make: Callable[[], Combination]) -> None:
+def test_invalid_options(make: Callable[[], Combination]) -> None:
     with pytest.raises(CombinationError, match="must be"):
         make()
 
 
-def test_top_k_runs_only_what_matters_again() -> None:
+def test_top_k_mean_reruns_k_poses() -> None:
     scorer = MultiPose(torch.nn.Linear(2, 1), gradhooks_mil.TopKMean(2))
     scorer(torch.randn(20, 2).unbind()).combined.sum().backward()
     assert scorer.report.recomputed == 2

@@ -1,4 +1,4 @@
-"""Combinations for gradhooks that work on the gradients of the poses."""
+"""Combinations for gradhooks that also combine the gradients of the poses."""
 
 from gradhooks_robust.clipped_gradients import ClippedGradients
 from gradhooks_robust.conflict_free_gradient import ConflictFreeGradient

@@ -1,20 +1,22 @@
+"""Clipping of each pose's gradient."""
+
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from gradhooks.errors import CombinationError
-from gradhooks_robust.wrapper import GradientWrapper, contributions, inner_products, weighted_sums
+from gradhooks_robust.wrapper import GradientWrapper, contributions, inner_products, sum_over_poses
 
 
 class ClippedGradients(GradientWrapper):
-    """No pose may contribute more than a given length: `sum_i g_i min(1, C / norm(g_i))`.
+    """Bound the norm of each pose's contribution to the gradient: `sum_i g_i min(1, C / norm(g_i))`.
 
-    Here `g_i = dL/dy_i * dy_i/dtheta` over all leaves together. Source: Abadi et al., Deep learning with differential
-    privacy, arXiv:1607.00133, algorithm 1 (without its noise, and summed).
+    Here `g_i = dL/dy_i * dy_i/dtheta`, over all leaves together. Source: Abadi et al., Deep learning with differential
+    privacy, arXiv:1607.00133, algorithm 1 (its gradient clipping; without noise, and summed instead of averaged).
 
     Args:
-        combination: Makes the prediction.
+        combination: The combination of the predictions: the name of an installed one, or an object.
         max_norm: `C > 0`, in the unit of the gradient of the loss.
 
     Raises:
@@ -31,9 +33,10 @@ class ClippedGradients(GradientWrapper):
         self, gradients: Mapping[str, Tensor], predictions: Tensor, coefficients: Tensor
     ) -> Mapping[str, Tensor]:
         del predictions
-        own = contributions(gradients, coefficients)
-        norms = inner_products(own).diagonal().sqrt()
-        return weighted_sums(own, self.max_norm / torch.clamp_min(norms, self.max_norm))
+        rows = contributions(gradients, coefficients)
+        norms = inner_products(rows).diagonal().sqrt()
+        # min(1, C / norm) = C / max(norm, C), which does not divide by 0
+        return sum_over_poses(rows, self.max_norm / torch.clamp_min(norms, self.max_norm))
 
     def extra_repr(self) -> str:
         return f"max_norm={self.max_norm:g}"

@@ -28,16 +28,16 @@ def test_conformance(plugin: Any, check: Callable[[Any], None]) -> None:
 
 
 def combined(combination: GradientCombination, contributions: list[list[float]]) -> list[float]:
-    """What becomes of contributions to two parameters of one number each."""
+    """Combine contributions to the gradients of two parameters of one number each."""
     rows = torch.tensor(contributions, dtype=torch.float64)
     named = {"a": rows[:, :1], "b": rows[:, 1]}
-    found = combination.combine_gradients(named, torch.zeros(len(rows)), torch.ones(len(rows)).double())
-    return [found["a"].item(), found["b"].item()]
+    result = combination.combine_gradients(named, torch.zeros(len(rows)), torch.ones(len(rows)).double())
+    return [result["a"].item(), result["b"].item()]
 
 
-def test_clipping_is_over_all_parameters_together() -> None:
-    found = combined(gradhooks_robust.ClippedGradients(max_norm=2.5), [[3.0, 4.0], [0.0, 1.0]])
-    assert found == pytest.approx([1.5, 3.0])
+def test_norm_is_over_all_parameters_together() -> None:
+    result = combined(gradhooks_robust.ClippedGradients(max_norm=2.5), [[3.0, 4.0], [0.0, 1.0]])
+    assert result == pytest.approx([1.5, 3.0])
 
 
 def test_median_ignores_an_outlier() -> None:
@@ -50,15 +50,15 @@ def test_median_of_an_even_number() -> None:
 
 def test_conflicting_contributions_are_projected() -> None:
     # (1, 0) against (-1, 1): the first becomes (1/2, 1/2), the second (0, 1).
-    found = combined(gradhooks_robust.ConflictFreeGradient(), [[1.0, 0.0], [-1.0, 1.0]])
-    assert found == pytest.approx([0.5, 1.5])
+    result = combined(gradhooks_robust.ConflictFreeGradient(), [[1.0, 0.0], [-1.0, 1.0]])
+    assert result == pytest.approx([0.5, 1.5])
 
 
-def test_projections_are_those_of_the_vectors() -> None:
+def test_projections_agree_with_explicit_vectors() -> None:
     rows = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     combination = gradhooks_robust.ConflictFreeGradient(seed=4)
     expected = torch.zeros(2, dtype=torch.float64)
-    for own, order in zip(rows, gradhooks_robust.ConflictFreeGradient(seed=4)._orders(5), strict=True):
+    for own, order in zip(rows, gradhooks_robust.ConflictFreeGradient(seed=4)._random_orders(5), strict=True):
         changed = own.clone()
         for other in order:
             opposing = changed @ rows[other]
@@ -73,7 +73,7 @@ def test_projections_are_those_of_the_vectors() -> None:
     [gradhooks_robust.ClippedGradients(max_norm=1e9), gradhooks_robust.ConflictFreeGradient()],
     ids=["clipping nothing", "no conflicts"],
 )
-def test_harmless_gradients_are_the_full_graphs(combination: GradientCombination) -> None:
+def test_gradients_without_clipping_or_conflicts_agree_with_the_full_graph(combination: GradientCombination) -> None:
     def trained(predict: Callable[[torch.nn.Module, list[Tensor]], Any]) -> Tensor:
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 1).double()
@@ -82,10 +82,10 @@ def test_harmless_gradients_are_the_full_graphs(combination: GradientCombination
         assert model.weight.grad is not None
         return model.weight.grad
 
-    found = trained(lambda model, poses: MultiPose(model, combination)(poses))
-    torch.testing.assert_close(found, trained(lambda model, poses: full_graph(model, poses, combination)))
+    result = trained(lambda model, poses: MultiPose(model, combination)(poses))
+    torch.testing.assert_close(result, trained(lambda model, poses: full_graph(model, poses, combination)))
 
 
-def test_impossible_options() -> None:
+def test_invalid_options() -> None:
     with pytest.raises(CombinationError, match="max_norm must be positive"):
         gradhooks_robust.ClippedGradients(max_norm=0.0)

@@ -1,16 +1,18 @@
+"""The mean, reduced by the disagreement of the poses."""
+
 from torch import Tensor
 
 from gradhooks import Combination, StreamWeights
 
 
 class RiskAverse(Combination):
-    """The mean, less what the poses disagree: `h = mean_i y_i - r var_i y_i`.
+    """Compute the mean minus a multiple of the variance: `h = mean_i y_i - r var_i y_i`.
 
     Args:
         risk: `r`, in the inverse unit of the predictions.
     """
 
-    api_version = 1  # of gradhooks' plugin contract
+    api_version = 1  # the version of the plugin contract of gradhooks
 
     def __init__(self, risk: float = 0.1) -> None:
         super().__init__()
@@ -20,6 +22,6 @@ class RiskAverse(Combination):
         return predictions.mean(0) - self.risk * predictions.var(0, correction=0)
 
     def stream_weights(self, predictions: Tensor) -> StreamWeights:
-        # dh/dy_i = 1/N - 2 r (y_i - mean)/N = a_0 + a_1 y_i: no weight, one feature. Leave the method out if yours has
-        # no such form.
+        # Optional; leave it out if your coefficients have no such form.
+        # dh/dy_i = 1/N - 2 r (y_i - mean)/N = a_0 + a_1 y_i: equal weights and one feature
         return StreamWeights(features=predictions)
