@@ -1,4 +1,4 @@
-"""examples/pose_parallel.py, started by torchrun, on few conformers."""
+"""Runs examples/pose_parallel.py with torchrun on few conformers."""
 
 import re
 import subprocess
@@ -21,13 +21,13 @@ def losses_and_deviation(ranks: int, cache: Path) -> tuple[str, float]:
         [sys.executable, *launch, str(EXAMPLE), *options], check=True, capture_output=True, text=True, timeout=240
     )
     (losses,) = re.findall(r"loss, \(kcal/mol\)\^2 *\| *(.*?) *\|", done.stdout)
-    (deviation,) = re.findall(r"beside one process *\| *(\S+) relative", done.stdout)
+    (deviation,) = re.findall(r"difference from one process *\| *(\S+) relative", done.stdout)
     return losses, float(deviation)
 
 
 @pytest.mark.skipif(find_spec("torch_geometric") is None, reason="needs torch_geometric")
-def test_two_ranks_train_as_one_does(tmp_path: Path) -> None:
-    shared, deviation = losses_and_deviation(2, tmp_path)
-    alone, _ = losses_and_deviation(1, tmp_path)
+def test_two_ranks_give_the_losses_and_the_gradient_of_one(tmp_path: Path) -> None:
+    of_two, deviation = losses_and_deviation(2, tmp_path)
+    of_one, _ = losses_and_deviation(1, tmp_path)
     assert 0 < deviation < 1e-12
-    assert shared == alone
+    assert of_two == of_one
