@@ -1,5 +1,6 @@
 """Each README: its Python blocks run, its commands and links name files that exist, and CI runs its two commands."""
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -14,6 +15,7 @@ from model_zoo import ZOO
 from trainers import OF_TRAINERS, missing
 
 from gradhooks import registry
+from gradhooks.options import OPTION_NAMES, Options
 
 ROOT = Path(__file__).parents[1]
 READMES = sorted(
@@ -156,6 +158,14 @@ def test_the_first_block_prints_the_report(capsys: pytest.CaptureFixture[str]) -
     assert len(first.code.splitlines()) <= 16
     run_python([first], "README.md", {})
     assert re.search(r"poses\D*100|100 poses", capsys.readouterr().out)
+
+
+def test_the_table_of_options_is_complete() -> None:
+    table = (ROOT / "README.md").read_text().split("## Options of MultiPose")[1].split("\n## ")[0]
+    listed = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", table, re.MULTILINE))
+    defaults = {name: getattr(Options(), name) for name in OPTION_NAMES}
+    defaults.update(combination="mean", call=None)  # None stands for `call_model`
+    assert {name: ast.literal_eval(default) for name, default in listed.items()} == defaults
 
 
 def test_ci_runs_the_commands_of_the_readme() -> None:
