@@ -3,7 +3,7 @@
     python examples/digit_bags.py                          # about a minute on two cores
     python examples/digit_bags.py --combinations noisy_or top_k_mean
 
-A bag is a group of images with one label: whether any of them is a 9. Training does not see the labels of the images.
+A bag is a group of images with one label: whether any of them is a 9. The labels of the images are not used to train.
 Every combination is trained on the same bags; the plot shows which digits determined the prediction. The images come
 with scikit-learn; nothing is downloaded. On a CPU, repeated runs of a command print the same numbers, except for times.
 """
