@@ -1,11 +1,11 @@
-"""Train SchNet on the binding free energies of real ligands, N conformers a ligand, with the memory of one.
+"""Train SchNet on measured binding free energies, N conformers per ligand, with the memory of one.
 
     python examples/binding_affinity.py                     # two minutes on two cores
     python examples/binding_affinity.py --combination min --poses 8
-    python examples/binding_affinity.py --ligands cmet      # posed in the binding site; 24 are too few to learn from
+    python examples/binding_affinity.py --ligands cmet      # poses in the binding site; 24 ligands are too few to learn
 
-The data comes with the rdkit wheel; nothing is downloaded. On a CPU every run of a command gives the same numbers, but
-for the times.
+The data comes with the rdkit wheel; nothing is downloaded. On a CPU, repeated runs of a command print the same numbers,
+except for times.
 """
 
 import argparse
@@ -16,31 +16,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from conformers import SOURCES, Ligand, Pose, ligands, split
+from conformers import SOURCES, Ligand, Pose, load_ligands, split
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from tabulate import tabulate
 from torch import Tensor
 from torch_geometric.nn import SchNet
 from tqdm import tqdm
 
 import gradhooks
-from gradhooks.profiling import Comparison, table
+from gradhooks.profiling.comparison import Comparison
 
-BATCH = 4  # ligands a step of the optimizer
+BATCH_SIZE = 4  # ligands per optimizer step
 LEARNING_RATE = 5e-3
 CUTOFF = 5.0  # Angstrom
-LARGER = 8  # how many times more poses the second group has whose step is measured
+ENLARGEMENT = 8  # the second group whose training step is measured has this many times more poses
 
 
 class Result(NamedTuple):
-    """What the tables and the plot show.
+    """The contents of the tables and the plot.
 
     Attributes:
-        baseline: What the training mean predicts, for the training and the held-out ligands.
-        predictions: What the model predicts for them.
-        targets: What was measured. All in kcal/mol, of shape `(ligands,)`.
-        curve: Of each epoch the error (RMSE) while training and then on the held-out ligands.
-        costs: Of a training step, beside the full graph and a checkpoint for each pose.
+        baseline: The training mean, as predictions for the training and the held-out ligands.
+        predictions: The predictions of the model for them.
+        targets: The measured values. All in kcal/mol, of shape `(ligands,)`.
+        curve: For each epoch, the RMSE during training and then on the held-out ligands.
+        costs: Comparisons of a training step with the full graph and with a checkpoint per pose.
     """
 
     baseline: tuple[Tensor, Tensor]
@@ -50,34 +51,34 @@ class Result(NamedTuple):
     costs: list[Comparison]
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description="SchNet on groups of conformers.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--ligands", choices=list(SOURCES), default="sulfonamides", help="which measured ligands")
-    parser.add_argument("--molecules", type=int, default=320, help="how many of them at most; every fourth is held out")
-    parser.add_argument("--poses", type=int, default=4, help="conformers a molecule")
+    parser.add_argument("--ligands", choices=list(SOURCES), default="sulfonamides", help="data set")
+    parser.add_argument("--molecules", type=int, default=320, help="maximum number; every fourth is held out")
+    parser.add_argument("--poses", type=int, default=4, help="conformers per molecule")
     parser.add_argument("--epochs", type=int, default=12, help="passes over the training molecules")
     combinations = gradhooks.registry.combinations.available()
-    parser.add_argument("--combination", choices=combinations, default="boltzmann", help="of the conformers' energies")
+    parser.add_argument("--combination", choices=combinations, default="boltzmann", help="combines the energies")
     accumulators = gradhooks.registry.accumulators.available()
-    parser.add_argument("--accumulator", choices=accumulators, default="auto", help="how their gradients are summed")
+    parser.add_argument("--accumulator", choices=accumulators, default="auto", help="sums the gradients")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu, cuda, ...")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample, the conformers, the weights and the order")
-    parser.add_argument("--output", type=Path, default=Path("binding_affinity.png"), help="where the plot goes")
+    parser.add_argument("--seed", type=int, default=0, help="of the split, the conformers, the weights and the order")
+    parser.add_argument("--output", type=Path, default=Path("binding_affinity.png"), help="file of the plot")
     parser.add_argument(
-        "--cache", type=Path, default=Path(__file__).parents[1] / ".cache" / "conformers", help="keeps the conformers"
+        "--cache", type=Path, default=Path(__file__).parents[1] / ".cache" / "conformers", help="stores the conformers"
     )
     options = parser.parse_args(argv)
-    for name, least in {"molecules": 4, "poses": 1, "epochs": 1, "seed": 0}.items():
-        if getattr(options, name) < least:
-            parser.error(f"--{name} must be at least {least}")
+    for name, minimum in {"molecules": 4, "poses": 1, "epochs": 1, "seed": 0}.items():
+        if getattr(options, name) < minimum:
+            parser.error(f"--{name} must be at least {minimum}")
     return options
 
 
 def radius_graph(positions: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """The edges `(2, E)` between atoms of a molecule closer than the cutoff, and their lengths `(E,)`."""
+    """Return the edges `(2, E)` between atoms of a molecule closer than the cutoff, and their lengths `(E,)`."""
     distances = (positions.unsqueeze(1) - positions).norm(dim=-1)
     near = (distances < CUTOFF) & (batch.unsqueeze(1) == batch)
     near.fill_diagonal_(False)
@@ -85,31 +86,31 @@ def radius_graph(positions: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def load(options: argparse.Namespace) -> tuple[list[Ligand], list[Ligand]]:
-    """Training and held-out ligands with their conformers."""
+    """Return the training and the held-out ligands with their conformers."""
     training, held_out = split(SOURCES[options.ligands](), options.molecules, options.seed)
-    everything = training + held_out
-    arriving = ligands(everything, options.poses, options.seed, options.cache, options.device)
-    loaded = list(tqdm(arriving, total=len(everything), desc="conformers", unit="ligand"))
-    return loaded[: len(training)], loaded[len(training) :]
+    molecules = training + held_out
+    loading = load_ligands(molecules, options.poses, options.seed, options.cache, options.device)
+    ligands = list(tqdm(loading, total=len(molecules), desc="conformers", unit="ligand"))
+    return ligands[: len(training)], ligands[len(training) :]
 
 
 def train(
     scorer: gradhooks.MultiPose, training: list[Ligand], held_out: list[Ligand], epochs: int
 ) -> list[tuple[float, float]]:
-    """The learning curve: of each epoch the error (RMSE) while training and then on the held-out ligands."""
+    """Train, and return for each epoch the RMSE during training and then on the held-out ligands."""
     optimizer = torch.optim.Adam(scorer.parameters(), lr=LEARNING_RATE)
-    steps = epochs * len(range(0, len(training), BATCH))
+    steps = epochs * len(range(0, len(training), BATCH_SIZE))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, steps=steps))
     curve = []
     with tqdm(total=epochs * len(training), desc="training", unit="ligand") as progress:
         for _ in range(epochs):
             squares = []
-            for batch in torch.randperm(len(training)).split(BATCH):
+            for batch in torch.randperm(len(training)).split(BATCH_SIZE):
                 optimizer.zero_grad()
-                for place in batch.tolist():
-                    poses, target = training[place]
+                for index in batch.tolist():
+                    poses, target = training[index]
                     square = (scorer(poses).combined - target).square().sum()
-                    (square / len(batch)).backward()  # `.grad` adds up over the batch, as ever
+                    (square / len(batch)).backward()  # `.grad` accumulates over the batch
                     squares.append(square.detach())
                     progress.update()
                 optimizer.step()
@@ -121,25 +122,25 @@ def train(
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Relative to its peak: up in the first fifth of the steps, down to 0 at their end."""
+    """Return the learning rate relative to its peak: it rises in the first fifth of the steps and ends at 0."""
     return min(1.0, 5 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 @torch.no_grad()
-def predict(scorer: gradhooks.MultiPose, some: list[Ligand]) -> tuple[Tensor, Tensor]:
-    """Predicted and measured free energies, shape `(ligands,)`."""
-    predicted = torch.cat([scorer(ligand.poses).combined for ligand in some])
-    return predicted.flatten().cpu(), torch.cat([ligand.free_energy for ligand in some]).flatten().cpu()
+def predict(scorer: gradhooks.MultiPose, ligands: list[Ligand]) -> tuple[Tensor, Tensor]:
+    """Return predicted and measured free energies, shape `(ligands,)`."""
+    predicted = torch.cat([scorer(ligand.poses).combined for ligand in ligands])
+    return predicted.flatten().cpu(), torch.cat([ligand.free_energy for ligand in ligands]).flatten().cpu()
 
 
 def rmse(errors: Tensor) -> float:
-    """Root mean square."""
+    """Return the root mean square."""
     return errors.square().mean().sqrt().item()
 
 
 def run(options: argparse.Namespace) -> Result:
-    """The whole job."""
-    # Kernels as small as these gain nothing from a second thread, and so every machine adds in the same order.
+    """Load the data, train, predict and measure the cost of a training step."""
+    # Kernels as small as these gain nothing from a second thread, and with one thread every machine adds in one order.
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     training, held_out = load(options)
@@ -155,12 +156,12 @@ def run(options: argparse.Namespace) -> Result:
         predictions=(fitted[0], unseen[0]),
         targets=(fitted[1], unseen[1]),
         curve=curve,
-        costs=[step_costs(scorer, group, target) for group in (poses, jittered(poses, LARGER))],
+        costs=[step_costs(scorer, group, target) for group in (poses, jittered(poses, ENLARGEMENT))],
     )
 
 
 def step_costs(scorer: gradhooks.MultiPose, poses: list[Pose], target: Tensor) -> Comparison:
-    """What a training step on some poses costs."""
+    """Measure a training step on a group of poses."""
     return gradhooks.compare(
         scorer.model,
         poses,
@@ -171,7 +172,7 @@ def step_costs(scorer: gradhooks.MultiPose, poses: list[Pose], target: Tensor) -
 
 
 def jittered(poses: list[Pose], times: int) -> list[Pose]:
-    """More poses to measure with: these, and copies moved by a tenth of an Angstrom."""
+    """Return the poses and copies of them moved by a tenth of an Angstrom, `times` as many in total."""
     return poses + [
         (numbers, positions + 0.1 * torch.randn_like(positions))
         for _ in range(times - 1)
@@ -180,31 +181,28 @@ def jittered(poses: list[Pose], times: int) -> list[Pose]:
 
 
 def tables(options: argparse.Namespace, result: Result) -> str:
-    """Errors and costs, as text."""
-    seen, new = map(len, result.targets)
-    rows = [
-        f"{options.ligands}: {seen} to train on, {new} held out; {options.poses} poses each, {options.epochs} epochs",
-        "",
-    ]
-    errors = []
+    """Return errors and costs as text."""
+    sizes = [len(target) for target in result.targets]
+    title = f"{options.ligands}: {sizes[0]} for training, {sizes[1]} held out; {options.poses} poses each"
     models = {"training mean": result.baseline, f"SchNet, {options.combination}": result.predictions}
+    rows = []
     for name, predictions in models.items():
         fitted, unseen = (predicted - target for predicted, target in zip(predictions, result.targets, strict=True))
-        measures = (rmse(fitted), fitted.abs().mean(), rmse(unseen), unseen.abs().mean())
-        errors.append([name, *(f"{measure:.3f}" for measure in measures)])
-    rows.append(table(["error, kcal/mol", "train RMSE", "train MAE", "held-out RMSE", "held-out MAE"], errors))
+        rows.append([name, rmse(fitted), fitted.abs().mean().item(), rmse(unseen), unseen.abs().mean().item()])
+    headers = ["error, kcal/mol", "train RMSE", "train MAE", "held-out RMSE", "held-out MAE"]
+    lines = [f"{title}, {options.epochs} epochs", "", tabulate(rows, headers, tablefmt="pipe", floatfmt=".3f")]
     for cost in result.costs:
-        rows += ["", f"a training step ({cost.setting})", str(cost)]
-    return "\n".join(rows)
+        lines += ["", f"a training step ({cost.setting})", str(cost)]
+    return "\n".join(lines)
 
 
 def plot(result: Result, path: Path) -> None:
-    """Predicted against measured, and the learning curve."""
+    """Draw predicted against measured energies, and the learning curve."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     scatter, curve = figure.subplots(1, 2)
     _plot_predictions(scatter, result)
     epochs = range(1, len(result.curve) + 1)
-    for errors, label in zip(zip(*result.curve, strict=True), ("while training", "held out"), strict=True):
+    for errors, label in zip(zip(*result.curve, strict=True), ("during training", "held out"), strict=True):
         curve.plot(epochs, errors, marker="o", markersize=3, label=label)
     baseline = rmse(result.baseline[1] - result.targets[1])
     curve.axhline(baseline, color="gray", linestyle="--", label="training mean, held out")
@@ -217,8 +215,8 @@ def plot(result: Result, path: Path) -> None:
 def _plot_predictions(axes: Axes, result: Result) -> None:
     for predicted, measured, label in zip(result.predictions, result.targets, ("training", "held out"), strict=True):
         axes.scatter(measured, predicted, s=10, alpha=0.6, label=label)
-    everything = torch.cat([*result.predictions, *result.targets])
-    ends = [everything.min().item(), everything.max().item()]
+    energies = torch.cat([*result.predictions, *result.targets])
+    ends = [energies.min().item(), energies.max().item()]
     axes.plot(ends, ends, color="gray", linewidth=0.8)
     axes.set(xlabel="measured, kcal/mol", ylabel="predicted, kcal/mol", title="binding free energy", aspect="equal")
     axes.legend()
@@ -226,7 +224,7 @@ def _plot_predictions(axes: Axes, result: Result) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run, print and plot."""
-    options = arguments(argv)
+    options = parse_arguments(argv)
     result = run(options)
     plot(result, options.output)
     print(f"\n{tables(options, result)}\n\nplot: {options.output}")

@@ -1,4 +1,4 @@
-"""Measured ligands from the rdkit wheel, and conformers of them as poses for SchNet."""
+"""Load measured ligands from the rdkit wheel, and embed conformers as poses for SchNet."""
 
 import csv
 import math
@@ -21,7 +21,7 @@ Pose = tuple[Tensor, Tensor]
 
 
 class Measured(NamedTuple):
-    """A molecule and the free energy with which it binds, in kcal/mol."""
+    """A molecule and its binding free energy in kcal/mol."""
 
     name: str
     molecule: Chem.Mol
@@ -29,14 +29,14 @@ class Measured(NamedTuple):
 
 
 class Ligand(NamedTuple):
-    """What the training needs of it; a pose is `(atomic numbers, positions)`, of its heavy atoms, in Angstrom."""
+    """Training data of a molecule; a pose is `(atomic numbers, positions)` of its heavy atoms, in Angstrom."""
 
     poses: list[Pose]
     free_energy: Tensor
 
 
 def sulfonamides() -> list[Measured]:
-    """1017 sulfonamides of ChEMBL2321810; `dG = -RT ln(10) pIC50`."""
+    """Return 1017 sulfonamides of ChEMBL2321810; `dG = -RT ln(10) pIC50`."""
     with _data_file("CHEMBL2321810_act.csv").open() as rows:
         activities = {row["Name"]: float(row["Act"]) for row in csv.DictReader(rows)}
     entries = [line.split() for line in _data_file("CHEMBL2321810.smi").read_text().splitlines()]
@@ -47,9 +47,9 @@ def sulfonamides() -> list[Measured]:
 
 
 def cmet() -> list[Measured]:
-    """24 ligands of c-Met, posed in its binding site."""
+    """Return 24 ligands of c-Met, posed in its binding site."""
     supplier = Chem.SDMolSupplier(str(_data_file("cmet_ligands.sdf")), removeHs=False)
-    return [Measured(f"{place:02}", ligand, ligand.GetDoubleProp("r_exp_dg")) for place, ligand in enumerate(supplier)]
+    return [Measured(f"{index:02}", ligand, ligand.GetDoubleProp("r_exp_dg")) for index, ligand in enumerate(supplier)]
 
 
 SOURCES: dict[str, Callable[[], list[Measured]]] = {"sulfonamides": sulfonamides, "cmet": cmet}
@@ -58,62 +58,65 @@ SOURCES: dict[str, Callable[[], list[Measured]]] = {"sulfonamides": sulfonamides
 def _data_file(name: str) -> Path:
     if not (DATA / name).exists():
         raise FileNotFoundError(
-            f"{DATA / name} is missing; the rdkit wheel has it: pip install --force-reinstall rdkit"
+            f"{DATA / name} is missing; the rdkit wheel contains it: pip install --force-reinstall rdkit"
         )
     return DATA / name
 
 
 def split(measured: list[Measured], count: int, seed: int) -> tuple[list[Measured], list[Measured]]:
-    """Training and held-out molecules: `count` at most, of which every fourth is held out.
+    """Draw at most `count` molecules and return those for training and every fourth, which is held out.
 
-    Both span the whole range of free energies: one molecule is drawn from each of `count` ranks, and one of every four
-    neighbours is held out, at random.
+    Both parts span the whole range of free energies: one molecule is drawn from each of `count` equal ranges of the
+    sorted molecules, and one of every four neighbours is held out, at random.
     """
     random = np.random.default_rng(seed)
-    ranked = sorted(measured, key=lambda one: (one.free_energy, one.name))
-    drawn = [ranked[random.choice(ranks)] for ranks in np.array_split(np.arange(len(ranked)), min(count, len(ranked)))]
+    ranked = sorted(measured, key=lambda molecule: (molecule.free_energy, molecule.name))
+    ranges = np.array_split(np.arange(len(ranked)), min(count, len(ranked)))
+    drawn = [ranked[random.choice(indices)] for indices in ranges]
     held_out = {start + int(random.integers(4)) for start in range(0, len(drawn), 4)}
     return (
-        [one for place, one in enumerate(drawn) if place not in held_out],
-        [one for place, one in enumerate(drawn) if place in held_out],
+        [molecule for index, molecule in enumerate(drawn) if index not in held_out],
+        [molecule for index, molecule in enumerate(drawn) if index in held_out],
     )
 
 
-def ligands(measured: Iterable[Measured], count: int, seed: int, cache: Path, device: torch.device) -> Iterator[Ligand]:
-    """Each molecule with `count` poses, from the cache where it has them."""
-    for one in measured:
-        numbers, positions = _cached(one, count, seed, cache)
-        kinds = torch.from_numpy(numbers).to(device)
-        poses = [(kinds, torch.from_numpy(place).to(device)) for place in positions]
-        yield Ligand(poses, torch.tensor([[one.free_energy]], device=device))
+def load_ligands(
+    measured: Iterable[Measured], count: int, seed: int, cache: Path, device: torch.device
+) -> Iterator[Ligand]:
+    """Yield each molecule with `count` poses, which are read from the cache if it has them."""
+    for molecule in measured:
+        atomic_numbers, positions = _cached(molecule, count, seed, cache)
+        numbers = torch.from_numpy(atomic_numbers).to(device)
+        poses = [(numbers, torch.from_numpy(coordinates).to(device)) for coordinates in positions]
+        yield Ligand(poses, torch.tensor([[molecule.free_energy]], device=device))
 
 
-def _cached(one: Measured, count: int, seed: int, cache: Path) -> tuple[np.ndarray, np.ndarray]:
-    # Another rdkit may embed differently, so that its version is part of the key.
-    path = cache / f"rdkit-{rdkit.__version__}" / f"{one.name}-{count}-poses-seed-{seed}.npz"
+def _cached(measured: Measured, count: int, seed: int, cache: Path) -> tuple[np.ndarray, np.ndarray]:
+    # Another version of rdkit may give other coordinates, so the version is part of the key.
+    path = cache / f"rdkit-{rdkit.__version__}" / f"{measured.name}-{count}-poses-seed-{seed}.npz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        numbers, positions = _conformers(one, count, seed)
+        numbers, positions = _conformers(measured, count, seed)
         unfinished = path.with_suffix(f".{os.getpid()}.npz")
         np.savez(unfinished, numbers=numbers, positions=positions)
-        unfinished.replace(path)  # all or nothing, also where the run is interrupted here
+        unfinished.replace(path)  # atomic, so that an interrupted run leaves no incomplete file under this name
     with np.load(path) as stored:
         return stored["numbers"], stored["positions"]
 
 
-def _conformers(one: Measured, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Atomic numbers `(A,)` and positions `(count, A, 3)`: the coordinates that the data has, if any, come first."""
-    given = [conformer.GetPositions() for conformer in one.molecule.GetConformers()]
-    numbers = np.array([atom.GetAtomicNum() for atom in one.molecule.GetAtoms()])
-    whole = Chem.AddHs(one.molecule)  # appends them, so that the heavy atoms keep their places
+def _conformers(measured: Measured, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return atomic numbers `(A,)` and positions `(count, A, 3)`; coordinates from the data set come first."""
+    given = [conformer.GetPositions() for conformer in measured.molecule.GetConformers()]
+    numbers = np.array([atom.GetAtomicNum() for atom in measured.molecule.GetAtoms()])
+    with_hydrogens = Chem.AddHs(measured.molecule)  # appends them, so the heavy atoms keep their indices
     options = rdDistGeom.ETKDGv3()
-    options.randomSeed = seed + 1  # conformer i gets i times this, and 0 would make all of them one
+    options.randomSeed = seed + 1  # conformer i uses i times this number, so 0 would make all of them equal
     options.numThreads = 0  # all cores; the coordinates do not depend on it
-    rdDistGeom.EmbedMultipleConfs(whole, count - len(given), options)
-    embedded = [conformer.GetPositions()[: len(numbers)] for conformer in whole.GetConformers()]
+    rdDistGeom.EmbedMultipleConfs(with_hydrogens, count - len(given), options)
+    embedded = [conformer.GetPositions()[: len(numbers)] for conformer in with_hydrogens.GetConformers()]
     if len(given) + len(embedded) < count:
         raise RuntimeError(
-            f"{one.name}: rdkit embedded {len(embedded)} of {count - len(given)} conformers; try another --seed"
+            f"{measured.name}: rdkit embedded {len(embedded)} of {count - len(given)} conformers; try another --seed"
         )
     heavy = numbers > 1
     return numbers[heavy], np.stack(given + embedded).astype(np.float32)[:, heavy]

@@ -1,11 +1,11 @@
 """Does the bag hold a 9? Multiple-instance learning on scikit-learn's handwritten digits.
 
-    python examples/digit_bags.py                          # less than a minute on two cores
+    python examples/digit_bags.py                          # about a minute on two cores
     python examples/digit_bags.py --combinations noisy_or top_k_mean
 
-A bag is a group of images, and has one label: whether any of them is a 9. Which one it is the training is never told.
-Every combination is trained on the same bags; the plot shows which digits made the prediction. The images come with
-scikit-learn; nothing is downloaded. On a CPU every run of a command gives the same numbers, but for the times.
+A bag is a group of images with one label: whether any of them is a 9. The labels of the images are not used to train.
+Every combination is trained on the same bags; the plot shows which digits determined the prediction. The images come
+with scikit-learn; nothing is downloaded. On a CPU, repeated runs of a command print the same numbers, except for times.
 """
 
 import argparse
@@ -19,13 +19,14 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from sklearn.datasets import load_digits
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 import gradhooks
 
-SOUGHT = 9
+TARGET_DIGIT = 9
 EMBEDDING = 16
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 1e-4
@@ -36,7 +37,7 @@ class Bag(NamedTuple):
 
     Attributes:
         images: Shape `(N, 1, 8, 8)`, in [0, 1].
-        digits: What they show, shape `(N,)`; never seen in training.
+        digits: The labels of the images, shape `(N,)`; not used in training.
         label: 1.0 if one is a 9, shape `(1,)`.
     """
 
@@ -46,14 +47,14 @@ class Bag(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of one combination.
+    """The result of training with one combination.
 
     Attributes:
-        name: Its name.
-        accuracy: PosePartition of the held-out bags whose label is right.
-        found: PosePartition of the held-out bags with a 9 in which the heaviest image is a 9.
-        seconds: How long training took.
-        shares: For each held-out bag, how much each image made the prediction, shape `(N,)`, of sum 1.
+        name: The name of the combination.
+        accuracy: Fraction of the held-out bags whose label is predicted correctly.
+        found: Fraction of the held-out bags with a 9 in which the image with the largest coefficient is a 9.
+        seconds: Duration of the training.
+        shares: For each held-out bag, the relative size of each image's coefficient, shape `(N,)`, with sum 1.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Result(NamedTuple):
 
 
 class AttentionClassifier(gradhooks.Combination):
-    """Pools embeddings by gated attention and classifies the result: a combination may hold another."""
+    """Pool embeddings by gated attention and classify the result: a combination may contain another."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -72,13 +73,13 @@ class AttentionClassifier(gradhooks.Combination):
         self.classifier = nn.Linear(features, 1)
 
     def forward(self, predictions: Tensor) -> Tensor:
-        """The logit, shape `(1,)`, of embeddings of shape `(N, features)`."""
+        """Return the logit, shape `(1,)`, of embeddings of shape `(N, features)`."""
         logit: Tensor = self.classifier(self.attention(predictions))
         return logit
 
 
 def network(outputs: int) -> nn.Module:
-    """From images `(n, 1, 8, 8)` to `(n, outputs)`: logits of the images, or embeddings."""
+    """Return a network from images `(n, 1, 8, 8)` to `(n, outputs)`: logits of the images, or embeddings."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.ReLU(),
@@ -92,12 +93,12 @@ def network(outputs: int) -> nn.Module:
 
 
 def attention_scorer(chunk: int) -> gradhooks.MultiPose:
-    """The network makes embeddings, whose attention is trained with it."""
+    """Return a model whose network predicts embeddings; the attention over them is trained with it."""
     return gradhooks.MultiPose(network(EMBEDDING), AttentionClassifier(EMBEDDING), chunk_size=chunk)
 
 
 def scorer_of(name: str, chunk: int) -> gradhooks.MultiPose:
-    """A model of bags: the network makes a logit of every image, and the combination one of the bag."""
+    """Return a model of bags: the network predicts a logit for each image, the combination one for the bag."""
     special: dict[str, Callable[[int], gradhooks.MultiPose]] = {"gated_attention": attention_scorer}
     if name in special:
         return special[name](chunk)
@@ -105,24 +106,24 @@ def scorer_of(name: str, chunk: int) -> gradhooks.MultiPose:
 
 
 def bags_of(images: Tensor, digits: Tensor, count: int, size: int, generator: torch.Generator) -> list[Bag]:
-    """Bags of `size - 2` to `size + 2` images, every other with one 9 or more."""
-    positive, negative = (digits == SOUGHT).nonzero().flatten(), (digits != SOUGHT).nonzero().flatten()
+    """Draw bags of `size - 2` to `size + 2` images; every second one contains at least one 9."""
+    positive, negative = (digits == TARGET_DIGIT).nonzero().flatten(), (digits != TARGET_DIGIT).nonzero().flatten()
 
-    def draw(places: Tensor, number: int) -> Tensor:
-        return places[torch.randint(len(places), (number,), generator=generator)]
+    def draw(indices: Tensor, number: int) -> Tensor:
+        return indices[torch.randint(len(indices), (number,), generator=generator)]
 
     bags = []
     for index in range(count):
         total = max(1, size + int(torch.randint(-2, 3, (), generator=generator)))
-        sought = index % 2 * int(torch.randint(1, max(2, total // 4 + 1), (), generator=generator))
-        chosen = torch.cat([draw(positive, sought), draw(negative, total - sought)])
+        nines = index % 2 * int(torch.randint(1, max(2, total // 4 + 1), (), generator=generator))
+        chosen = torch.cat([draw(positive, nines), draw(negative, total - nines)])
         chosen = chosen[torch.randperm(total, generator=generator)]
-        bags.append(Bag(images[chosen], digits[chosen], torch.tensor([float(sought > 0)])))
+        bags.append(Bag(images[chosen], digits[chosen], torch.tensor([float(nines > 0)])))
     return bags
 
 
-def data(options: argparse.Namespace) -> tuple[list[Bag], list[Bag]]:
-    """Training bags, and held-out ones made of images that no training bag has."""
+def load_bags(options: argparse.Namespace) -> tuple[list[Bag], list[Bag]]:
+    """Return training bags and held-out bags, which have no image in common."""
     loaded = load_digits()
     images = torch.tensor(loaded.images, dtype=torch.float32).unsqueeze(1) / 16
     digits = torch.tensor(loaded.target)
@@ -136,7 +137,7 @@ def data(options: argparse.Namespace) -> tuple[list[Bag], list[Bag]]:
 
 
 def train(scorer: gradhooks.MultiPose, bags: Sequence[Bag], epochs: int, title: str) -> float:
-    """Train bag by bag; returns the seconds it took."""
+    """Train bag by bag and return the duration in seconds."""
     optimizer = torch.optim.Adam(scorer.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     started = time.perf_counter()
     for _ in tqdm(range(epochs), desc=title, leave=False, disable=None):
@@ -148,24 +149,24 @@ def train(scorer: gradhooks.MultiPose, bags: Sequence[Bag], epochs: int, title: 
     return time.perf_counter() - started
 
 
-def judge(name: str, scorer: gradhooks.MultiPose, bags: Sequence[Bag], seconds: float) -> Result:
-    """Accuracy, and which images made each prediction."""
-    right, shares, found = [], [], []
+def evaluate(name: str, scorer: gradhooks.MultiPose, bags: Sequence[Bag], seconds: float) -> Result:
+    """Measure the accuracy, and which images determined each prediction."""
+    correct, shares, found = [], [], []
     with torch.no_grad():
         for bag in bags:
             prediction = scorer(bag.images)
-            right.append(bool((prediction.combined > 0) == (bag.label > 0)))
-            # d logit / d prediction of an image: a number, or a vector where images have embeddings.
-            weights = prediction.coefficients().flatten(1).norm(dim=1)
-            shares.append(weights / weights.sum().clamp_min(1e-30))
+            correct.append(bool((prediction.combined > 0) == (bag.label > 0)))
+            # d logit / d prediction of an image: a number, or a vector if the prediction is an embedding.
+            sizes = prediction.coefficients().flatten(1).norm(dim=1)
+            shares.append(sizes / sizes.sum().clamp_min(1e-30))
             if bag.label > 0:
-                found.append(bool(bag.digits[weights.argmax()] == SOUGHT))
-    return Result(name, sum(right) / len(right), sum(found) / max(1, len(found)), seconds, shares)
+                found.append(bool(bag.digits[sizes.argmax()] == TARGET_DIGIT))
+    return Result(name, sum(correct) / len(correct), sum(found) / max(1, len(found)), seconds, shares)
 
 
 def plot(results: Sequence[Result], bags: Sequence[Bag], path: Path) -> None:
-    """For two bags, with a 9 and without, the digits and below each what it counted in every combination."""
-    shown = [next(i for i, bag in enumerate(bags) if (bag.label > 0) == wanted) for wanted in (True, False)]
+    """Draw two bags, with a 9 and without: the digits, and below each its share in every combination."""
+    shown = [next(i for i, bag in enumerate(bags) if (bag.label > 0) == label) for label in (True, False)]
     columns = max(len(bags[index].digits) for index in shown)
     figure = Figure(figsize=(columns, 2.2 * len(shown)), layout="constrained")
     axes = figure.subplots(2 * len(shown), columns, squeeze=False)
@@ -177,59 +178,59 @@ def plot(results: Sequence[Result], bags: Sequence[Bag], path: Path) -> None:
             axes[2 * row, column].set_title(f"{bags[index].digits[column]}")
             heights = [result.shares[index][column].item() for result in results]
             bars = axes[2 * row + 1, column]
-            bars.bar(range(len(results)), heights, color=[f"C{place}" for place in range(len(results))])
+            bars.bar(range(len(results)), heights, color=[f"C{number}" for number in range(len(results))])
             bars.set_ylim(0, 1)
             bars.axis("on")
             bars.set_xticks([])
             bars.set_yticks([0, 1] if column == 0 else [])
-    handles = [Patch(color=f"C{place}", label=result.name) for place, result in enumerate(results)]
+    handles = [Patch(color=f"C{number}", label=result.name) for number, result in enumerate(results)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(results))
-    figure.suptitle("PosePartition of each image in the prediction: a bag with a 9, and one without")
+    figure.suptitle("Share of each image in the prediction: a bag with a 9, and one without")
     figure.savefig(path, dpi=120)
 
 
 def table(results: Sequence[Result]) -> str:
-    """One line for each combination."""
-    lines = [f"{'combination':<18}{'accuracy':>10}{'9 found':>10}{'seconds':>10}"]
-    lines += [f"{one.name:<18}{one.accuracy:>10.3f}{one.found:>10.3f}{one.seconds:>10.1f}" for one in results]
-    return "\n".join(lines)
+    """Return one line per combination."""
+    rows = [[result.name, result.accuracy, result.found, result.seconds] for result in results]
+    headers = ["combination", "accuracy", "9 found", "seconds"]
+    return tabulate(rows, headers, tablefmt="plain", floatfmt=("", ".3f", ".3f", ".1f"))
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description="Bags of digits.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--combinations", nargs="+", default=["max", "noisy_or", "gated_attention"], metavar="NAME")
     parser.add_argument("--bags", type=int, default=300, help="training bags")
     parser.add_argument("--held-out", type=int, default=300, help="held-out bags")
-    parser.add_argument("--size", type=int, default=10, help="images in a bag, give or take two")
+    parser.add_argument("--size", type=int, default=10, help="images per bag, plus or minus two")
     parser.add_argument("--epochs", type=int, default=12, help="passes over the training bags")
-    parser.add_argument("--chunk", type=int, default=16, help="images that go through the network at once")
+    parser.add_argument("--chunk", type=int, default=16, help="images per call of the network")
     parser.add_argument("--seed", type=int, default=0, help="of the bags, the weights and the order")
-    parser.add_argument("--output", type=Path, default=Path("digit_bags.png"), help="where the plot goes")
+    parser.add_argument("--output", type=Path, default=Path("digit_bags.png"), help="file of the plot")
     options = parser.parse_args(argv)
-    for name, least in {"bags": 2, "held_out": 2, "size": 1, "epochs": 1, "chunk": 1, "seed": 0}.items():
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    for name, minimum in {"bags": 2, "held_out": 2, "size": 1, "epochs": 1, "chunk": 1, "seed": 0}.items():
+        if getattr(options, name) < minimum:
+            parser.error(f"--{name.replace('_', '-')} must be at least {minimum}")
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> list[Result]:
-    """Train and judge every combination."""
-    options = arguments(argv)
-    training, held_out = data(options)
+    """Train and evaluate every combination."""
+    options = parse_arguments(argv)
+    training, held_out = load_bags(options)
     results = []
     for name in options.combinations:
         torch.manual_seed(options.seed)
         scorer = scorer_of(name, options.chunk)
         seconds = train(scorer, training, options.epochs, name)
-        results.append(judge(name, scorer, held_out, seconds))
+        results.append(evaluate(name, scorer, held_out, seconds))
     plot(results, held_out, options.output)
     print(table(results))
     return results
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # of so small a network more threads are slower
+    torch.set_num_threads(1)  # more threads are slower for a network this small
     main()

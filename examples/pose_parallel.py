@@ -1,11 +1,11 @@
-"""One group of 2000 conformers of a real ligand, shared by as many processes as `torchrun` starts.
+"""Share one group of 2000 conformers of a ligand between the processes that `torchrun` starts.
 
     torchrun --nproc-per-node 2 examples/pose_parallel.py          # a minute on two cores; gloo on CPUs
     torchrun --nproc-per-node 8 examples/pose_parallel.py --device cuda --poses 100000     # nccl on GPUs
     python examples/pose_parallel.py --poses 200                   # one process, for comparison
 
-Every rank embeds and runs its own conformers only. At the end one rank runs all of them alone, and compares the
-gradients. The ligand comes with the rdkit wheel; nothing is downloaded.
+Every rank embeds and runs its own conformers only. At the end, rank 0 runs all of them and compares the gradients. The
+ligand comes with the rdkit wheel; nothing is downloaded.
 """
 
 import argparse
@@ -18,51 +18,51 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from binding_affinity import CUTOFF, radius_graph
-from conformers import Pose, ligands, sulfonamides
+from conformers import Pose, load_ligands, sulfonamides
+from tabulate import tabulate
 from torch import Tensor, nn
 from torch_geometric.nn import SchNet
 
 import gradhooks
-from gradhooks.profiling import table
 
-BLOCK = 100  # conformers that are embedded together; whole blocks go to a rank, so that all get the same conformers
+BLOCK = 100  # conformers that are embedded together; ranks get whole blocks, so the conformers do not depend on them
 LEARNING_RATE = 1e-3
 
 
 class Result(NamedTuple):
-    """What this rank has seen.
+    """The measurements of this rank.
 
     Attributes:
-        losses: Of each step; the same on every rank.
-        seconds: Of the fastest step.
-        deviation: Of the gradient from that of one process with all poses, relative to its largest number.
-        predicted: Bytes of all predictions.
-        gradient: Bytes of one gradient.
+        losses: The loss of each step; the same on every rank.
+        seconds: Duration of the fastest step.
+        deviation: Largest difference of the gradient from that of one process, relative to its largest element.
+        prediction_bytes: Size of all predictions.
+        gradient_bytes: Size of one gradient.
     """
 
     losses: list[float]
     seconds: float
     deviation: float
-    predicted: int
-    gradient: int
+    prediction_bytes: int
+    gradient_bytes: int
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description="One huge group on several processes.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="One large group on several processes.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--poses", type=int, default=2000, help=f"conformers of the ligand, rounded up to {BLOCK}s")
-    parser.add_argument("--steps", type=int, default=3, help="steps of the optimizer")
+    parser.add_argument("--poses", type=int, default=2000, help=f"conformers, rounded up to {BLOCK}s")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps")
     combinations = gradhooks.registry.combinations.available()
-    parser.add_argument("--combination", choices=combinations, default="boltzmann", help="of the conformers' energies")
+    parser.add_argument("--combination", choices=combinations, default="boltzmann", help="combines the energies")
     accumulators = gradhooks.registry.accumulators.available()
-    parser.add_argument("--accumulator", choices=accumulators, default="auto", help="how their gradients are summed")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where each rank computes")
+    parser.add_argument("--accumulator", choices=accumulators, default="auto", help="sums the gradients")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device of each rank")
     parser.add_argument("--double", action="store_true", help="compute in float64")
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     parser.add_argument(
-        "--cache", type=Path, default=Path(__file__).parents[1] / ".cache" / "conformers", help="keeps the conformers"
+        "--cache", type=Path, default=Path(__file__).parents[1] / ".cache" / "conformers", help="stores the conformers"
     )
     options = parser.parse_args(argv)
     if options.poses < 1 or options.steps < 1:
@@ -71,37 +71,35 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def conformers(blocks: Sequence[int], options: argparse.Namespace, device: torch.device) -> tuple[list[Pose], Tensor]:
-    """The conformers of some blocks, each of which has a seed of its own, and the measured free energy."""
-    ligand = min(sulfonamides(), key=lambda one: (one.molecule.GetNumHeavyAtoms(), one.name))
+    """Return the conformers of some blocks, each with its own seed, and the measured free energy."""
+    ligand = min(sulfonamides(), key=lambda measured: (measured.molecule.GetNumHeavyAtoms(), measured.name))
     poses: list[Pose] = []
     for block in blocks:
-        (loaded,) = ligands([ligand], BLOCK, block, options.cache, device)
-        poses += [(kinds, positions.double() if options.double else positions) for kinds, positions in loaded.poses]
+        (loaded,) = load_ligands([ligand], BLOCK, block, options.cache, device)
+        poses += [(numbers, positions.double() if options.double else positions) for numbers, positions in loaded.poses]
     return poses, torch.tensor([[ligand.free_energy]], device=device)
 
 
-def share(blocks: int, rank: int, ranks: int) -> range:
-    """The blocks of a rank: one after the other, as equal as can be."""
+def blocks_of(rank: int, blocks: int, ranks: int) -> range:
+    """Return the blocks of a rank: consecutive ones, in numbers that differ by at most one between ranks."""
     return range(blocks * rank // ranks, blocks * (rank + 1) // ranks)
 
 
 def gradient_of(model: nn.Module) -> Tensor:
-    """All gradients in one vector."""
+    """Return all gradients as one vector."""
     return torch.cat([leaf.grad.flatten() for leaf in model.parameters() if leaf.grad is not None])
 
 
 def train(options: argparse.Namespace, rank: int, ranks: int, device: torch.device) -> Result:
-    """A few steps on the shared group, and its last gradient beside that of one process."""
+    """Run a few steps on the shared group, and compare its last gradient with that of one process."""
     torch.manual_seed(options.seed)
     schnet = SchNet(32, 32, 3, 25, CUTOFF, radius_graph, readout="mean", mean=-11.0, std=1.5).to(device)
     schnet.to(torch.float64 if options.double else torch.float32)
     group = dist.group.WORLD if dist.is_initialized() else None
-    scorer = gradhooks.MultiPose(
-        schnet, options.combination, accumulator=options.accumulator, process_group=group
-    )  # the one line
+    scorer = gradhooks.MultiPose(schnet, options.combination, accumulator=options.accumulator, process_group=group)
     optimizer = torch.optim.SGD(schnet.parameters(), lr=LEARNING_RATE)
     blocks = -(-options.poses // BLOCK)
-    poses, measured = conformers(share(blocks, rank, ranks), options, device)
+    poses, measured = conformers(blocks_of(rank, blocks, ranks), options, device)
     losses, seconds = [], []
     for step in range(options.steps):
         start = time.perf_counter()
@@ -114,30 +112,40 @@ def train(options: argparse.Namespace, rank: int, ranks: int, device: torch.devi
         if step < options.steps - 1:
             optimizer.step()
     shared = gradient_of(schnet)
-    deviation = 0.0
-    if rank == 0:
-        alone = gradhooks.MultiPose(schnet, options.combination, accumulator=options.accumulator)
-        optimizer.zero_grad()
-        (alone(conformers(range(blocks), options, device)[0]).combined - measured).square().sum().backward()
-        deviation = ((gradient_of(schnet) - shared).abs().max() / shared.abs().max()).item()
+    deviation = deviation_from_one_process(schnet, range(blocks), options, device) if rank == 0 else 0.0
     return Result(losses, min(seconds), deviation, predictions.nbytes, shared.nbytes)
 
 
+def deviation_from_one_process(
+    model: nn.Module, blocks: Sequence[int], options: argparse.Namespace, device: torch.device
+) -> float:
+    """Run all poses on this rank and return the largest difference of a gradient, relative to the largest element."""
+    shared = gradient_of(model)
+    model.zero_grad()
+    poses, measured = conformers(blocks, options, device)
+    scorer = gradhooks.MultiPose(model, options.combination, accumulator=options.accumulator)
+    (scorer(poses).combined - measured).square().sum().backward()
+    return ((gradient_of(model) - shared).abs().max() / shared.abs().max()).item()
+
+
 def report(result: Result, options: argparse.Namespace, ranks: int) -> str:
-    """What the first rank prints."""
+    """Return the table that the first rank prints."""
     rows = [
         ["poses, on ranks", f"{-(-options.poses // BLOCK) * BLOCK}, on {ranks}"],
         ["loss, (kcal/mol)^2", " ".join(f"{loss:.5f}" for loss in result.losses)],
-        ["seconds a step", f"{result.seconds:.2f}"],
-        ["travels a step", f"{result.predicted / 1e3:.1f} kB predictions, {result.gradient / 1e3:.1f} kB gradient"],
-        ["gradient, beside one process", f"{result.deviation:.1e} relative"],
+        ["seconds per step", f"{result.seconds:.2f}"],
+        [
+            "sent per step",
+            f"{result.prediction_bytes / 1e3:.1f} kB predictions, {result.gradient_bytes / 1e3:.1f} kB gradient",
+        ],
+        ["difference from one process", f"{result.deviation:.1e} relative"],
     ]
-    return table(["", "pose parallel"], rows)
+    return tabulate(rows, ["", "pose parallel"], tablefmt="pipe", disable_numparse=True, colalign=("left", "right"))
 
 
 def main(argv: Sequence[str] | None = None) -> Result:
     """Run one rank."""
-    options = arguments(argv)
+    options = parse_arguments(argv)
     torch.set_num_threads(1)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device(options.device)
@@ -151,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
         if rank == 0:
             print(report(result, options, ranks))
         if ranks > 1:
-            dist.barrier()  # the others wait for the comparison
+            dist.barrier()  # wait for the comparison on rank 0
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,11 +1,11 @@
-"""Bags of digits in Accelerate's loop: attention over the images of a bag, in full or mixed precision.
+"""Train on bags of digits with Accelerate: attention over the images of a bag, in full or mixed precision.
 
     python examples/with_accelerate.py                   # half a minute on one core
     python examples/with_accelerate.py --mixed-precision bf16
     accelerate launch examples/with_accelerate.py        # on several GPUs, if `accelerate config` says so
 
-Does the bag hold a 9? (See `digit_bags.py`.) A batch is one bag, that is one group of images; Accelerate makes a step
-of the optimizer of four. The images come with scikit-learn; nothing is downloaded.
+Does the bag hold a 9? (See `digit_bags.py`.) A batch is one bag, that is one group of images; Accelerate accumulates
+the gradients of four bags per optimizer step. The images come with scikit-learn; nothing is downloaded.
 """
 
 import argparse
@@ -13,25 +13,25 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
-from digit_bags import EMBEDDING, LEARNING_RATE, WEIGHT_DECAY, AttentionClassifier, Bag, data, network
-from digit_bags import arguments as data_options
+from digit_bags import EMBEDDING, LEARNING_RATE, WEIGHT_DECAY, AttentionClassifier, Bag, load_bags, network
+from digit_bags import parse_arguments as data_options
+from tabulate import tabulate
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader
 
 import gradhooks
-from gradhooks.profiling import table
 
 
 def first(bags: Sequence[Bag]) -> Bag:
-    """The one bag of a batch."""
+    """Return the only bag of a batch."""
     return bags[0]
 
 
 def train(
     scorer: nn.Module, training: Sequence[Bag], held_out: Sequence[Bag], epochs: int, accelerator: Accelerator
 ) -> list[tuple[float, float]]:
-    """Of each epoch the loss and the accuracy for held-out bags."""
+    """Train, and return for each epoch the loss and the accuracy on the held-out bags."""
     optimizer = torch.optim.Adam(scorer.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     loader = DataLoader(training, batch_size=1, shuffle=True, collate_fn=first)
     held_out_loader = DataLoader(held_out, batch_size=1, collate_fn=first)
@@ -49,35 +49,35 @@ def train(
                 optimizer.zero_grad()
             losses.append(loss.detach())
         with torch.no_grad():
-            right = [(scorer(bag.images).combined > 0) == (bag.label > 0) for bag in held_out_loader]
-        everywhere = accelerator.gather((torch.stack(losses), torch.cat(right).float()))
-        curve.append((everywhere[0].mean().item(), everywhere[1].mean().item()))
+            correct = [(scorer(bag.images).combined > 0) == (bag.label > 0) for bag in held_out_loader]
+        loss_per_bag, accuracies = accelerator.gather((torch.stack(losses), torch.cat(correct).float()))
+        curve.append((loss_per_bag.mean().item(), accuracies.mean().item()))
     return curve
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description="Bags of digits in Accelerate.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Bags of digits with Accelerate.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--bags", type=int, default=300, help="training bags, and as many held-out ones")
+    parser.add_argument("--bags", type=int, default=300, help="number of training bags and of held-out bags")
     parser.add_argument("--epochs", type=int, default=8, help="passes over the training bags")
-    parser.add_argument("--mixed-precision", choices=["no", "fp16", "bf16"], default="no", help="of Accelerate")
+    parser.add_argument("--mixed-precision", choices=["no", "fp16", "bf16"], default="no", help="as in Accelerate")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, and print what became of the loss and of the held-out bags."""
-    options = arguments(argv)
+    """Train, and print the loss and the accuracy of each epoch."""
+    options = parse_arguments(argv)
     accelerator = Accelerator(mixed_precision=options.mixed_precision, gradient_accumulation_steps=4)
-    training, held_out = data(data_options([f"--bags={options.bags}", f"--held-out={options.bags}"]))
+    training, held_out = load_bags(data_options([f"--bags={options.bags}", f"--held-out={options.bags}"]))
     torch.manual_seed(0)
-    scorer = gradhooks.MultiPose(network(EMBEDDING), AttentionClassifier(EMBEDDING), chunk_size=16)  # the one line
+    scorer = gradhooks.MultiPose(network(EMBEDDING), AttentionClassifier(EMBEDDING), chunk_size=16)
     curve = train(scorer, training, held_out, options.epochs, accelerator)
-    rows = [[str(epoch), *(f"{number:.3f}" for number in numbers)] for epoch, numbers in enumerate(curve, start=1)]
-    accelerator.print(table(["epoch", "loss", "held-out accuracy"], rows))
+    rows = [[epoch, loss, accuracy] for epoch, (loss, accuracy) in enumerate(curve, start=1)]
+    accelerator.print(tabulate(rows, ["epoch", "loss", "held-out accuracy"], tablefmt="pipe", floatfmt=".3f"))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # of so small a network more threads are slower
+    torch.set_num_threads(1)  # more threads are slower for a network this small
     main()

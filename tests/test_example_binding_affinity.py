@@ -1,4 +1,4 @@
-"""examples/binding_affinity.py, on few molecules."""
+"""Runs examples/binding_affinity.py on few molecules."""
 
 import importlib
 import re
@@ -18,7 +18,7 @@ for _extra in ("matplotlib", "rdkit", "tqdm"):
 EXAMPLE = Path(__file__).parents[1] / "examples" / "binding_affinity.py"
 TINY = ["--molecules", "8", "--poses", "2", "--epochs", "1"]
 
-# torch_geometric calls torch.jit.script when it is imported.
+# Importing torch_geometric calls torch.jit.script.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
@@ -33,14 +33,14 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def _without_times(text: str) -> str:
-    return re.sub(r"[\d.]+ \| +\d+ ms +\|", "", text)
+    return re.sub(r"[\d.]+ *\| *[\d.]+ [numµ]?s *\|", "", text)
 
 
-def _refuse(*_: object) -> NoReturn:
-    raise AssertionError("embedded again, although the cache has the conformers")
+def _fail(*_: object) -> NoReturn:
+    raise AssertionError("conformers were embedded again, although they are in the cache")
 
 
-def test_the_command_gives_the_same_numbers_twice_the_second_time_from_the_cache(
+def test_a_second_run_reads_the_cache_and_prints_the_same_numbers(
     example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plot = tmp_path / "plot.png"
@@ -51,38 +51,40 @@ def test_the_command_gives_the_same_numbers_twice_the_second_time_from_the_cache
     assert "training: 100%" in first.stderr
     rows = ["training mean", "SchNet, boltzmann", "full graph", "checkpoint per pose", "auto (stream)"]
     assert [row for row in rows if f"\n| {row} " not in first.stdout] == []
+    assert _without_times(first.stdout) != first.stdout
 
-    monkeypatch.setattr(sys.modules["conformers"], "_conformers", _refuse)
+    monkeypatch.setattr(sys.modules["conformers"], "_conformers", _fail)
     example.main(options)
     assert _without_times(capsys.readouterr().out) == _without_times(first.stdout)
 
 
-def test_a_step_costs_the_memory_of_one_pose_and_gives_the_gradient_of_all(example: ModuleType) -> None:
+def test_a_step_needs_the_memory_of_one_pose_and_gives_the_full_gradient(example: ModuleType) -> None:
     numbers = torch.full((12,), 6)
     poses = [(numbers, 3 * torch.rand(12, 3, generator=torch.Generator().manual_seed(seed))) for seed in range(16)]
     torch.manual_seed(0)
     scorer = example.gradhooks.MultiPose(example.SchNet(8, 8, 2, 8, 5.0, example.radius_graph, readout="mean"), "min")
-    full, checkpointed, ours = example.step_costs(scorer, poses, torch.zeros(1, 1)).rows
+    full, checkpointed, scored = example.step_costs(scorer, poses, torch.zeros(1, 1)).rows
     assert full.error == 0
-    assert max(checkpointed.error, ours.error) < 1e-5
-    assert max(checkpointed.peak_bytes, ours.peak_bytes) < full.peak_bytes / 4
-    assert min(full.seconds, checkpointed.seconds, ours.seconds) > 0
+    assert max(checkpointed.error, scored.error) < 1e-5
+    assert max(checkpointed.peak_bytes, scored.peak_bytes) < full.peak_bytes / 4
+    assert min(full.seconds, checkpointed.seconds, scored.seconds) > 0
     assert all(parameter.grad is None for parameter in scorer.parameters())
 
 
-def test_the_split_is_by_molecule_and_repeatable(example: ModuleType) -> None:
+def test_the_split_is_by_molecule_and_depends_on_the_seed_only(example: ModuleType) -> None:
     measured = example.SOURCES["sulfonamides"]()
     training, held_out = example.split(measured, 40, seed=3)
     assert (len(measured), len(training), len(held_out)) == (1017, 30, 10)
-    assert len({one.name for one in training + held_out}) == 40
+    assert len({molecule.name for molecule in training + held_out}) == 40
     again = example.split(measured, 40, seed=3)
-    assert [one.name for one in training] == [one.name for one in again[0]]
-    assert {one.name for one in training} != {one.name for one in example.split(measured, 40, seed=4)[0]}
+    assert [molecule.name for molecule in training] == [molecule.name for molecule in again[0]]
+    other, _ = example.split(measured, 40, seed=4)
+    assert {molecule.name for molecule in training} != {molecule.name for molecule in other}
 
 
-def test_cmet_ligands_bring_their_pose(example: ModuleType, tmp_path: Path) -> None:
+def test_the_first_pose_of_cmet_ligands_is_the_given_one(example: ModuleType, tmp_path: Path) -> None:
     measured = example.SOURCES["cmet"]()[:1]
-    (ligand,) = example.ligands(measured, 3, 0, tmp_path, torch.device("cpu"))
+    (ligand,) = example.load_ligands(measured, 3, 0, tmp_path, torch.device("cpu"))
     (numbers, posed), (_, embedded), _ = ligand.poses
     assert ligand.free_energy.item() == pytest.approx(-9.13905)
     assert 1 not in numbers
@@ -99,7 +101,7 @@ def test_cmet_ligands_bring_their_pose(example: ModuleType, tmp_path: Path) -> N
     assert lengths.max() < 2  # the embedded atoms are in the order of the given ones
 
 
-def test_nonsense_is_refused(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_refused(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        example.arguments(["--poses", "0"])
+        example.parse_arguments(["--poses", "0"])
     assert "--poses must be at least 1" in capsys.readouterr().err

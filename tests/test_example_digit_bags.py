@@ -1,4 +1,4 @@
-"""examples/digit_bags.py, on few bags."""
+"""Runs examples/digit_bags.py on few bags."""
 
 import importlib
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         yield importlib.import_module("digit_bags")
 
 
-def test_it_compares_plots_and_repeats_itself(
+def test_a_second_run_gives_the_same_results_and_a_plot(
     example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plot = tmp_path / "plot.png"
@@ -31,12 +31,12 @@ def test_it_compares_plots_and_repeats_itself(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["combination", "max", "noisy_or", "gated_attention"]
     again = example.main([*TINY, "--output", str(plot)])
-    for one, other in zip(first, again, strict=True):
-        assert one[:3] == other[:3]
-        assert all(torch.equal(*pair) for pair in zip(one.shares, other.shares, strict=True))
+    for result, repeated in zip(first, again, strict=True):
+        assert result[:3] == repeated[:3]  # all but the duration
+        assert all(torch.equal(*shares) for shares in zip(result.shares, repeated.shares, strict=True))
 
 
-def test_it_learns(example: ModuleType, tmp_path: Path) -> None:
+def test_held_out_bags_are_predicted_after_training(example: ModuleType, tmp_path: Path) -> None:
     options = ["--combinations", "noisy_or", "--bags", "80", "--held-out", "80", "--size", "4", "--epochs", "12"]
     (result,) = example.main([*options, "--output", str(tmp_path / "plot.png")])
     assert result.accuracy > 0.8
@@ -44,14 +44,14 @@ def test_it_learns(example: ModuleType, tmp_path: Path) -> None:
 
 
 def test_held_out_images_are_in_no_training_bag(example: ModuleType) -> None:
-    training, held_out = example.data(example.arguments(["--bags", "40", "--held-out", "40"]))
+    training, held_out = example.load_bags(example.parse_arguments(["--bags", "40", "--held-out", "40"]))
     seen = {image.numpy().tobytes() for bag in training for image in bag.images}
     assert not [image for bag in held_out for image in bag.images if image.numpy().tobytes() in seen]
-    assert all(bool(bag.label > 0) == bool((bag.digits == example.SOUGHT).any()) for bag in training + held_out)
+    assert all(bool(bag.label > 0) == bool((bag.digits == example.TARGET_DIGIT).any()) for bag in training + held_out)
     assert [float(bag.label) for bag in held_out[:4]] == [0.0, 1.0, 0.0, 1.0]
 
 
-def test_options_are_checked(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_refused(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         example.main(["--held-out", "1"])
     assert "--held-out must be at least 2" in capsys.readouterr().err

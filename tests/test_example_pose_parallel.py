@@ -1,12 +1,13 @@
-"""examples/pose_parallel.py, started by torchrun, on few conformers."""
+"""Runs examples/pose_parallel.py on few conformers, with torchrun and in this process."""
 
+import importlib
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 for _extra in ("matplotlib", "rdkit", "tqdm"):
     pytest.importorskip(_extra)
@@ -14,20 +15,29 @@ for _extra in ("matplotlib", "rdkit", "tqdm"):
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pose_parallel.py"
 
 
-def losses_and_deviation(ranks: int, cache: Path) -> tuple[str, float]:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    options = ["--poses", "200", "--steps", "2", "--double", "--cache", str(cache)]
-    done = subprocess.run(
-        [sys.executable, *launch, str(EXAMPLE), *options], check=True, capture_output=True, text=True, timeout=240
-    )
-    (losses,) = re.findall(r"loss, \(kcal/mol\)\^2 *\| *(.*?) *\|", done.stdout)
-    (deviation,) = re.findall(r"beside one process *\| *(\S+) relative", done.stdout)
+def losses_and_deviation(printed: str) -> tuple[str, float]:
+    (losses,) = re.findall(r"loss, \(kcal/mol\)\^2 *\| *(.*?) *\|", printed)
+    (deviation,) = re.findall(r"difference from one process *\| *(\S+) relative", printed)
     return losses, float(deviation)
 
 
-@pytest.mark.skipif(find_spec("torch_geometric") is None, reason="needs torch_geometric")
-def test_two_ranks_train_as_one_does(tmp_path: Path) -> None:
-    shared, deviation = losses_and_deviation(2, tmp_path)
-    alone, _ = losses_and_deviation(1, tmp_path)
+# Importing torch_geometric calls torch.jit.script.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_two_ranks_give_the_losses_and_the_gradient_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
+    pytest.importorskip("torch_geometric")
+    options = ["--poses", "200", "--steps", "2", "--double", "--cache", str(tmp_path)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = subprocess.run(
+        [sys.executable, *launch, str(EXAMPLE), *options], check=True, capture_output=True, text=True, timeout=240
+    )
+    of_two, deviation = losses_and_deviation(finished.stdout)
     assert 0 < deviation < 1e-12
-    assert shared == alone
+
+    threads = torch.get_num_threads()
+    importlib.import_module("pose_parallel").main(options)
+    torch.set_num_threads(threads)
+    of_one, _ = losses_and_deviation(capsys.readouterr().out)
+    assert of_two == of_one

@@ -1,4 +1,4 @@
-"""The examples of trainers: they end well, and with the weights that the full graph would have had in their place."""
+"""Runs the examples of trainers on little data; the weights are those of the full graph in the same trainer."""
 
 import copy
 import importlib
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from trainers import OF_TRAINERS, STEPS, FullGraph, accelerator_of, missing
+from trainers import OF_TRAINERS, STEPS, FullGraph, accelerator_of, fast_garbage_collection, missing
 
 import gradhooks
 
@@ -28,7 +28,7 @@ TINY = {
 
 pytestmark = [
     *OF_TRAINERS,
-    # torch_geometric calls torch.jit.script when it is imported.
+    # Importing torch_geometric calls torch.jit.script.
     pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
 ]
 
@@ -47,50 +47,54 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_it_prints_how_it_went(
+def test_the_printed_loss_falls(
     name: str, load: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = ["--cache", str(tmp_path)] if name == "with_lightning" else []
-    load(name).main([*TINY[name], *cache])
-    heads, _, first, last = capsys.readouterr().out.splitlines()[-4:]
-    assert "held" in heads
+    with fast_garbage_collection():
+        load(name).main([*TINY[name], *cache])
+    headers, _, first, last = capsys.readouterr().out.splitlines()[-4:]
+    assert "held" in headers
     losses = [float(row.split("|")[2]) for row in (first, last)]
     assert losses[1] < losses[0]
 
 
-def assert_same_weights(found: nn.Module, expected: nn.Module, before: nn.Module) -> None:
-    for mine, theirs, old in zip(found.parameters(), expected.parameters(), before.parameters(), strict=True):
-        assert not torch.equal(theirs, old)
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+def assert_same_weights(actual: nn.Module, expected: nn.Module, before: nn.Module) -> None:
+    for parameter, reference, old in zip(actual.parameters(), expected.parameters(), before.parameters(), strict=True):
+        assert not torch.equal(reference, old)
+        torch.testing.assert_close(parameter, reference, rtol=1e-12, atol=1e-12)
 
 
-def doubled(bags: list[Any]) -> list[Any]:
+def in_float64(bags: list[Any]) -> list[Any]:
     return [bag._replace(images=bag.images.double(), label=bag.label.double()) for bag in bags]
 
 
-def of_one_image(model: nn.Module, image: Tensor) -> Tensor:
+def call_with_one_image(model: nn.Module, image: Tensor) -> Tensor:
     prediction: Tensor = model(image.unsqueeze(0)).squeeze(0)
     return prediction
 
 
-def both_ways(model: nn.Module, combination: nn.Module, train: Callable[[nn.Module], Any], **plain: Any) -> None:
-    """Train in the example's own way, by gradhooks and by the full graph."""
+def assert_trains_as_full_graph(
+    model: nn.Module, combination: nn.Module, train: Callable[[nn.Module], Any], **options: Any
+) -> None:
+    """Train with the example's function, by gradhooks and by the full graph with `options`, and compare."""
     before = copy.deepcopy(model)
-    oracle = FullGraph(copy.deepcopy(model), copy.deepcopy(combination), **plain)
-    ours = gradhooks.MultiPose(model, combination, chunk_size=4 if plain else 1)
-    for scorer in (oracle, ours):
+    reference = FullGraph(copy.deepcopy(model), copy.deepcopy(combination), **options)
+    trained = gradhooks.MultiPose(model, combination, chunk_size=4 if options else 1)
+    for scorer in (reference, trained):
         torch.manual_seed(0)
-        train(scorer)
-    assert_same_weights(ours.model, oracle.model, before)
+        with fast_garbage_collection():
+            train(scorer)
+    assert_same_weights(trained.model, reference.model, before)
 
 
 def test_lightning_trains_as_the_full_graph(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
     example = load("with_lightning")
     halves = example.split(example.sulfonamides(), 8, seed=0)
-    training, held_out = (list(example.ligands(half, 2, 0, tmp_path, torch.device("cpu"))) for half in halves)
+    training, held_out = (list(example.load_ligands(half, 2, 0, tmp_path, torch.device("cpu"))) for half in halves)
     options = {"max_steps": STEPS, "accelerator": "cpu", "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
     options = {**options, "precision": "64-true", "default_root_dir": tmp_path, "enable_progress_bar": False}
-    both_ways(
+    assert_trains_as_full_graph(
         example.model_for(training).double(),
         gradhooks.combinations.Boltzmann(),
         lambda scorer: example.train(scorer, training, held_out, **options),
@@ -99,23 +103,27 @@ def test_lightning_trains_as_the_full_graph(load: Callable[[str], ModuleType], t
 
 def test_transformers_trains_as_the_full_graph(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
     example = load("with_transformers")
-    training, held_out = map(doubled, example.data(example.data_options(["--bags=8", "--held-out=2", "--size=4"])))
+    training, held_out = map(
+        in_float64, example.load_bags(example.data_options(["--bags=8", "--held-out=2", "--size=4"]))
+    )
     options = {"max_steps": STEPS, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
-    both_ways(
+    assert_trains_as_full_graph(
         example.network(1).double(),
         gradhooks.registry.combinations.resolve("noisy_or"),
         lambda scorer: example.train(scorer, training, held_out, str(tmp_path), **options),
-        call=of_one_image,
+        call=call_with_one_image,
     )
 
 
 def test_accelerate_trains_as_the_full_graph(load: Callable[[str], ModuleType]) -> None:
     example = load("with_accelerate")
-    training, held_out = map(doubled, example.data(example.data_options(["--bags=10", "--held-out=2", "--size=4"])))
+    training, held_out = map(
+        in_float64, example.load_bags(example.data_options(["--bags=10", "--held-out=2", "--size=4"]))
+    )
     accelerator = accelerator_of(gradient_accumulation_steps=2)
-    both_ways(
+    assert_trains_as_full_graph(
         example.network(example.EMBEDDING).double(),
         example.AttentionClassifier(example.EMBEDDING).double(),
         lambda scorer: example.train(scorer, training, held_out, 1, accelerator),
-        call=of_one_image,
+        call=call_with_one_image,
     )

@@ -1,4 +1,4 @@
-"""In Lightning, in the Trainer of transformers and in Accelerate a group is trained as its full graph would be."""
+"""Lightning, the Trainer of transformers and Accelerate give the same weights as with the full graph."""
 
 import copy
 import functools
@@ -30,7 +30,7 @@ pytestmark = OF_TRAINERS
 
 
 class Network(nn.Module):
-    """Of poses of any number of atoms; draws dropout masks and keeps running statistics."""
+    """A model of poses with any number of atoms, with dropout and running statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,15 +61,15 @@ def groups_of(count: int, dtype: torch.dtype) -> list[Group]:
 
 
 class Case(NamedTuple):
-    """A training.
+    """Settings of a training.
 
     Attributes:
-        train: In which trainer.
-        dtype: Of the model and the groups as they are handed over.
-        optimizer: From parameters.
-        tolerance: How far the weights may be from those of the full graph, relative to how far they have moved.
-        options: Of the trainer.
-        groups: How many there are; few make several epochs.
+        train: The trainer.
+        dtype: The type of the model and the groups that the trainer receives.
+        optimizer: Makes the optimizer from the parameters.
+        tolerance: Allowed difference of the weights from those of the full graph, relative to the change by training.
+        options: Options of the trainer.
+        groups: Number of groups; with few groups, training has several epochs.
     """
 
     train: Callable[..., None]
@@ -82,8 +82,8 @@ class Case(NamedTuple):
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64, "optimizer": ADAMW, "tolerance": 1e-12}
 SINGLE: dict[str, Any] = {"dtype": torch.float32, "optimizer": SGD, "tolerance": 1e-5}
-# In mixed precision autocast keeps one bfloat16 copy of each weight, whose gradients the full graph sums in bfloat16,
-# that is to 8 bits; gradhooks sums in float32. (With `cache_enabled=False` the two would agree.)
+# In mixed precision, autocast keeps one bfloat16 copy of each weight. The full graph sums the gradients of that copy in
+# bfloat16, that is to 8 bits; gradhooks sums them in float32. (With `cache_enabled=False` the two agree.)
 MIXED: dict[str, Any] = {**SINGLE, "tolerance": 5e-2}
 
 CASES: dict[str, Case] = {
@@ -123,7 +123,7 @@ State = dict[str, Tensor]
 
 
 def trained(case: Case, scorer: Any) -> State:
-    """Weights and statistics after some steps."""
+    """Return weights and running statistics after a few steps."""
     with tempfile.TemporaryDirectory() as folder:
         case.train(
             scorer, groups_of(case.groups, case.dtype), Path(folder), case.optimizer, **copy.deepcopy(case.options)
@@ -137,42 +137,43 @@ def state_of(scorer: Any) -> State:
 
 @functools.cache
 def by_full_graph(name: str) -> tuple[State, State]:
-    """What is to be had, and what it was before."""
+    """Return the expected state, and the state before training."""
     case = CASES[name]
     scorer = FullGraph(network(case.dtype), combination())
     before = copy.deepcopy(state_of(scorer))
     return trained(case, scorer), before
 
 
-def assert_same_weights(found: State, expected: State, before: State, tolerance: float) -> None:
-    """Equal, relative to how far training has moved each."""
-    assert found.keys() == expected.keys()
+def assert_same_weights(actual: State, expected: State, before: State, tolerance: float) -> None:
+    """Assert that the weights agree, relative to the change by training."""
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        moved = (value - before[name]).double().norm().item()
-        assert moved > 0, f"{name} has not moved"
-        assert found[name].dtype == value.dtype
-        assert (found[name] - value).double().norm().item() <= tolerance * moved, name
+        change = (value - before[name]).double().norm().item()
+        assert change > 0, f"training has not changed {name}"
+        assert actual[name].dtype == value.dtype
+        assert (actual[name] - value).double().norm().item() <= tolerance * change, name
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("name", CASES)
-def test_a_trainer_leaves_the_weights_of_the_full_graph(name: str, accumulator: str) -> None:
+def test_a_trainer_gives_the_weights_of_the_full_graph(name: str, accumulator: str) -> None:
     expected, before = by_full_graph(name)
     case = CASES[name]
     scorer = gradhooks.MultiPose(network(case.dtype), combination(), accumulator=accumulator)
     assert_same_weights(trained(case, scorer), expected, before, case.tolerance)
 
 
-class LosingOne(gradhooks.combinations.Boltzmann):
-    """The last pose of every group gets no gradient through it."""
+class BoltzmannWithoutLastGradient(gradhooks.combinations.Boltzmann):
+    """A wrong combination: the last pose of every group receives no gradient through it."""
 
     def forward(self, predictions: Tensor, *_: Any, **arguments: Any) -> Tensor:
         return super().forward(torch.cat([predictions[:-1], predictions[-1:].detach()]), **arguments)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_comparison_tells_when_a_pose_is_lost(name: str) -> None:
+def test_the_comparison_finds_a_missing_gradient(name: str) -> None:
     expected, before = by_full_graph(name)
-    found = trained(CASES[name], FullGraph(network(CASES[name].dtype), LosingOne(0.9, learnable=True)))
-    with pytest.raises(AssertionError):
-        assert_same_weights(found, expected, before, CASES[name].tolerance)
+    wrong = BoltzmannWithoutLastGradient(0.9, learnable=True)
+    actual = trained(CASES[name], FullGraph(network(CASES[name].dtype), wrong))
+    with pytest.raises(AssertionError, match=r"^(hidden|readout|log_temperature)\b"):
+        assert_same_weights(actual, expected, before, CASES[name].tolerance)

@@ -1,6 +1,8 @@
-"""One training in each trainer, as it is shipped, of whatever makes a prediction of a group."""
+"""Trains a scorer in Lightning, in the Trainer of transformers and with Accelerate, none of them modified."""
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from gradhooks.testing import full_graph
 
-# Marks of a module of tests. The warnings are Lightning's own: of a dependency, of loaders that are short, have no
-# worker, or are not there.
+# Marks of a test module that uses trainers. The warnings are Lightning's: about a dependency, and about loaders that
+# are short, have no worker, or are missing.
 OF_TRAINERS = [
     pytest.mark.usefixtures("_trainers_forget"),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
@@ -26,13 +28,13 @@ STEPS = 5
 Group = tuple[list[Tensor], Tensor]
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 
-# AdamW divides a gradient by its size, so that where it is near zero the rounding errors of narrow types decide.
+# AdamW divides a gradient by its size, so rounding errors of narrow types determine the step of gradients near zero.
 ADAMW: MakeOptimizer = partial(torch.optim.AdamW, lr=1e-2)
 SGD: MakeOptimizer = partial(torch.optim.SGD, lr=1e-1, momentum=0.5)
 
 
 class FullGraph(nn.Module):
-    """Plain PyTorch in the place of a `MultiPose`."""
+    """Combines poses by plain PyTorch, with the interface of `MultiPose`."""
 
     def __init__(self, model: nn.Module, combination: nn.Module, **options: Any) -> None:
         super().__init__()
@@ -43,16 +45,26 @@ class FullGraph(nn.Module):
 
 
 def loss_of(scorer: nn.Module, groups: Sequence[Group]) -> Tensor:
-    """The mean over some groups; of a group it reads both what is combined and what is not."""
+    """Return the mean over groups of a loss that uses the combined prediction and those of the poses."""
     losses = []
     for poses, target in groups:
-        combined, predictions = scorer(poses)
-        losses.append((combined - target).square().sum() + 0.1 * predictions.square().mean())
+        combined, per_pose = scorer(poses)
+        losses.append((combined - target).square().sum() + 0.1 * per_pose.square().mean())
     return torch.stack(losses).mean()
 
 
 def missing(package: str) -> str:
-    return f"{package} is missing; for the tests of trainers: pip install -e '.[test,examples,trainers]'"
+    return f"{package} is missing; pip install -e '.[test,examples,trainers]' installs what the tests of trainers need"
+
+
+@contextmanager
+def fast_garbage_collection() -> Iterator[None]:
+    """Exclude existing objects from garbage collections: those of Accelerate take 0.3 s with all its imports."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def lightning_module(scorer: nn.Module, optimizer: MakeOptimizer = ADAMW) -> Any:
@@ -99,7 +111,7 @@ def in_lightning(
 
 
 class ReturnsLoss(nn.Module):
-    """What the Trainer of transformers trains."""
+    """A model for the Trainer of transformers."""
 
     def __init__(self, scorer: nn.Module) -> None:
         super().__init__()
@@ -112,16 +124,20 @@ class ReturnsLoss(nn.Module):
 def transformers_trainer(
     model: nn.Module, groups: Sequence[Any], folder: Path, *, collate: Any = None, more: Any = None, **options: Any
 ) -> Any:
-    """Its `Trainer`; `more` are arguments of itself, `options` those of `TrainingArguments`."""
+    """Return a `Trainer`; `more` are its own arguments, `options` those of `TrainingArguments`."""
     transformers = pytest.importorskip("transformers", reason=missing("transformers"))
     pytest.importorskip("accelerate", reason=missing("accelerate"))
     quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
-    some = {"max_steps": STEPS, "per_device_train_batch_size": 1, "use_cpu": True, "remove_unused_columns": False}
-    arguments = transformers.TrainingArguments(output_dir=str(folder), **{**quiet, **some, **options})
+    defaults = {"max_steps": STEPS, "per_device_train_batch_size": 1, "use_cpu": True, "remove_unused_columns": False}
+    arguments = transformers.TrainingArguments(output_dir=str(folder), **{**quiet, **defaults, **options})
     collate = collate or (lambda batch: {"groups": batch})
-    return transformers.Trainer(
-        model=model, args=arguments, train_dataset=list(groups), data_collator=collate, **(more or {})
-    )
+
+    class FastTrainer(transformers.Trainer):  # type: ignore[misc, name-defined]
+        def train(self, *positional: Any, **named: Any) -> Any:
+            with fast_garbage_collection():
+                return super().train(*positional, **named)
+
+    return FastTrainer(model=model, args=arguments, train_dataset=list(groups), data_collator=collate, **(more or {}))
 
 
 def in_transformers(
@@ -145,7 +161,7 @@ def in_accelerate(
     del folder
     clip, size = options.pop("clip", None), options.pop("size", 1)
     accelerator = accelerator_of(**options)
-    scorer, stepper, loader = accelerator.prepare(scorer, optimizer(scorer.parameters()), loader_of(groups, size))
+    scorer, prepared, loader = accelerator.prepare(scorer, optimizer(scorer.parameters()), loader_of(groups, size))
     torch.manual_seed(3)
     steps = 0
     while steps < STEPS:
@@ -154,8 +170,8 @@ def in_accelerate(
                 accelerator.backward(loss_of(scorer, batch))
                 if clip and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(scorer.parameters(), clip)
-                stepper.step()
-                stepper.zero_grad()
+                prepared.step()
+                prepared.zero_grad()
             steps += accelerator.sync_gradients
             if steps == STEPS:
                 break
