@@ -1,6 +1,6 @@
-"""Trains by DistributedDataParallel around a MultiPose, and by the full graph, in one process or around DDP.
+"""Train with DistributedDataParallel around a MultiPose, or with the full graph in one process or inside DDP.
 
-One process has the groups of all ranks, and as its loss the mean of theirs, to which DDP averages gradients.
+The single process has the groups of all ranks. Its loss is the mean over ranks, because DDP averages gradients.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ STEPS = 3
 WIDTH = 4
 
 Prediction = gradhooks.MultiPosePrediction
-Weights = dict[str, Tensor]
+Parameters = dict[str, Tensor]
 
 
 class Plain(nn.Module):
@@ -37,7 +37,7 @@ class Plain(nn.Module):
 
 
 class Branching(Plain):
-    """Has a layer for poses whose first number is positive."""
+    """One layer is used only by poses whose first number is positive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,8 +62,8 @@ class Scaled(Plain):
         return super().forward(pose) * self.scale.clone()
 
 
-class Normalised(Scaled):
-    """Writes statistics besides."""
+class Normalized(Scaled):
+    """Also updates the running statistics of a BatchNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,8 +73,8 @@ class Normalised(Scaled):
         return super().forward(self.norm(self.first(pose.unsqueeze(-1))).tanh().mean(0))
 
 
-class Table(nn.Module):
-    """Sparse gradients."""
+class SparseEmbedding(nn.Module):
+    """Has sparse gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Table(nn.Module):
 
 
 class FullGraph(nn.Module):
-    """The full graph as a module, to stand where a MultiPose stands."""
+    """The full graph as a module that replaces a MultiPose."""
 
     def __init__(self, model: nn.Module, combination: Any) -> None:
         super().__init__()
@@ -96,8 +96,8 @@ class FullGraph(nn.Module):
         return full_graph(self.model, poses, self.combination)
 
 
-class Alone(nn.Module):
-    """Groups, one after the other, in one forward."""
+class SeveralGroups(nn.Module):
+    """Runs groups one after the other in one forward."""
 
     def __init__(self, scorer: nn.Module) -> None:
         super().__init__()
@@ -107,8 +107,8 @@ class Alone(nn.Module):
         return [self.scorer(group) for group in groups]
 
 
-class Encoded(Alone):
-    """A larger model: an encoder of the whole group comes before, so that poses require grad, and a head after."""
+class LargerModel(SeveralGroups):
+    """Encodes the whole group before the MultiPose, so that poses require grad, and applies a head after it."""
 
     def __init__(self, scorer: nn.Module) -> None:
         super().__init__(scorer)
@@ -121,66 +121,66 @@ class Encoded(Alone):
         return [Prediction(self.head(prediction.combined), prediction.per_pose) for prediction in predictions]
 
 
-def as_they_come(rank: int, step: int) -> float | None:
+def any_sign(rank: int, step: int) -> float | None:
     del rank, step
     return None
 
 
-def positive_on_the_first_rank(rank: int, step: int) -> float:
+def positive_on_rank_0(rank: int, step: int) -> float:
     del step
     return 1.0 if rank == 0 else -1.0
 
 
-def positive_elsewhere_each_time(rank: int, step: int) -> float:
-    """Nowhere at the second step."""
+def positive_on_alternating_ranks(rank: int, step: int) -> float:
+    """Positive on another rank at each step, on none at step 1."""
     return 1.0 if step != 1 and rank == step % 2 else -1.0
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is trained, and how.
+    """A model and the way it is trained.
 
     Attributes:
-        model: Makes it.
-        combination: Makes it.
-        loss: Of one group.
-        around: What stands between DDP and the MultiPose.
-        silent: How many backwards come before the one that synchronises, at each step.
-        together: How many groups go into one backward.
-        at_once: Whether they go through one forward of DDP, too.
-        sign: Of the first number of all poses of a rank at a step, which chooses the parameters that they reach.
-        form: Of a group.
-        options: Of MultiPose.
+        model: Creates the model.
+        combination: Creates the combination.
+        loss: Loss of one group.
+        wrap: Creates the module between DDP and the MultiPose.
+        unsynchronized: Number of backwards under `no_sync` before the one that synchronizes, at each step.
+        groups_per_backward: Number of groups in one backward.
+        one_forward: Whether these groups run in one forward of DDP.
+        sign: Sign of the first number of all poses of a rank at a step; it selects the parameters they reach.
+        make_group: Converts stacked poses to a group.
+        options: Options of MultiPose.
     """
 
     model: Callable[[], nn.Module] = Plain
     combination: Callable[[], nn.Module] = Boltzmann
     loss: Callable[[Prediction], Tensor] = of_both
-    around: Callable[[nn.Module], nn.Module] = Alone
-    silent: int = 0
-    together: int = 1
-    at_once: bool = True
-    sign: Callable[[int, int], float | None] = as_they_come
-    form: Callable[[Tensor], Any] = list
+    wrap: Callable[[nn.Module], nn.Module] = SeveralGroups
+    unsynchronized: int = 0
+    groups_per_backward: int = 1
+    one_forward: bool = True
+    sign: Callable[[int, int], float | None] = any_sign
+    make_group: Callable[[Tensor], Any] = list
     options: dict[str, Any] = field(default_factory=dict)
 
-    def turns(self, step: int, mode: dict[str, Any]) -> int:
-        """How many backwards make a step. DDP learns a static graph at its first one, which must synchronise."""
-        return 1 if mode.get("static_graph") and step == 0 else self.silent + 1
+    def backwards(self, step: int, ddp_options: dict[str, Any]) -> int:
+        """Return the number of backwards at a step. DDP records a static graph at the first, which must synchronize."""
+        return 1 if ddp_options.get("static_graph") and step == 0 else self.unsynchronized + 1
 
-    def groups(self, rank: int, step: int, turn: int) -> list[Any]:
-        """What a rank gets for one backward: other numbers of poses on each rank and at each step, sometimes one."""
-        generator = torch.Generator().manual_seed(1000 * step + 100 * turn + rank)
-        counts = [1 + (5 * rank + 2 * step + 3 * turn + 4 * place) % 7 for place in range(self.together)]
-        drawn = [torch.randn(count, WIDTH, generator=generator, dtype=torch.float64) for count in counts]
+    def groups(self, rank: int, step: int, backward: int) -> list[Any]:
+        """Return the groups of one backward. The number of poses varies between ranks and steps, and can be one."""
+        generator = torch.Generator().manual_seed(1000 * step + 100 * backward + rank)
+        counts = [1 + (5 * rank + 2 * step + 3 * backward + 4 * index) % 7 for index in range(self.groups_per_backward)]
+        stacked = [torch.randn(count, WIDTH, generator=generator, dtype=torch.float64) for count in counts]
         sign = self.sign(rank, step)
         if sign is not None:
-            for group in drawn:
+            for group in stacked:
                 group[:, 0] = sign * group[:, 0].abs()
-        return [self.form(group) for group in drawn]
+        return [self.make_group(group) for group in stacked]
 
     def loss_of(self, module: nn.Module, groups: list[Any]) -> Tensor:
-        if self.at_once:
+        if self.one_forward:
             predictions = module(groups)
         else:
             predictions = [prediction for group in groups for prediction in module([group])]
@@ -189,71 +189,71 @@ class Scenario:
 
 SCENARIOS = {
     "one group": Scenario(),
-    "chunks": Scenario(form=torch.Tensor.clone, options={"chunk_size": 2, "forward_chunk_size": 3}),
-    "accumulation": Scenario(silent=2),
-    "several groups": Scenario(together=2, silent=1),
-    "several forwards": Scenario(together=2, silent=1, at_once=False),
+    "chunks": Scenario(make_group=torch.Tensor.clone, options={"chunk_size": 2}),
+    "accumulation": Scenario(unsynchronized=2),
+    "several groups": Scenario(groups_per_backward=2, unsynchronized=1),
+    "several forwards": Scenario(groups_per_backward=2, unsynchronized=1, one_forward=False),
     "combined only": Scenario(loss=of_combined),
     "poses only": Scenario(loss=of_poses),
     "learnable temperature": Scenario(combination=lambda: Boltzmann(0.9, learnable=True)),
     "learnable pooling": Scenario(combination=AttentionPooling),
     "sharp minimum": Scenario(combination=lambda: Min(scale=100.0)),
-    "sparse gradients": Scenario(model=Table),
-    "larger model": Scenario(around=Encoded, combination=AttentionPooling),
-    "other parameters": Scenario(model=Branching, sign=positive_on_the_first_rank),
-    "other parameters each time": Scenario(model=Branching, sign=positive_elsewhere_each_time),
-    "buffers": Scenario(model=Scaled, together=2, silent=1),
-    "buffers of several forwards": Scenario(model=Scaled, together=2, at_once=False),
-    "statistics": Scenario(model=Normalised, together=2, silent=1),
+    "sparse gradients": Scenario(model=SparseEmbedding),
+    "larger model": Scenario(wrap=LargerModel, combination=AttentionPooling),
+    "other parameters": Scenario(model=Branching, sign=positive_on_rank_0),
+    "other parameters each time": Scenario(model=Branching, sign=positive_on_alternating_ranks),
+    "buffers": Scenario(model=Scaled, groups_per_backward=2, unsynchronized=1),
+    "buffers of several forwards": Scenario(model=Scaled, groups_per_backward=2, one_forward=False),
+    "statistics": Scenario(model=Normalized, groups_per_backward=2, unsynchronized=1),
 }
 
 
-def module_of(scenario: Scenario, accumulator: str | None) -> nn.Module:
-    """What is to be wrapped, alike on all ranks; None is the full graph."""
+def new_module(scenario: Scenario, accumulator: str | None) -> nn.Module:
+    """Create the module to train, the same on all ranks. None selects the full graph."""
     torch.manual_seed(0)
     model, combination = scenario.model(), scenario.combination()
     scorer: nn.Module = FullGraph(model, combination)
     if accumulator is not None:
         scorer = gradhooks.MultiPose(model, combination, accumulator=ACCUMULATORS[accumulator](), **scenario.options)
-    return scenario.around(scorer).double()
+    return scenario.wrap(scorer).double()
 
 
-class Course(NamedTuple):
-    """Gradients and buffers after each backward that synchronised, and the weights in the end."""
+class TrainingRun(NamedTuple):
+    """Gradients and buffers after each step, and the final parameters."""
 
     gradients: list[Gradients]
     buffers: list[Gradients]
-    weights: Weights
+    parameters: Parameters
 
 
-def course_of(
-    scenario: Scenario, accumulator: str | None, ranks: list[int], mode: dict[str, Any], *, wrapped: bool = True
-) -> Course:
-    """Train for three steps with the mean loss of the groups of `ranks`."""
-    bare = module_of(scenario, accumulator)
-    module = DistributedDataParallel(bare, **mode) if wrapped else bare
+def train(
+    scenario: Scenario, accumulator: str | None, ranks: list[int], ddp_options: dict[str, Any], *, wrapped: bool = True
+) -> TrainingRun:
+    """Train for three steps with the mean loss of the groups of `ranks`, inside DDP if `wrapped`."""
+    bare = new_module(scenario, accumulator)
+    module = DistributedDataParallel(bare, **ddp_options) if wrapped else bare
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
-    course = Course([], [], dict(bare.named_parameters()))
+    run = TrainingRun([], [], dict(bare.named_parameters()))
     for step in range(STEPS):
         optimizer.zero_grad()
-        turns = scenario.turns(step, mode)
-        for turn in range(turns):
-            with silence(module, turn < turns - 1):
+        backwards = scenario.backwards(step, ddp_options)
+        for backward in range(backwards):
+            with synchronization(module, enabled=backward == backwards - 1):
                 for rank in ranks:
-                    (scenario.loss_of(module, scenario.groups(rank, step, turn)) / len(ranks)).backward()
-        course.gradients.append(gradients_of(course.weights))
-        course.buffers.append({name: buffer.clone() for name, buffer in bare.named_buffers()})
+                    (scenario.loss_of(module, scenario.groups(rank, step, backward)) / len(ranks)).backward()
+        run.gradients.append(gradients_of(run.parameters))
+        run.buffers.append({name: buffer.clone() for name, buffer in bare.named_buffers()})
         optimizer.step()
-    return course
+    return run
 
 
-def silence(module: nn.Module, wanted: bool) -> AbstractContextManager[None]:
-    return module.no_sync() if wanted and isinstance(module, DistributedDataParallel) else nullcontext()
+def synchronization(module: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
+    return nullcontext() if enabled or not isinstance(module, DistributedDataParallel) else module.no_sync()
 
 
-def deviation(found: Course, expected: Course) -> float:
-    """The largest of a gradient or buffer, relative to its size; infinite where only one of the two has a gradient."""
-    pairs = [*zip(found.gradients, expected.gradients, strict=True), *zip(found.buffers, expected.buffers, strict=True)]
-    if any((ours[name] is None) != (theirs[name] is None) for ours, theirs in pairs for name in theirs):
+def deviation(run: TrainingRun, expected: TrainingRun) -> float:
+    """Return the largest relative deviation of a gradient or buffer; infinite if a gradient is None in one run only."""
+    pairs = [*zip(run.gradients, expected.gradients, strict=True), *zip(run.buffers, expected.buffers, strict=True)]
+    if any((actual[name] is None) != (wanted[name] is None) for actual, wanted in pairs for name in wanted):
         return float("inf")
     return max(distance for pair in pairs for distance in distances(*pair).values())

@@ -172,11 +172,50 @@ def test_importing_gradhooks_imports_no_plugin_and_prints_nothing() -> None:
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
-OLD_FILES = """
-passage inference bridge guard reach shadow chunks checkpoints trees modes randomness replay dtypes timing multipose
-again unreached retained sums online declaration sharded extremum precision ranks share sharding refusals kit oracle
-sample failure plan ways rounds undisturbed beside promises bench sharing witness zoo
-""".split()
+OLD_FILES = [
+    "passage",
+    "inference",
+    "bridge",
+    "guard",
+    "reach",
+    "shadow",
+    "chunks",
+    "checkpoints",
+    "trees",
+    "modes",
+    "randomness",
+    "replay",
+    "dtypes",
+    "timing",
+    "multipose",
+    "again",
+    "unreached",
+    "retained",
+    "sums",
+    "online",
+    "declaration",
+    "sharded",
+    "extremum",
+    "precision",
+    "ranks",
+    "share",
+    "sharding",
+    "refusals",
+    "kit",
+    "oracle",
+    "sample",
+    "failure",
+    "plan",
+    "ways",
+    "rounds",
+    "undisturbed",
+    "beside",
+    "promises",
+    "bench",
+    "sharing",
+    "witness",
+    "zoo",
+]
 
 
 @pytest.mark.parametrize("folder", ["gradhooks", "tests", "examples", "plugins"])

@@ -1,126 +1,137 @@
-"""DistributedDataParallel around a MultiPose leaves what the full graph would have left."""
+"""DistributedDataParallel around a MultiPose computes the gradients of the full graph."""
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from data_parallel import ACCUMULATORS, SCENARIOS, Course, Weights, course_of, deviation, module_of
-from multiprocess import on_ranks
+from data_parallel import ACCUMULATORS, SCENARIOS, Parameters, TrainingRun, deviation, new_module, train
+from multiprocess import run_on_ranks
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from training_reference import assert_bit_equal, distances
 
-FLAGS: dict[str, dict[str, Any]] = {
+DDP_MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "find unused": {"find_unused_parameters": True},
     "static graph": {"static_graph": True},
     "bucket view": {"gradient_as_bucket_view": True},
 }
-SEVERAL: dict[str, dict[str, Any]] = {
+MORE_DDP_MODES: dict[str, dict[str, Any]] = {
     "small buckets": {"bucket_cap_mb": 1e-4},
-    "all together": {"find_unused_parameters": True, "gradient_as_bucket_view": True, "bucket_cap_mb": 1e-4},
-    "static in views": {"static_graph": True, "gradient_as_bucket_view": True},
+    "all options": {"find_unused_parameters": True, "gradient_as_bucket_view": True, "bucket_cap_mb": 1e-4},
+    "static graph and bucket view": {"static_graph": True, "gradient_as_bucket_view": True},
 }
-EXACT = 1e-12
+OWN_BUFFERS: dict[str, dict[str, Any]] = {"own buffers": {"broadcast_buffers": False}}
+TOLERANCE = 1e-12
 
-# Without that flag DDP makes zeros of the gradient of a parameter that no rank used (and refuses the full graph).
+# Without find_unused_parameters, a parameter that no rank used gets zeros from DDP, which raises for the full graph.
 NEEDS_FIND_UNUSED = {"other parameters each time"}
-# One process knows no buffers that each forward takes from rank 0, and no rank's own ones.
-NEEDS_WRAPPER = {"buffers", "buffers of several forwards", "statistics"}
+# Each forward takes the buffers of rank 0, or each rank has its own, so a single process is no reference for them.
+NEEDS_WRAPPED_REFERENCE = {"buffers", "buffers of several forwards", "statistics"}
+# With four ranks each has another accumulator, and most ranks do not use a parameter that one uses.
+ON_FOUR_RANKS = ["one group", "several forwards", "other parameters", "other parameters each time", "statistics"]
 
 
-def cases(names: set[str], **more: dict[str, Any]) -> list[Any]:
-    modes = [(2, FLAGS), (4, FLAGS), (2, SEVERAL), (2, more)]
-    return [
-        pytest.param(name, options, world_size, id=f"{name}-{mode}-{world_size}")
-        for name in SCENARIOS
-        if name in names
-        for world_size, some in modes
-        for mode, options in some.items()
-        if name not in NEEDS_FIND_UNUSED or "find_unused_parameters" in options
-    ]
+def ddp_modes(name: str, world_size: int) -> dict[str, dict[str, Any]]:
+    if world_size == 4:
+        modes = DDP_MODES
+    else:
+        modes = DDP_MODES | MORE_DDP_MODES | (OWN_BUFFERS if name in NEEDS_WRAPPED_REFERENCE else {})
+    if name in NEEDS_FIND_UNUSED:
+        modes = {mode: options for mode, options in modes.items() if "find_unused_parameters" in options}
+    return modes
 
 
-def courses(rank: int, world_size: int, name: str, mode: dict[str, Any], wrapped: bool) -> dict[str, Course]:
-    """By the full graph, in one process or wrapped; by each accumulator; by another one on each rank."""
-    scenario = SCENARIOS[name]
-    reference = course_of(scenario, None, [rank] if wrapped else list(range(world_size)), mode, wrapped=wrapped)
-    same = {name: name for name in ACCUMULATORS} if world_size == 2 else {}  # four processes take their time
-    accumulators = {**same, "mixed": list(ACCUMULATORS)[rank % len(ACCUMULATORS)]}
-    found = {label: course_of(scenario, name, [rank], mode) for label, name in accumulators.items()}
-    return {"reference": reference, **found}
+def accumulators_of(rank: int, world_size: int) -> dict[str, str]:
+    """Return the accumulators to train this rank with: each one on all ranks, and another one on each rank."""
+    names = list(ACCUMULATORS)
+    if world_size == 4:
+        return {"mixed": names[rank]}
+    return {name: name for name in names} | {"store, stream": names[rank], "recompute, auto": names[2 + rank]}
 
 
-def check(name: str, mode: dict[str, Any], world_size: int, *, wrapped: bool) -> None:
-    ranks = on_ranks(courses, world_size, name, mode, wrapped, world_size=world_size)
-    errors = {
-        (rank, accumulator): deviation(course, found["reference"])
-        for rank, found in enumerate(ranks)
-        for accumulator, course in found.items()
-    }
-    assert {place: error for place, error in errors.items() if not error <= EXACT} == {}
-    for accumulator, course in ranks[0].items():
-        for found in ranks[1:]:
-            assert_bit_equal(found[accumulator].weights, course.weights)
+def train_in_all_modes(rank: int, world_size: int, name: str) -> dict[tuple[str, str], tuple[float, Parameters]]:
+    """Return the deviation from the full graph and the final parameters, by DDP mode and accumulator."""
+    scenario, wrapped = SCENARIOS[name], name in NEEDS_WRAPPED_REFERENCE
+    single_process: dict[bool, TrainingRun] = {}
+    results = {}
+    for mode, options in ddp_modes(name, world_size).items():
+        if wrapped:
+            expected = train(scenario, None, [rank], options)
+        else:
+            # Of the options of DDP, a single process depends on the number of backwards at a step only.
+            static = "static_graph" in options
+            if static not in single_process:
+                single_process[static] = train(scenario, None, list(range(world_size)), options, wrapped=False)
+            expected = single_process[static]
+        for label, accumulator in accumulators_of(rank, world_size).items():
+            run = train(scenario, accumulator, [rank], options)
+            results[mode, label] = deviation(run, expected), run.parameters
+    return results
 
 
-@pytest.mark.parametrize(("name", "mode", "world_size"), cases(SCENARIOS.keys() - NEEDS_WRAPPER))
-def test_every_mode_of_data_parallel_training(name: str, mode: dict[str, Any], world_size: int) -> None:
-    check(name, mode, world_size, wrapped=False)
+def check(name: str, world_size: int) -> None:
+    ranks = run_on_ranks(train_in_all_modes, world_size, name, world_size=world_size)
+    labels = product(ddp_modes(name, world_size), accumulators_of(0, world_size))
+    assert [list(results) for results in ranks] == [list(labels)] * world_size
+    errors = {(rank, *key): error for rank, results in enumerate(ranks) for key, (error, _) in results.items()}
+    assert {key: error for key, error in errors.items() if not error <= TOLERANCE} == {}
+    for key, (_, parameters) in ranks[0].items():
+        for results in ranks[1:]:
+            assert_bit_equal(dict(results[key][1]), dict(parameters))
 
 
 @pytest.mark.parametrize(
-    ("name", "mode", "world_size"), cases(NEEDS_WRAPPER, **{"own buffers": {"broadcast_buffers": False}})
+    ("name", "world_size"), [*((name, 2) for name in SCENARIOS), *((name, 4) for name in ON_FOUR_RANKS)]
 )
-def test_buffers_go_the_way_of_the_wrapped_full_graph(name: str, mode: dict[str, Any], world_size: int) -> None:
-    check(name, mode, world_size, wrapped=True)
+def test_every_mode_of_data_parallel_training(name: str, world_size: int) -> None:
+    check(name, world_size)
 
 
-JOINING = SCENARIOS["one group"]
-GROUPS = [2, 4, 1, 3]  # of each rank, until it joins
+JOIN_SCENARIO = SCENARIOS["one group"]
+GROUPS = [2, 4, 1, 3]  # number of groups of each rank
 
 
-def weights_after_joining(
-    rank: int, world_size: int, mode: dict[str, Any], by_world_size: bool
-) -> dict[str, tuple[Weights, Weights]]:
-    """By each accumulator, and in one process."""
+def train_until_joined(rank: int, world_size: int) -> dict[tuple[str, bool, str], float]:
+    """Return the deviation from a single process by DDP mode, divisor of the average, and accumulator."""
     counts = GROUPS[:world_size]
-    theirs = without_those_who_joined(counts, by_world_size)
-    found = {}
-    for accumulator in ACCUMULATORS:
-        module = DistributedDataParallel(module_of(JOINING, accumulator), **mode)
-        with Join([module], divide_by_initial_world_size=by_world_size):
-            for step in range(counts[rank]):
-                step_with(module, step, {rank: 1.0})
-        found[accumulator] = weights_of(module.module), theirs
-    return found
+    results = {}
+    for by_world_size in (True, False):
+        expected = parameters_without_joined_ranks(counts, by_world_size)
+        for (mode, options), accumulator in product(DDP_MODES.items(), ACCUMULATORS):
+            module = DistributedDataParallel(new_module(JOIN_SCENARIO, accumulator), **options)
+            with Join([module], divide_by_initial_world_size=by_world_size):
+                for step in range(counts[rank]):
+                    train_step(module, step, {rank: 1.0})
+            actual = parameters_of(module.module)
+            results[mode, by_world_size, accumulator] = max(distances(dict(actual), dict(expected)).values())
+    return results
 
 
-def without_those_who_joined(counts: list[int], by_world_size: bool) -> Weights:
-    """One process: at each step the groups of the ranks that still have some."""
-    module = module_of(JOINING, None)
+def parameters_without_joined_ranks(counts: list[int], by_world_size: bool) -> Parameters:
+    """Train in one process, at each step with the groups of the ranks that still have some."""
+    module = new_module(JOIN_SCENARIO, None)
     for step in range(max(counts)):
-        there = [rank for rank, count in enumerate(counts) if step < count]
-        step_with(module, step, dict.fromkeys(there, 1 / (len(counts) if by_world_size else len(there))))
-    return weights_of(module)
+        active = [rank for rank, count in enumerate(counts) if step < count]
+        train_step(module, step, dict.fromkeys(active, 1 / (len(counts) if by_world_size else len(active))))
+    return parameters_of(module)
 
 
-def step_with(module: nn.Module, step: int, shares: dict[int, float]) -> None:
-    for rank, share in shares.items():
-        (share * JOINING.loss_of(module, JOINING.groups(rank, step, 0))).backward()
+def train_step(module: nn.Module, step: int, weights: dict[int, float]) -> None:
+    for rank, weight in weights.items():
+        (weight * JOIN_SCENARIO.loss_of(module, JOIN_SCENARIO.groups(rank, step, 0))).backward()
     torch.optim.SGD(module.parameters(), 0.1).step()
     module.zero_grad()
 
 
-def weights_of(module: nn.Module) -> Weights:
+def parameters_of(module: nn.Module) -> Parameters:
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
-@pytest.mark.parametrize("by_world_size", [True, False])
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("mode", FLAGS)
-def test_ranks_join_after_uneven_numbers_of_groups(mode: str, world_size: int, by_world_size: bool) -> None:
-    for found in on_ranks(weights_after_joining, world_size, FLAGS[mode], by_world_size, world_size=world_size):
-        for accumulator, (ours, theirs) in found.items():
-            assert max(distances(dict(ours), dict(theirs)).values()) <= EXACT, accumulator
+def test_ranks_join_after_different_numbers_of_groups(world_size: int) -> None:
+    for results in run_on_ranks(train_until_joined, world_size, world_size=world_size):
+        assert len(results) == 2 * len(DDP_MODES) * len(ACCUMULATORS)
+        assert {key: error for key, error in results.items() if not error <= TOLERANCE} == {}

@@ -1,4 +1,4 @@
-"""The poses of one group on several ranks: every rank ends with what one process would have."""
+"""Pose parallel: every rank has the gradients of one process that runs all poses of the group."""
 
 import copy
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from multiprocess import on_ranks
+from multiprocess import run_on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -18,12 +18,13 @@ import gradhooks
 from gradhooks.testing import full_graph
 
 ACCUMULATORS = ("auto", "stream", "recompute", "store")
-# How many of the poses each rank has.
-SPLITS = {2: [[3, 4], [0, 5], [1, 0]], 4: [[2, 0, 3, 1], [0, 0, 0, 2]]}
+# Numbers of poses of each rank.
+COUNTS = {2: [[3, 4], [0, 5], [1, 0]], 4: [[2, 0, 3, 1], [0, 0, 0, 2]]}
+TOLERANCE = 1e-12
 
 
 class Model(nn.Module):
-    """One layer takes part where a pose begins with a large number; another never does."""
+    """One layer is used only by poses whose first number is large, another one by none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,12 +60,12 @@ class Vectors(nn.Module):
         return prediction
 
 
-def poses_of(step: int, count: int) -> list[Tensor]:
-    return list(torch.randn(count, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64))
+def new_poses(seed: int, count: int) -> list[Tensor]:
+    return list(torch.randn(count, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
 
 
-def share_of(poses: list[Tensor], split: list[int], rank: int) -> list[Tensor]:
-    return poses[sum(split[:rank]) : sum(split[: rank + 1])]
+def poses_of_rank(poses: list[Tensor], counts: list[int], rank: int) -> list[Tensor]:
+    return poses[sum(counts[:rank]) : sum(counts[: rank + 1])]
 
 
 def of_combined(prediction: gradhooks.MultiPosePrediction) -> Tensor:
@@ -79,125 +80,142 @@ def of_both(prediction: gradhooks.MultiPosePrediction) -> Tensor:
     return of_combined(prediction) + of_poses(prediction)
 
 
-def deviation(ours: nn.Module, theirs: nn.Module) -> float:
-    """The largest of a weight or a gradient, relative to 1; infinite where one has a gradient and the other none."""
-    worst = 0.0
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        if (one.grad is None) != (other.grad is None):
+LOSSES = (of_combined, of_poses, of_both)
+
+
+def deviation(model: nn.Module, reference: nn.Module) -> float:
+    """Return the largest deviation of a parameter or gradient; infinite if a gradient is None in one model only."""
+    largest = 0.0
+    for actual, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        if (actual.grad is None) != (expected.grad is None):
             return float("inf")
-        pairs = [(one, other)] if one.grad is None or other.grad is None else [(one, other), (one.grad, other.grad)]
-        worst = max([worst, *((a - b).abs().max().item() for a, b in pairs)])
-    return worst
+        pairs = [(actual, expected)]
+        if actual.grad is not None and expected.grad is not None:
+            pairs.append((actual.grad, expected.grad))
+        largest = max([largest, *((one - other).abs().max().item() for one, other in pairs)])
+    return largest
 
 
-def trained(
+class Pair(nn.Module):
+    """A model and its combination, which are trained together."""
+
+    def __init__(self, model: nn.Module, combination: str) -> None:
+        super().__init__()
+        self.model, self.combination = model, COMBINATIONS[combination]()
+
+
+def train(
     rank: int,
-    split: list[int],
-    accumulator: str,
+    counts: list[int],
     combination: str,
     loss: Callable[..., Tensor],
     *,
+    accumulators: tuple[str, ...] = ACCUMULATORS,
     model: Callable[[], nn.Module] = Model,
     **options: Any,
-) -> float:
-    """The deviation from a single process with the full graph after three steps."""
+) -> dict[str, float]:
+    """Train for three steps; return the deviation from the full graph in a single process, by accumulator."""
     torch.manual_seed(0)
-    trainee, made = model().double(), COMBINATIONS[combination]()
-    if isinstance(made, nn.Module):
-        made.double()
-    reference, same = copy.deepcopy((trainee, made))
-    scorer = gradhooks.MultiPose(trainee, made, accumulator=accumulator, process_group=dist.group.WORLD, **options)
-    parameters = same.parameters() if isinstance(same, nn.Module) else ()
-    ours = torch.optim.SGD(scorer.parameters(), 0.05)
-    theirs = torch.optim.SGD([*reference.parameters(), *parameters], 0.05)
-    worst = 0.0
+    reference = Pair(model(), combination).double()
+    pairs = {accumulator: copy.deepcopy(reference) for accumulator in accumulators}
+    scorers = {
+        accumulator: gradhooks.MultiPose(
+            pair.model, pair.combination, accumulator=accumulator, process_group=dist.group.WORLD, **options
+        )
+        for accumulator, pair in pairs.items()
+    }
+    optimizers = {pair: torch.optim.SGD(pair.parameters(), 0.05) for pair in (reference, *pairs.values())}
+    errors = dict.fromkeys(accumulators, 0.0)
     for step in range(3):
-        poses = poses_of(step, sum(split))
-        ours.zero_grad()
-        theirs.zero_grad()
-        prediction = scorer(share_of(poses, split, rank))
-        assert len(prediction.per_pose) == sum(split)
-        loss(prediction).backward()
-        loss(full_graph(reference, poses, same)).backward()
-        worst = max(worst, deviation(trainee, reference))
-        if isinstance(made, nn.Module):
-            worst = max(worst, deviation(made, same))
-        ours.step()
-        theirs.step()
-    return worst
+        poses = new_poses(step, sum(counts))
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
+        loss(full_graph(reference.model, poses, reference.combination)).backward()
+        for accumulator, scorer in scorers.items():
+            prediction = scorer(poses_of_rank(poses, counts, rank))
+            assert len(prediction.per_pose) == sum(counts)
+            loss(prediction).backward()
+            errors[accumulator] = max(errors[accumulator], deviation(pairs[accumulator], reference))
+        for optimizer in optimizers.values():
+            optimizer.step()
+    return errors
 
 
-def every_way(rank: int, splits: list[list[int]], combinations: list[str]) -> dict[str, float]:
-    losses = (of_combined, of_poses, of_both)
+def train_all(rank: int, all_counts: list[list[int]], combinations: list[str]) -> dict[str, float]:
     return {
-        f"{split} {accumulator} {combination} {loss.__name__}": trained(rank, split, accumulator, combination, loss)
-        for split in splits
-        for accumulator in ACCUMULATORS
+        f"{counts} {accumulator} {combination} {loss.__name__}": error
+        for counts in all_counts
         for combination in combinations
-        for loss in losses
+        for loss in LOSSES
+        for accumulator, error in train(rank, counts, combination, loss).items()
     }
 
 
 @pytest.mark.parametrize(
     ("world_size", "combinations"), [(2, ["mean", "min", "boltzmann learnable", "attention"]), (4, ["boltzmann"])]
 )
-def test_every_rank_ends_with_what_one_process_would_have(world_size: int, combinations: list[str]) -> None:
-    splits = SPLITS[world_size]
-    for found in on_ranks(every_way, splits, combinations, world_size=world_size, timeout=120):
-        assert len(found) == len(splits) * len(combinations) * 12
-        assert {name: error for name, error in found.items() if not error <= 1e-12} == {}
+def test_every_rank_has_the_gradients_of_one_process(world_size: int, combinations: list[str]) -> None:
+    all_counts = COUNTS[world_size]
+    for errors in run_on_ranks(train_all, all_counts, combinations, world_size=world_size, timeout=120):
+        assert len(errors) == len(all_counts) * len(combinations) * len(ACCUMULATORS) * len(LOSSES)
+        assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
 
 
-def inside_data_parallel(_: int, accumulator: str) -> float:
-    """Two groups, each shared by two of four ranks, and DDP around all: the deviation from one process."""
+def train_inside_data_parallel(_: int) -> dict[str, float]:
+    """Split each of two groups over two ranks, inside DDP over four; return the deviation from a single process."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("groups", "poses"))
+    return {accumulator: train_on_mesh(mesh, accumulator) for accumulator in ACCUMULATORS}
+
+
+def train_on_mesh(mesh: Any, accumulator: str) -> float:
     torch.manual_seed(0)
     model = Model().double()
     reference = copy.deepcopy(model)
     scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator, process_group=mesh["poses"])
     wrapped = DistributedDataParallel(scorer, find_unused_parameters=True)
-    ours, theirs = torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD(reference.parameters(), 0.1)
-    worst = 0.0
+    optimizers = [torch.optim.SGD(each.parameters(), 0.1) for each in (model, reference)]
+    largest = 0.0
     for step in range(3):
-        groups = [poses_of(10 * step + place, 4 + place) for place in range(2)]
-        ours.zero_grad()
-        theirs.zero_grad()
-        place, member = mesh.get_coordinate()
-        of_both(wrapped(share_of(groups[place], [3, 1 + place], member))).backward()
+        groups = [new_poses(10 * step + index, 4 + index) for index in range(2)]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        index, member = mesh.get_coordinate()
+        of_both(wrapped(poses_of_rank(groups[index], [3, 1 + index], member))).backward()
         for poses in groups:
             (of_both(full_graph(reference, poses, COMBINATIONS["boltzmann"]())) / 2).backward()
-        reached = [one for one in model.parameters() if one.grad is not None]
-        assert len(reached) >= 4
-        for one, other in zip(model.parameters(), reference.parameters(), strict=True):
-            difference = (0 if one.grad is None else one.grad) - (torch.zeros(()) if other.grad is None else other.grad)
-            worst = max(worst, difference.abs().max().item())
-        ours.step()
-        theirs.step()
-    return worst
+        assert sum(parameter.grad is not None for parameter in model.parameters()) >= 4
+        for actual, expected in zip(model.parameters(), reference.parameters(), strict=True):
+            gradients = [torch.zeros(()) if each.grad is None else each.grad for each in (actual, expected)]
+            largest = max(largest, (gradients[0] - gradients[1]).abs().max().item())
+        for optimizer in optimizers:
+            optimizer.step()
+    return largest
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_together_with_data_parallel_training_on_a_mesh(accumulator: str) -> None:
-    assert max(on_ranks(inside_data_parallel, accumulator, world_size=4)) <= 1e-12
+def test_with_data_parallel_training_on_a_mesh() -> None:
+    for errors in run_on_ranks(train_inside_data_parallel, world_size=4):
+        assert list(errors) == list(ACCUMULATORS)
+        assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
 
 
-def with_options(rank: int) -> dict[str, float]:
-    split, batch = [3, 4], {"collate": torch.stack}
-    chunks: dict[str, Any] = {"chunk_size": 2, **batch}
+def train_with_options(rank: int) -> dict[str, float]:
+    batch: dict[str, Any] = {"model": Batched, "collate": torch.stack}
+    cases: dict[str, tuple[str, str, Callable[..., Tensor], dict[str, Any]]] = {
+        "chunks": ("auto", "boltzmann", of_both, {"chunk_size": 2, **batch}),
+        "chunks, store": ("store", "mean", of_both, {"chunk_size": 2, **batch}),
+        "chunks of 4, recompute": ("recompute", "max", of_both, {"chunk_size": 4, **batch}),
+        "zero tolerance": ("stream", "min", of_combined, {"tolerance": 0.0}),
+        "vectors": ("auto", "mean", of_combined, {"model": Vectors}),
+    }
     return {
-        "chunks": trained(rank, split, "auto", "boltzmann", of_both, model=Batched, **chunks),
-        "chunks stored": trained(rank, split, "store", "mean", of_both, model=Batched, **chunks),
-        "larger forward": trained(
-            rank, split, "recompute", "max", of_both, model=Batched, forward_chunk_size=4, **batch
-        ),
-        "strict": trained(rank, split, "stream", "min", of_combined, tolerance=0.0),
-        "vectors": trained(rank, split, "auto", "mean", of_combined, model=Vectors),
+        name: train(rank, [3, 4], combination, loss, accumulators=(accumulator,), **options)[accumulator]
+        for name, (accumulator, combination, loss, options) in cases.items()
     }
 
 
-def test_with_other_options() -> None:
-    for found in on_ranks(with_options):
-        assert {name: error for name, error in found.items() if not error <= 1e-12} == {}
+def test_options() -> None:
+    for errors in run_on_ranks(train_with_options):
+        assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
 
 
 def weighted_mean(predictions: Tensor, weights: Tensor) -> Tensor:
@@ -209,85 +227,92 @@ def new_scorer(combination: Any = "mean", **options: Any) -> gradhooks.MultiPose
     return gradhooks.MultiPose(Model().double(), combination, process_group=dist.group.WORLD, **options)
 
 
-def weights_of_all_poses(rank: int) -> float:
-    scorer, poses = new_scorer(weighted_mean), poses_of(0, 5)
+def pass_weights(rank: int) -> float:
+    scorer, poses = new_scorer(weighted_mean), new_poses(0, 5)
     reference = copy.deepcopy(scorer.model)
     weights = torch.arange(5.0, dtype=torch.float64)
-    scorer(share_of(poses, [2, 3], rank), weights=weights).combined.backward()
+    scorer(poses_of_rank(poses, [2, 3], rank), weights=weights).combined.backward()
     weighted_mean(torch.stack([reference(pose) for pose in poses]), weights).backward()
     return deviation(scorer.model, reference)
 
 
-def test_arguments_of_the_combination_are_those_of_all_poses() -> None:
-    assert max(on_ranks(weights_of_all_poses)) <= 1e-12
+def test_arguments_of_the_combination_have_a_row_for_every_pose() -> None:
+    assert max(run_on_ranks(pass_weights)) <= TOLERANCE
 
 
-def skipped(rank: int, accumulator: str) -> tuple[int, int]:
-    """Rank 1 has the only pose that matters."""
+def count_backwards(rank: int, accumulator: str) -> tuple[int, int]:
+    """Run a group in which one pose of rank 1 has a significant weight and no other pose has."""
     scorer = new_scorer(weighted_mean, accumulator=accumulator)
     weights = torch.tensor([1e-20, 1e-20, 1.0, 1e-20], dtype=torch.float64)
-    scorer(share_of(poses_of(0, 4), [2, 2], rank), weights=weights).combined.backward()
+    scorer(poses_of_rank(new_poses(0, 4), [2, 2], rank), weights=weights).combined.backward()
     return scorer.report.backwards, scorer.report.skipped
 
 
-def test_a_pose_is_skipped_by_its_weight_among_those_of_all_ranks() -> None:
-    assert on_ranks(skipped, "recompute") == [(0, 2), (1, 1)]
+def test_skipping_compares_coefficients_of_all_ranks() -> None:
+    assert run_on_ranks(count_backwards, "recompute") == [(0, 2), (1, 1)]
 
 
-def predicted(rank: int) -> list[Any]:
-    scorer, poses = new_scorer("max"), poses_of(0, 3)
+def predict(rank: int) -> list[Any]:
+    scorer, poses = new_scorer("max"), new_poses(0, 3)
     with torch.no_grad():
-        combined, predictions = scorer(share_of(poses, [0, 3], rank))
-        same = torch.equal(predictions, torch.stack([scorer.model(pose) for pose in poses]))
-    return [same, combined.requires_grad, scorer(share_of(poses, [0, 3], rank)).coefficients().shape]
+        combined, predictions = scorer(poses_of_rank(poses, [0, 3], rank))
+        equal = torch.equal(predictions, torch.stack([scorer.model(pose) for pose in poses]))
+    return [equal, combined.requires_grad, scorer(poses_of_rank(poses, [0, 3], rank)).coefficients().shape]
 
 
 def test_every_rank_gets_all_predictions() -> None:
-    assert on_ranks(predicted) == [[True, False, (3, 1)]] * 2
+    assert run_on_ranks(predict) == [[True, False, (3, 1)]] * 2
 
 
-def dropped(rank: int) -> float:
-    scorer, poses = new_scorer("boltzmann", nonfinite="drop"), poses_of(0, 4)
+def drop_nonfinite(rank: int) -> float:
+    scorer, poses = new_scorer("boltzmann", nonfinite="drop"), new_poses(0, 4)
     reference = copy.deepcopy(scorer.model)
-    broken = [poses[0] * float("nan"), *poses]
-    scorer(share_of(broken, [2, 3], rank)).combined.backward()
+    with_nan = [poses[0] * float("nan"), *poses]
+    scorer(poses_of_rank(with_nan, [2, 3], rank)).combined.backward()
     full_graph(reference, poses, COMBINATIONS["boltzmann"]()).combined.backward()
     return deviation(scorer.model, reference)
 
 
-def test_a_pose_that_is_not_finite_is_left_out_on_all_ranks() -> None:
-    assert max(on_ranks(dropped)) <= 1e-12
+def test_nonfinite_predictions_are_dropped_on_all_ranks() -> None:
+    assert max(run_on_ranks(drop_nonfinite)) <= TOLERANCE
 
 
-def again(rank: int, accumulator: str) -> float:
-    """Two groups in one backward, twice."""
+def backward_twice(rank: int) -> dict[str, float]:
+    """Run two groups and call one backward for both, twice."""
+    errors = {}
+    for accumulator in ACCUMULATORS:
+        scorer = new_scorer("boltzmann", accumulator=accumulator)
+        reference, groups = copy.deepcopy(scorer.model), [new_poses(0, 4), new_poses(1, 3)]
+        loss = sum((of_both(scorer(poses_of_rank(poses, [1, 3], rank))) for poses in groups), torch.zeros(()))
+        loss.backward(retain_graph=True)
+        loss.backward()
+        combination = COMBINATIONS["boltzmann"]()
+        losses = (of_both(full_graph(reference, poses, combination)) for poses in groups)
+        (2 * sum(losses, torch.zeros(()))).backward()
+        errors[accumulator] = deviation(scorer.model, reference)
+    return errors
+
+
+def test_several_groups_and_a_second_backward() -> None:
+    for errors in run_on_ranks(backward_twice):
+        assert list(errors) == list(ACCUMULATORS)
+        assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
+
+
+def count_collectives(rank: int, count: int, accumulator: str) -> int:
     scorer = new_scorer("boltzmann", accumulator=accumulator)
-    reference, groups = copy.deepcopy(scorer.model), [poses_of(0, 4), poses_of(1, 3)]
-    loss = sum((of_both(scorer(share_of(poses, [1, 3], rank))) for poses in groups), torch.zeros(()))
-    loss.backward(retain_graph=True)
-    loss.backward()
-    made = COMBINATIONS["boltzmann"]()
-    (2 * sum((of_both(full_graph(reference, poses, made)) for poses in groups), torch.zeros(()))).backward()
-    return deviation(scorer.model, reference)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        of_both(scorer(poses_of_rank(new_poses(0, 2 * count), [count, count], rank))).backward()
+    return sum(event.count for event in profiler.key_averages() if event.key.startswith("gloo:"))
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_several_groups_and_a_second_backward(accumulator: str) -> None:
-    assert max(on_ranks(again, accumulator)) <= 1e-12
+def count_all_collectives(rank: int) -> dict[str, list[int]]:
+    """Return the numbers of collectives with few and many poses, by accumulator."""
+    return {
+        accumulator: [count_collectives(rank, count, accumulator) for count in (1, 25)] for accumulator in ACCUMULATORS
+    }
 
 
-def collectives(rank: int, count: int, accumulator: str) -> int:
-    scorer = new_scorer("boltzmann", accumulator=accumulator)
-    with profile(activities=[ProfilerActivity.CPU]) as watched:
-        of_both(scorer(share_of(poses_of(0, 2 * count), [count, count], rank))).backward()
-    return sum(event.count for event in watched.key_averages() if event.key.startswith("gloo:"))
-
-
-def collectives_by_size(rank: int, accumulator: str) -> list[int]:
-    return [collectives(rank, count, accumulator) for count in (1, 25)]
-
-
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_what_travels_does_not_depend_on_the_number_of_poses(accumulator: str) -> None:
-    # Counts, what predictions look like, the predictions; how the backward went, the gradient.
-    assert on_ranks(collectives_by_size, accumulator) == [[5, 5], [5, 5]]
+def test_number_of_collectives_does_not_depend_on_the_number_of_poses() -> None:
+    # Pose counts, metadata, predictions; status of the backward, gradient.
+    assert run_on_ranks(count_all_collectives) == [{accumulator: [5, 5] for accumulator in ACCUMULATORS}] * 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-USER_FILE = '''
+USER_FILE = """
 import torch
 from torch import Tensor, nn
 
@@ -74,7 +74,7 @@ class Misspelt(nn.Module):
 
 
 scorer([torch.zeros(4)]).poses  # E8
-'''
+"""
 REVEALED = {
     "R1": "MultiPose[Network]",
     "R2": "int",

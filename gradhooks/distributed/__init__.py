@@ -1,1 +1,1 @@
-"""Groups on several processes: what stays outside, who has which poses, and how ranks stay together."""
+"""Several processes: pose parallel groups, sharded models, and refusal of unsupported arrangements."""

@@ -1,4 +1,4 @@
-"""Processes that work on one group: what one of them cannot do, none does."""
+"""Collectives between the ranks of a process group, and steps that succeed on all ranks or on none."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from loguru import logger
 from torch import Tensor
 from typing_extensions import Self
 
@@ -16,17 +17,18 @@ from gradhooks.errors import DistributedError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# Gradients travel in pieces of this size, so that no second copy of all of them is ever needed.
+# Gradients are reduced in buckets of this size: no second copy of all gradients exists at any time.
 BUCKET_BYTES = 32 * 2**20
 
 
 @dataclass
 class Message:
-    """What each rank tells the others at the end of a common step: a few numbers, equally many from each.
+    """Numbers that every rank sends at the end of an all-or-none step.
 
     Attributes:
-        sent: Those of this rank.
-        received: Those of all, by rank; or one list, with the maximum of each.
+        sent: Numbers of this rank, set inside the step. All ranks send the same count.
+        received: Numbers of all ranks in rank order, set at the end of the step. With `maximum=True` it holds a single
+            list: the elementwise maximum over ranks.
     """
 
     sent: Sequence[float] = ()
@@ -34,140 +36,154 @@ class Message:
 
 
 class Collectives:
-    """The ranks of a process group, or this process alone, which then talks to nobody.
+    """Run collectives on a process group. Without a group every operation is local and free.
+
+    Creating one costs no communication.
 
     Args:
-        process_group: The group, a `DeviceMesh` of one axis, or None.
+        process_group: The group, a one-dimensional `DeviceMesh`, or None for a single process.
 
     Raises:
-        DistributedError: This process is not in the group.
+        DistributedError: This process is not a member of the group.
     """
 
     def __init__(self, process_group: "dist.ProcessGroup | DeviceMesh | None") -> None:
-        given: Any = process_group
-        self._group: dist.ProcessGroup | None = given.get_group() if hasattr(given, "get_group") else given
-        if self._group is not None and dist.get_rank(self._group) < 0:
+        source: Any = process_group
+        self._group: dist.ProcessGroup | None = source.get_group() if hasattr(source, "get_group") else source
+        self._rank = 0 if self._group is None else dist.get_rank(self._group)
+        if self._rank < 0:
             raise DistributedError(
-                "this process is not in the process_group that shall share the poses; give each process the group that "
-                "it is in, as mesh['poses'] does"
+                "process_group does not contain this process; pass each process a group that contains it, for example "
+                "mesh['poses'] of a DeviceMesh"
             )
 
     @property
     def is_single(self) -> bool:
-        """Whether there is nobody to talk to."""
+        """Whether there is no process group."""
         return self._group is None
 
     @property
     def rank(self) -> int:
-        """The number of this rank, from 0 on."""
-        return 0 if self._group is None else dist.get_rank(self._group)
+        """Rank of this process in the group, 0 without a group."""
+        return self._rank
 
     @contextmanager
-    def all_or_none(self, doing: str, numbers: int, *, maximum: bool = False) -> Iterator[Message]:
-        """A step that either all ranks complete or none: whoever fails says so, where the others would wait for it.
+    def all_or_none(self, step: str, numbers: int, *, maximum: bool = False) -> Iterator[Message]:
+        """Run a block that succeeds on all ranks or on none.
+
+        If one rank raises, every rank raises at the end of its block, instead of waiting for a message that is never
+        sent.
 
         Args:
-            doing: What, for the message.
-            numbers: How many numbers each rank tells in the block; at its end it has received those of all.
-            maximum: Whether only the maximum of each is wanted: many numbers of many ranks would take their time.
+            step: Name of the step for the error message, without an article: `"forward"`.
+            numbers: How many numbers each rank sends (`Message.sent`).
+            maximum: Receive the elementwise maximum over ranks only, in one `all_reduce`. Use it for long messages.
+
+        Yields:
+            The message. `received` is set when the block ends.
 
         Raises:
-            DistributedError: On every rank, if one raised; on that one from its own error.
+            DistributedError: A rank raised. On that rank its own error is the cause.
         """
-        notes = Message()
+        message = Message()
         if self._group is None:
-            yield notes
-            notes.received = [list(notes.sent)]
+            yield message
+            message.received = [list(message.sent)]
             return
         fault: BaseException | None = None
         try:
-            yield notes
-        except BaseException as caught:  # also an interrupt: the others must not wait for this rank
+            yield message
+        except BaseException as caught:  # includes KeyboardInterrupt: the other ranks must not wait for this one
             fault = caught
         try:
-            sent = [float(fault is not None), *(notes.sent if fault is None else [0.0] * numbers)]
-            received = self._exchanged(sent, maximum)
-            if any(status for status, *_ in received):
-                self._stop(fault, doing)
-            notes.received = [rest for _, *rest in received]
+            sent = [float(fault is not None), *(message.sent if fault is None else [0.0] * numbers)]
+            received = self._exchange(sent, maximum)
+            if any(failed for failed, *_ in received):
+                self._raise_everywhere(fault, step)
+            message.received = [rest for _, *rest in received]
         finally:
-            del fault  # with its traceback it would hold this frame, and the graphs of a pose
+            del fault  # its traceback refers to this frame: the cycle would keep the graph of a pose alive
 
-    def _stop(self, fault: BaseException | None, doing: str) -> None:
+    def _raise_everywhere(self, fault: BaseException | None, step: str) -> None:
         reasons: list[str | None] = [None] * dist.get_world_size(self._group)
-        own = None if fault is None else f"{type(fault).__name__}: {fault}"
-        dist.all_gather_object(reasons, own, group=self._group)
+        reason = None if fault is None else f"{type(fault).__name__}: {fault}"
+        dist.all_gather_object(reasons, reason, group=self._group)
+        failed = "; ".join(f"rank {rank} of {len(reasons)}: {text}" for rank, text in enumerate(reasons) if text)
+        logger.debug("stopping all ranks, the {} failed: {}", step, failed)
         if fault is not None and not isinstance(fault, Exception):
             raise fault
-        named = [f"rank {rank} of {len(reasons)}: {reason}" for rank, reason in enumerate(reasons) if reason]
         raise DistributedError(
-            f"every rank has stopped, with its model as before, since one failed in {doing}. {'; '.join(named)}"
+            f"a rank failed in the {step}, so all ranks stopped, with their models as before. Fix the cause and run "
+            f"the step again on all ranks. {failed}"
         ) from fault
 
-    def _exchanged(self, numbers: Sequence[float], maximum: bool) -> list[list[float]]:
-        own = torch.tensor(numbers, dtype=torch.float64)
+    def _exchange(self, numbers: Sequence[float], maximum: bool) -> list[list[float]]:
+        local = torch.tensor(numbers, dtype=torch.float64)
         if not maximum:
-            return self._of_all(own).tolist()
-        travelling = own.to(self._meeting_place(own.device))
-        dist.all_reduce(travelling, dist.ReduceOp.MAX, group=self._group)
-        return [travelling.tolist()]
+            return self._gather(local).tolist()
+        buffer = local.to(self._communication_device(local.device))
+        dist.all_reduce(buffer, dist.ReduceOp.MAX, group=self._group)
+        return [buffer.tolist()]
 
-    def _of_all(self, own: Tensor) -> Tensor:
-        """`own`, of one shape on all ranks, stacked by rank on its device."""
-        # As bytes: no backend knows all types.
-        travelling = own.to(self._meeting_place(own.device)).contiguous().view(-1).view(torch.uint8)
-        found = [torch.empty_like(travelling) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(found, travelling, group=self._group)
-        return torch.stack(found).view(own.dtype).view(len(found), *own.shape).to(own.device)
+    def _gather(self, local: Tensor) -> Tensor:
+        """Stack `local`, of the same shape on all ranks, in rank order on its device."""
+        # As bytes: no backend supports all dtypes.
+        buffer = local.to(self._communication_device(local.device)).contiguous().view(-1).view(torch.uint8)
+        gathered = [torch.empty_like(buffer) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(gathered, buffer, group=self._group)
+        return torch.stack(gathered).view(local.dtype).view(len(gathered), *local.shape).to(local.device)
 
-    def _meeting_place(self, device: torch.device) -> torch.device:
-        """Where the process group takes tensors of a device: NCCL knows no CPU, and gloo GPUs only in part."""
+    def _communication_device(self, device: torch.device) -> torch.device:
+        """Return the device on which the backend communicates tensors of `device`.
+
+        NCCL supports no CPU tensors; gloo supports GPU tensors in some collectives only.
+        """
         backend = dist.get_backend(self._group)
         if backend == "nccl":
             return torch.device("cuda", torch.cuda.current_device()) if device.type == "cpu" else device
         return torch.device("cpu") if backend == "gloo" else device
 
-    def gather_rows(self, own: Tensor, counts: Sequence[int]) -> Tensor:
-        """The rows of all ranks, one after the other.
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Concatenate the rows of all ranks in rank order.
 
         Args:
-            own: Those of this rank, shape `(counts[rank], ...)`.
-            counts: How many each rank has.
+            rows: Rows of this rank, shape `(counts[rank], ...)`.
+            counts: Number of rows of each rank.
         """
-        padded = own.new_zeros(max(counts), *own.shape[1:])
-        padded[: len(own)] = own
-        return torch.cat([rows[:count] for rows, count in zip(self._of_all(padded), counts, strict=True)])
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        return torch.cat([part[:count] for part, count in zip(self._gather(padded), counts, strict=True)])
 
     def sum_tensors(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """The sum of each tensor over the ranks, all of which bring the same shapes and types in the same order."""
-        pending, found = deque(tensors), []
+        """Sum each tensor over the ranks. All ranks pass the same shapes and dtypes in the same order."""
+        pending, sums = deque(tensors), []
         while pending:
             bucket = [pending.popleft()]
             size = bucket[0].nbytes
-            while pending and _alike(pending[0], bucket[0]) and size + pending[0].nbytes <= BUCKET_BYTES:
+            while pending and _fits_bucket(pending[0], bucket[0]) and size + pending[0].nbytes <= BUCKET_BYTES:
                 size += pending[0].nbytes
                 bucket.append(pending.popleft())
-            found += self._summed_at_once(bucket)
-        return found
+            sums += self._sum_bucket(bucket)
+        return sums
 
-    def _summed_at_once(self, bucket: Sequence[Tensor]) -> list[Tensor]:
+    def _sum_bucket(self, bucket: Sequence[Tensor]) -> list[Tensor]:
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        travelling = flat.to(self._meeting_place(flat.device))
-        dist.all_reduce(torch.view_as_real(travelling) if travelling.is_complex() else travelling, group=self._group)
-        pieces = travelling.to(flat.device).split([tensor.numel() for tensor in bucket])
+        buffer = flat.to(self._communication_device(flat.device))
+        dist.all_reduce(torch.view_as_real(buffer) if buffer.is_complex() else buffer, group=self._group)
+        pieces = buffer.to(flat.device).split([tensor.numel() for tensor in bucket])
         return [piece.view_as(tensor).clone() for piece, tensor in zip(pieces, bucket, strict=True)]
 
     def __deepcopy__(self, memo: object) -> Self:
-        return self  # a copy of a model talks to the same ranks
+        return self  # a copied MultiPose communicates with the same ranks
 
     def __reduce__(self) -> str | tuple[object, ...]:
         if self._group is None:
             return (Collectives, (None,))
         raise TypeError(
-            "a MultiPose with a process_group cannot be pickled, since no other process has that group; save its "
-            "state_dict(), or pickle its bare model (.model)"
+            "cannot pickle a MultiPose with a process_group: a process group exists in its own process only. Save "
+            "state_dict(), or pickle the bare model (.model)"
         )
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.device == other.device
+def _fits_bucket(tensor: Tensor, first: Tensor) -> bool:
+    return tensor.dtype == first.dtype and tensor.device == first.device

@@ -1,7 +1,8 @@
-"""Pose parallel: the poses of one group on several ranks.
+"""Pose parallel: split the poses of one group over ranks.
 
-Each rank runs its own poses. Predictions are gathered, combination and loss are computed alike everywhere, each rank
-runs the backward of its own poses, and the gradients are summed: every rank ends with what one process would have.
+Each rank runs its own poses. Predictions are gathered, every rank computes the same combination and loss, each rank
+runs the backward of its own poses, and the gradients are summed. Every rank ends with the gradients of a single process
+that runs all poses.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,20 +16,21 @@ from gradhooks.errors import DistributedError, PredictionError
 from gradhooks.numerics import at_least_float32
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_AXES = 8
-METADATA_LENGTH = 3 + _AXES  # numbers that tell what predictions look like
-_NONE, _DENSE, _SPARSE = range(3)
-# Collectives that compute one loss on one kind of machine agree to the last bit, and different losses differ in the first.
-_SAME_LOSS = 1e-3
+_MAX_DIMENSIONS = 8
+# Numbers of `PosePartition.encode_metadata`: differentiable, dimensions, dtype, sizes.
+METADATA_LENGTH = 3 + _MAX_DIMENSIONS
+_ABSENT, _DENSE, _SPARSE = range(3)
+# On machines of one kind, ranks with the same loss agree to the last bit. Different losses differ in the first digits.
+_SAME_LOSS_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class PosePartition:
-    """Which poses of a group are this rank's. In one process alone, all of them.
+    """Contiguous partition of the `N` poses of a group over ranks. A single process has all of them.
 
     Attributes:
-        ranks: The ranks.
-        counts: How many poses each has, in their order.
+        collectives: The ranks.
+        counts: Number of poses of each rank, in rank order.
     """
 
     collectives: Collectives
@@ -36,117 +38,137 @@ class PosePartition:
 
     @property
     def total(self) -> int:
-        """N, over all ranks."""
+        """`N`, the number of poses on all ranks."""
         return sum(self.counts)
 
     @property
     def first(self) -> int:
-        """How many poses come before those of this rank."""
+        """Index of the first pose of this rank among the `N` poses."""
         return sum(self.counts[: self.collectives.rank])
 
     @property
     def rows(self) -> slice:
-        """The rows of this rank in a tensor of all poses."""
+        """Rows of this rank in a tensor with one row for each of the `N` poses."""
         return slice(self.first, self.first + self.counts[self.collectives.rank])
 
-    def encode_metadata(self, own: Tensor, *, differentiable: bool = False) -> list[float]:
-        """What this rank tells of its predictions: whether anything can be trained; axes, type and sizes.
+    def encode_metadata(self, rows: Tensor, *, differentiable: bool = False) -> list[float]:
+        """Encode shape and dtype of this rank's predictions as numbers.
+
+        Args:
+            rows: Predictions of this rank, shape `(n, *prediction)`.
+            differentiable: Whether any of them requires grad.
+
+        Returns:
+            `METADATA_LENGTH` numbers; in a single process, which needs no metadata, `differentiable` only.
 
         Raises:
-            PredictionError: There are no words for them.
+            PredictionError: Unsupported dtype, or more than 8 dimensions.
         """
         if self.collectives.is_single:
             return [differentiable]
-        sizes = own.shape[1:]
-        if len(sizes) > _AXES or own.dtype not in _DTYPES:
-            raise PredictionError(f"predictions of shape {tuple(sizes)} and {own.dtype} are not gathered over ranks")
-        return [differentiable, len(sizes), _DTYPES.index(own.dtype), *sizes, *[0] * (_AXES - len(sizes))]
+        sizes = rows.shape[1:]
+        if len(sizes) > _MAX_DIMENSIONS or rows.dtype not in _DTYPES:
+            raise PredictionError(
+                f"cannot gather predictions of shape {tuple(sizes)} and {rows.dtype} over ranks; supported are at most "
+                f"{_MAX_DIMENSIONS} dimensions and {', '.join(map(str, _DTYPES))}. Convert them in call="
+            )
+        padding = [0] * (_MAX_DIMENSIONS - len(sizes))
+        return [differentiable, len(sizes), _DTYPES.index(rows.dtype), *sizes, *padding]
 
-    def gather_predictions(self, own: Tensor, outlines: Sequence[Sequence[float]], device: torch.device) -> Tensor:
-        """Gather the predictions.
+    def gather_predictions(self, rows: Tensor, metadata: Sequence[Sequence[float]], device: torch.device) -> Tensor:
+        """Gather the predictions of all ranks.
 
         Args:
-            own: Those of this rank, shape `(n, *prediction)`; any shape where it has no poses.
-            outlines: What each rank said of its own (`encode_metadata`).
-            device: Where a rank without poses has its model.
+            rows: Predictions of this rank, shape `(n, *prediction)`; any shape if it has no poses.
+            metadata: `encode_metadata` of each rank.
+            device: Device of the model, for a rank without poses.
 
         Returns:
-            Shape `(N, *prediction)`, detached.
+            Predictions of all poses, shape `(N, *prediction)`, detached.
 
         Raises:
-            PredictionError: They have not one shape and type.
+            PredictionError: Shapes or dtypes differ between ranks.
         """
         if self.collectives.is_single:
-            return own
-        kinds = {tuple(told[1:]) for told, count in zip(outlines, self.counts, strict=True) if count}
-        if len(kinds) > 1:
-            described = [f"rank {rank}: {_described(told)}" for rank, told in enumerate(outlines)]
-            raise PredictionError(f"all poses of a group must give predictions of one kind; {'; '.join(described)}")
-        axes, dtype, *sizes = map(int, kinds.pop())
-        if not len(own):
-            own = torch.empty(0, *sizes[:axes], dtype=_DTYPES[dtype], device=device)
-        return self.collectives.gather_rows(own, self.counts)
+            return rows
+        encoded = {rank: numbers for rank, numbers in enumerate(metadata) if self.counts[rank]}
+        distinct = {tuple(numbers[1:]) for numbers in encoded.values()}
+        if len(distinct) > 1:
+            described = "; ".join(f"rank {rank}: {_describe_metadata(numbers)}" for rank, numbers in encoded.items())
+            raise PredictionError(
+                f"predictions of one group differ in shape or dtype between ranks: {described}. Return the same shape "
+                "and dtype for every pose, for example with call="
+            )
+        dimensions, dtype, *sizes = map(int, distinct.pop())
+        if not len(rows):
+            rows = torch.empty(0, *sizes[:dimensions], dtype=_DTYPES[dtype], device=device)
+        return self.collectives.gather_rows(rows, self.counts)
 
     def sum_gradients(
-        self, of_own: Callable[[], list[Tensor | None]], coefficients: Tensor, leaves: Sequence[Tensor]
+        self, compute: Callable[[], list[Tensor | None]], coefficients: Tensor, leaves: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """The gradients of all ranks together, one for each leaf, None where no pose of any rank reaches it.
+        """Compute this rank's gradients and sum them over ranks.
 
         Args:
-            of_own: Gives those of this rank's poses, float32 or wider.
-            coefficients: `dL/dy` of all poses, shape `(N, *prediction)`: alike on all ranks.
+            compute: Returns the gradients from the poses of this rank, one per leaf, float32 or wider.
+            coefficients: `dL/dy` of all poses, shape `(N, *prediction)`, the same on all ranks.
             leaves: The leaves.
 
+        Returns:
+            The sum for each leaf, or None if no pose of any rank reaches it.
+
         Raises:
-            DistributedError: A rank failed, the ranks have computed different losses, or a gradient is sparse.
+            DistributedError: A rank failed, the ranks computed different losses, or a gradient is sparse.
         """
-        with self.collectives.all_or_none("its backward", 3 + len(leaves), maximum=True) as notes:
-            gradients = of_own()
-            total, size = _fingerprint(coefficients)
-            notes.sent = [total, -total, size, *map(_kind, gradients)]
-        highest, lowest, largest, *kinds = notes.received[0]
-        if highest + lowest > _SAME_LOSS * largest:
-            self._refuse_different_losses(total)
+        with self.collectives.all_or_none("backward", 3 + len(leaves), maximum=True) as message:
+            gradients = compute()
+            checksum, magnitude = _checksum(coefficients)
+            message.sent = [checksum, -checksum, magnitude, *map(_gradient_kind, gradients)]
+        highest, negated_lowest, largest_magnitude, *kinds = message.received[0]
+        if highest + negated_lowest > _SAME_LOSS_TOLERANCE * largest_magnitude:
+            self._refuse_different_losses(checksum)
         if _SPARSE in kinds:
             raise DistributedError(
-                "a gradient is sparse, and sparse gradients are not summed over ranks; use sparse=False in the "
-                "embeddings of a model whose poses are shared over a process_group"
+                "cannot sum gradients over ranks: a parameter has a sparse gradient, and only dense ones are summed. "
+                "Use sparse=False in the embeddings of a model that runs with a process_group"
             )
-        reached = [place for place, kind in enumerate(kinds) if kind]
-        travelling = (_handed_over(gradients, place, leaves[place]) for place in reached)
-        for place, gradient in zip(reached, self.collectives.sum_tensors(travelling), strict=True):
-            gradients[place] = gradient
+        reached = [index for index, kind in enumerate(kinds) if kind]
+        local = (_take_gradient(gradients, index, leaves[index]) for index in reached)
+        for index, gradient in zip(reached, self.collectives.sum_tensors(local), strict=True):
+            gradients[index] = gradient
         return gradients
 
-    def _refuse_different_losses(self, total: float) -> None:
-        with self.collectives.all_or_none("its backward", 1) as notes:
-            notes.sent = [total]
-        first = notes.received[0][0]
-        rank, other = max(enumerate(told for (told,) in notes.received), key=lambda found: abs(found[1] - first))
+    def _refuse_different_losses(self, checksum: float) -> None:
+        with self.collectives.all_or_none("backward", 1) as message:
+            message.sent = [checksum]
+        checksums = [received for (received,) in message.received]
+        rank = max(range(len(checksums)), key=lambda index: abs(checksums[index] - checksums[0]))
         raise DistributedError(
-            f"rank {rank} has computed another loss than rank 0 of the group that they share: a weighted sum of its "
-            f"coefficients is {other:.6g}, that of rank 0 {first:.6g}. All ranks of a process_group must get the same "
-            "target and the same combination weights, and draw the same random numbers after the poses"
+            f"rank {rank} computed a different loss than rank 0 for the same group: the checksum of the coefficients "
+            f"is {checksums[rank]:.6g} on rank {rank} and {checksums[0]:.6g} on rank 0. Give all ranks of a "
+            "process_group the same target and the same arguments of the combination, and the same random numbers in "
+            "everything after the model"
         )
 
 
-def _handed_over(gradients: list[Tensor | None], place: int, leaf: Tensor) -> Tensor:
-    gradient, gradients[place] = gradients[place], None  # to be freed with its bucket
+def _take_gradient(gradients: list[Tensor | None], index: int, leaf: Tensor) -> Tensor:
+    """Remove a gradient from the list, so that it is freed with its bucket; zeros replace a missing one."""
+    gradient, gradients[index] = gradients[index], None
     return torch.zeros_like(leaf, dtype=at_least_float32(leaf.dtype)) if gradient is None else gradient
 
 
-def _fingerprint(coefficients: Tensor) -> list[float]:
-    """A weighted sum, which tells two poses apart, and how large its terms are."""
+def _checksum(coefficients: Tensor) -> list[float]:
+    """Return a position-weighted checksum, which changes if two poses are swapped, and its magnitude."""
     rows = coefficients.detach().double().nan_to_num(0, 0, 0).reshape(len(coefficients), -1)
     terms = rows * torch.linspace(1, 2, len(rows), dtype=rows.dtype, device=rows.device).unsqueeze(1)
     sums: list[float] = torch.stack([terms.sum(), terms.abs().sum()]).tolist()
     return sums
 
 
-def _described(told: Sequence[float]) -> str:
-    axes, dtype, *sizes = map(int, told[1:])
-    return f"shape {tuple(sizes[:axes])}, {_DTYPES[dtype]}"
+def _describe_metadata(metadata: Sequence[float]) -> str:
+    dimensions, dtype, *sizes = map(int, metadata[1:])
+    return f"shape {tuple(sizes[:dimensions])}, {_DTYPES[dtype]}"
 
 
-def _kind(gradient: Tensor | None) -> int:
-    return _NONE if gradient is None else _SPARSE if gradient.is_sparse else _DENSE
+def _gradient_kind(gradient: Tensor | None) -> int:
+    return _ABSENT if gradient is None else _SPARSE if gradient.is_sparse else _DENSE

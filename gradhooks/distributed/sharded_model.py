@@ -1,11 +1,12 @@
-"""Models whose parameters are spread over ranks: `fully_shard`, and tensor-parallel parameters.
+"""Models whose parameters are sharded over ranks, by FSDP2 (`fully_shard`) or tensor parallelism.
 
 Rules:
-    1. Nothing can stand in for such a parameter: FSDP2 puts gathered ones into their modules at each forward. So the
-       backwards of the poses end in the real leaves, inside the outer backward.
-    2. All ranks run equally many backwards, and the last of them synchronises: not one collective for each pose.
-    3. For the same reason parameters that one pose has gathered stay gathered until the last has run.
-    4. What else one rank cannot do, it says before the others wait for it (`together`).
+    1. Sharded parameters have no shadows: FSDP2 sets the unsharded ones into their modules at each forward. The
+       backwards of the poses end in the real leaves instead, inside the outer backward.
+    2. All ranks run the same number of backwards and only the last one synchronizes, so the number of collectives does
+       not grow with the number of poses.
+    3. For the same reason parameters stay unsharded from the first pose of a pass to its last.
+    4. Every other failure of one rank is exchanged before the other ranks wait for that rank (`all_or_none`).
 """
 
 import sys
@@ -14,88 +15,92 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import nn
 
 from gradhooks.distributed.collectives import Collectives, Message
 
 
 class ShardedModel:
-    """How a model is spread, if it is.
+    """Shards of a model's parameters. False if the model has none.
 
     Args:
-        model: Any model. Parameters that FSDP2 had left gathered are put back to their shards.
+        model: Any model. Parameters that FSDP2 left unsharded are resharded.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._wrapped: list[Any] = []
-        self._axes: list[Collectives] = []
-        if "torch.distributed.tensor" not in sys.modules:  # who shards has imported it; others need not be looked at
+        self._fsdp_modules: list[Any] = []
+        self._mesh_axes: list[Collectives] = []
+        # A process that shards parameters has imported this module, so other processes need no search.
+        if "torch.distributed.tensor" not in sys.modules:
             return
         fsdp = sys.modules.get("torch.distributed.fsdp")
         if fsdp is not None:
-            self._wrapped = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+            self._fsdp_modules = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
         self._reshard()
-        sharded = [part.sharded_param for _, group in self._groups() for part in group.fsdp_params]
+        sharded = [part.sharded_param for _, group in self._parameter_groups() for part in group.fsdp_params]
         special = [parameter for parameter in model.parameters() if type(parameter) is not nn.Parameter]
         meshes = [tensor.device_mesh for tensor in (*special, *sharded) if hasattr(tensor, "device_mesh")]
         groups = {group.group_name: group for mesh in meshes for group in mesh.get_all_groups()}
-        self._axes = [Collectives(group) for group in groups.values()]
+        self._mesh_axes = [Collectives(group) for group in groups.values()]
 
     def __bool__(self) -> bool:
-        return bool(self._axes)
+        return bool(self._mesh_axes)
 
     @property
     def fsdp_root_is_outside(self) -> bool:
-        """Whether FSDP2 gathers the parameters at the call of a module that the model is part of."""
-        roots = [state._is_root for state, _ in self._groups()]
+        """Whether FSDP2 unshards the parameters in the forward of a module that contains the model."""
+        roots = [state._is_root for state, _ in self._parameter_groups()]
         return bool(roots) and not any(root or root is None for root in roots)
 
-    def all_or_none(self, doing: str, numbers: int = 0) -> AbstractContextManager[Message]:
-        """`Collectives.all_or_none` over all ranks of the mesh; what is heard is one list: the largest of each number."""
-        return _along(self._axes, doing, numbers)
+    def all_or_none(self, step: str, numbers: int = 0) -> AbstractContextManager[Message]:
+        """Run `Collectives.all_or_none` over all ranks of the mesh, with `maximum=True`."""
+        return _all_or_none_along(self._mesh_axes, step, numbers)
 
     @contextmanager
     def keep_unsharded(self) -> Iterator[None]:
-        """Rule 3."""
-        before = [
+        """Keep parameters unsharded until the block ends, then reshard them (rule 3)."""
+        settings = [
             (state, group, group.post_forward_mesh_info, group.reshard_after_backward)
-            for state, group in self._groups()
+            for state, group in self._parameter_groups()
         ]
-        for _, group, _, _ in before:
+        for _, group, _, _ in settings:
             group.post_forward_mesh_info, group.reshard_after_backward = None, False
         succeeded = False
         try:
             yield
             succeeded = True
         finally:
-            for state, group, mesh_info, reshards in before:
-                if not succeeded:  # FSDP2 does not expect that a forward fails, and would believe itself within one
+            for state, group, mesh_info, reshards in settings:
+                if not succeeded:  # FSDP2 does not reset its state when a forward raises
                     group._training_state = type(group._training_state).IDLE
                     state._training_state = type(state._training_state).IDLE
                     state._state_ctx.iter_forward_root = None
                 group.post_forward_mesh_info, group.reshard_after_backward = mesh_info, reshards
                 if state._is_root and getattr(state, "_auto_reshard_after_forward", True):
-                    group.post_forward_mesh_info = None  # as its first forward had decided, perhaps in this block
+                    group.post_forward_mesh_info = None  # FSDP2's default for a root, set in its first forward
             self._reshard()
+            if self._fsdp_modules:
+                logger.debug("resharded the parameters of {} FSDP2 modules", len(self._fsdp_modules))
 
     @contextmanager
     def without_synchronization(self) -> Iterator[None]:
-        """Rule 2: backwards in the block add to gradients that no other rank gets to see."""
-        before = [(group, group.reduce_grads, group.all_reduce_grads) for _, group in self._groups()]
-        for group, _, _ in before:
+        """Accumulate gradients locally in the block, without reduction over ranks (rule 2)."""
+        settings = [(group, group.reduce_grads, group.all_reduce_grads) for _, group in self._parameter_groups()]
+        for group, _, _ in settings:
             group.reduce_grads = group.all_reduce_grads = False
         try:
             yield
         finally:
-            for group, reduces, all_reduces in before:
+            for group, reduces, all_reduces in settings:
                 group.reduce_grads, group.all_reduce_grads = reduces, all_reduces
 
     @contextmanager
     def restore_grad_on_error(self) -> Iterator[None]:
-        """The gradients of the block are added to `.grad` if it ends well; else `.grad` is as before."""
-        apart = [(parameter, parameter.grad) for parameter in self._model.parameters() if parameter.grad is not None]
-        for parameter, _ in apart:
+        """Add the gradients of the block to `.grad` if it succeeds; leave `.grad` as it was if the block raises."""
+        saved = [(parameter, parameter.grad) for parameter in self._model.parameters() if parameter.grad is not None]
+        for parameter, _ in saved:
             parameter.grad = None
         succeeded = False
         try:
@@ -103,35 +108,35 @@ class ShardedModel:
             succeeded = True
         finally:
             if not succeeded:
-                self._model.zero_grad()  # also of gathered parameters
+                self._model.zero_grad()  # clears the unsharded parameters too
             with torch.no_grad():
-                for parameter, before in apart:
+                for parameter, before in saved:
                     parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
 
-    def _groups(self) -> list[tuple[Any, Any]]:
-        """FSDP2's groups of parameters, each after the state of its module."""
-        found = []
-        for module in self._wrapped:
+    def _parameter_groups(self) -> list[tuple[Any, Any]]:
+        """Return FSDP2's parameter groups, each with the state of its module."""
+        pairs = []
+        for module in self._fsdp_modules:
             state = module._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-            found += [(state, group) for group in groups if group]
-        return found
+            pairs += [(state, group) for group in groups if group]
+        return pairs
 
     def _reshard(self) -> None:
-        for module in self._wrapped:
+        for module in self._fsdp_modules:
             module.reshard()
 
 
 @contextmanager
-def _along(axes: Sequence[Collectives], doing: str, numbers: int) -> Iterator[Message]:
-    """One axis of the mesh after the other, so that a number, or a fault, gets from every rank to every other."""
+def _all_or_none_along(axes: Sequence[Collectives], step: str, numbers: int) -> Iterator[Message]:
+    """Exchange along one mesh axis after the other, so that numbers and faults reach every rank of the mesh."""
     if not axes:
-        notes = Message()
-        yield notes
-        notes.received = [list(notes.sent)]
+        message = Message()
+        yield message
+        message.received = [list(message.sent)]
         return
-    with axes[0].all_or_none(doing, numbers, maximum=True) as outer:
-        with _along(axes[1:], doing, numbers) as inner:
+    with axes[0].all_or_none(step, numbers, maximum=True) as outer:
+        with _all_or_none_along(axes[1:], step, numbers) as inner:
             yield inner
         outer.sent = inner.received[0]
     inner.received = outer.received

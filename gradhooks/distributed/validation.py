@@ -1,4 +1,4 @@
-"""What several processes cannot do with a group, and the way out."""
+"""Refuse arrangements of several processes in which gradients would be wrong or ranks would deadlock."""
 
 import sys
 from collections.abc import Sequence
@@ -12,89 +12,96 @@ from gradhooks.distributed.sharded_model import ShardedModel
 from gradhooks.errors import CombinationError, DistributedError, PosesError
 
 
-def _wrappers() -> tuple[type[nn.Module], ...]:
-    # Who wraps a model by FSDP has imported it; half a second need not be spent on everybody else.
-    sharding = sys.modules.get("torch.distributed.fsdp")
-    sharded = () if sharding is None else (sharding.FullyShardedDataParallel,)
+def _data_parallel_wrappers() -> tuple[type[nn.Module], ...]:
+    # A process that wraps a model in FSDP has imported FSDP; importing it here would cost others half a second.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = () if fsdp is None else (fsdp.FullyShardedDataParallel,)
     return (DataParallel, DistributedDataParallel, *sharded)
 
 
-def _in_company(process_group: "dist.ProcessGroup | None") -> bool:
+def _has_several_ranks(process_group: "dist.ProcessGroup | None") -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1
 
 
 def refuse_synchronized_modules(model: nn.Module) -> None:
-    """Refuse a model that is, or holds, a data-parallel wrapper, is inside one, or normalises over several ranks.
+    """Refuse a model that contains, or is inside, a module that synchronizes ranks in each pose.
+
+    These are data-parallel wrappers inside `MultiPose`, `DataParallel` around it, and `SyncBatchNorm` in training mode.
 
     Raises:
-        DistributedError: Its gradients would be synchronised once for each pose, or not at all, or would mix those of
-            ranks with other coefficients.
+        DistributedError: The model has such a module.
     """
-    if "_is_replica" in model.__dict__:  # it has no parameters, and would be taken for one that has none to train
+    if "_is_replica" in model.__dict__:  # a replica has no parameters: it would run as a model without any to train
         raise DistributedError(
-            "this MultiPose is inside torch.nn.DataParallel, which deals out the poses of a group to its replicas; "
-            "start one process for each GPU and use DistributedDataParallel(MultiPose(model)). The Trainer of "
-            "transformers does so under torchrun or accelerate launch; under plain python it takes DataParallel where "
-            "it sees several GPUs (CUDA_VISIBLE_DEVICES=0 shows it one)"
+            "MultiPose cannot run inside torch.nn.DataParallel, which splits the poses of a group over replicas; start "
+            "one process for each GPU and use DistributedDataParallel(MultiPose(model)). The Trainer of transformers "
+            "does so under torchrun or accelerate launch; under plain python it uses DataParallel if it sees several "
+            "GPUs (CUDA_VISIBLE_DEVICES=0 shows it one)"
         )
-    wrappers = _wrappers()
+    wrappers = _data_parallel_wrappers()
     for path, module in model.named_modules():
         where = f"module {path!r} of the model" if path else "the model"
-        if isinstance(module, nn.SyncBatchNorm) and module.training and _in_company(module.process_group):
+        if isinstance(module, nn.SyncBatchNorm) and module.training and _has_several_ranks(module.process_group):
             raise DistributedError(
-                f"{where} is a SyncBatchNorm, through which gradients of a pose reach other ranks, whose coefficients "
-                "are others, and which waits forever for ranks with fewer poses; use BatchNorm, or put the module in "
+                f"{where} is a SyncBatchNorm in training mode, which mixes poses across ranks: gradients would be "
+                "wrong, or ranks with different numbers of poses would deadlock; use BatchNorm, or put the module in "
                 "evaluation mode: module.eval()"
             )
         if isinstance(module, wrappers):
             raise DistributedError(
-                f"{where} is a {type(module).__name__}, which would synchronise gradients once for each pose; wrap the "
-                "bare model in MultiPose, and what synchronises around that: DistributedDataParallel(MultiPose(model))"
+                f"{where} is a {type(module).__name__}, which would synchronize gradients once for each pose; wrap the "
+                "bare model in MultiPose and put the wrapper outside: DistributedDataParallel(MultiPose(model))"
             )
 
 
 def refuse_sharded_parameters(
-    sharded: ShardedModel, ranks: Collectives, accumulator: str, *, supports_sharded: bool
+    sharded: ShardedModel, collectives: Collectives, accumulator: str, *, supports_sharded: bool
 ) -> None:
-    """Refuse what cannot be done with parameters that are spread over ranks.
+    """Refuse options that do not work with sharded parameters.
 
     Args:
-        sharding: How they are spread.
-        ranks: Who shares the poses of a group.
-        accumulator: What the user has chosen.
-        supports_sharded: Whether it may run poses again.
+        sharded: The sharded model.
+        collectives: The ranks of `process_group`.
+        accumulator: Name of the accumulator.
+        supports_sharded: Whether the accumulator allows that poses are recomputed, as sharded parameters require.
 
     Raises:
-        DistributedError: It may not; or poses are shared as well; or whoever gathers the parameters stands outside.
+        DistributedError: The accumulator does not support sharded parameters, there is a `process_group` as well, or
+            the FSDP root is outside MultiPose.
     """
     if not supports_sharded:
         raise DistributedError(
-            f"the parameters of the model are spread over ranks, and the accumulator {accumulator!r} takes gradients "
-            "of single poses, which no rank has; use accumulator='auto' or 'recompute'"
+            f"accumulator {accumulator!r} needs the gradients of single poses, and no rank has them: the parameters of "
+            "the model are sharded over ranks; use accumulator='auto' or 'recompute'"
         )
-    if not ranks.is_single:
+    if not collectives.is_single:
         raise DistributedError(
-            "the parameters of the model are spread over ranks, each of which must have groups of its own: use "
-            "MultiPose without process_group, or a model that is whole on each rank"
+            "process_group cannot be used with sharded parameters, where every rank needs groups of its own; use "
+            "MultiPose without process_group, or a model that is not sharded"
         )
     if sharded.fsdp_root_is_outside:
         raise DistributedError(
-            "fully_shard stands around MultiPose, and around modules inside its model; apply it to the model and its "
-            "modules: MultiPose(fully_shard(model)), or as one piece: fully_shard(MultiPose(model))"
+            "the FSDP root is outside MultiPose: fully_shard was applied to MultiPose, or to a module around it, and "
+            "also to modules inside its model; apply it to the model and its modules, MultiPose(fully_shard(model)), "
+            "or to MultiPose only, fully_shard(MultiPose(model))"
         )
 
 
 def refuse_pose_parallel(inputs: Sequence[Tensor], combination: object) -> None:
-    """Refuse a group that cannot be shared over the ranks of a `process_group`.
+    """Refuse a group that cannot be split over the ranks of a `process_group`.
+
+    Args:
+        inputs: Tensors in the poses that require grad.
+        combination: The combination.
 
     Raises:
         PosesError: A pose requires grad.
-        CombinationError: The combination works on the gradients of all poses.
+        CombinationError: The combination needs the gradients of all poses.
     """
     if inputs:
         raise PosesError(
-            "a pose requires grad, and no rank could tell whether the others have the same tensor or one of their own; "
-            "with a process_group, let the model itself compute what is to be trained, or detach the poses"
+            "a pose requires grad, which process_group does not support: a rank cannot know whether the other ranks "
+            "use the same tensor; compute the differentiable part inside the model, or detach the poses"
         )
     if getattr(combination, "combine_gradients", None) is not None:
         raise CombinationError(

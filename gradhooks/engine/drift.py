@@ -35,6 +35,6 @@ def refuse_drift(
         raise ReplayError(
             f"pose {indices[worst]} of {len(context.poses)}: its second run differs from its first by "
             f"{drifts[worst].item():.3g}; the model depends on something that is not restored (random numbers of "
-            "Python or numpy, a generator of its own, a pose changed in place). Name its generators with generators=[...], or "
-            "use accumulator='store', which runs every pose once"
+            "Python or numpy, a generator of its own, a pose changed in place). Name its generators with "
+            "generators=[...], or use accumulator='store', which runs every pose once"
         )

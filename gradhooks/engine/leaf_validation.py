@@ -90,8 +90,8 @@ class LeafValidator:
         raise UnregisteredTensorError(
             f"the prediction of pose {chunk.start} depends on {described}, which gradhooks cannot intercept: it is "
             "neither a registered parameter of the model nor a tensor found in the pose. Register it (nn.Parameter as "
-            "a module attribute, or nn.ParameterList), pass it as part of the pose (tensor, mapping, tuple, dataclass), "
-            "or detach it"
+            "a module attribute, or nn.ParameterList), pass it as part of the pose (tensor, mapping, tuple, "
+            "dataclass), or detach it"
         )
 
 

@@ -38,7 +38,7 @@ def checks_for(plugin: Any) -> tuple[Check, ...]:
     return ACCUMULATOR_CHECKS if isinstance(plugin, Accumulator) else COMBINATION_CHECKS
 
 
-def create_example(plugins: registry.Registry, name: str) -> Any:
+def create_example(plugins: registry.Registry[Any], name: str) -> Any:
     """Create an installed plugin by name, with the `example_options` of its class if it has any.
 
     Args:
@@ -107,7 +107,7 @@ def check_accumulator(accumulator: Any, *, expected_failures: Mapping[str, str] 
     _check(registry.accumulators, accumulator, expected_failures)
 
 
-def _check(plugins: registry.Registry, plugin: Any, expected_failures: Mapping[str, str] | None) -> None:
+def _check(plugins: registry.Registry[Any], plugin: Any, expected_failures: Mapping[str, str] | None) -> None:
     plugin = create_example(plugins, plugin) if isinstance(plugin, str) else plugins.resolve(plugin)
     bad = [result for result in results(plugin, expected_failures) if not result.good]
     if bad:
