@@ -240,7 +240,7 @@ def test_an_unused_parameter_is_not_looked_for_for_ever(double: Place) -> None:
     def counted(model: nn.Module, pose: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        return gradhooks.engine.model_call.call_model(model, pose)
+        return gradhooks.options.call_model(model, pose)
 
     scorer = gradhooks.MultiPose(specimen.model, "min", accumulator="recompute", call=counted)
     counts = []

@@ -9,7 +9,7 @@ from torch import Tensor
 from gradhooks.distributed.pose_parallel import METADATA_LENGTH
 from gradhooks.engine.accumulation import Accumulation, Chunk, NoPoses
 from gradhooks.engine.context import ForwardContext
-from gradhooks.engine.model_call import check_rows
+from gradhooks.engine.model_output import check_rows
 from gradhooks.engine.model_state import Snapshot
 from gradhooks.engine.parameter_hooks import RunningSums
 from gradhooks.engine.pose_engine import PoseEngine

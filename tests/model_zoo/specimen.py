@@ -6,9 +6,8 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from gradhooks.options import Call, call_model
 from torch import Tensor, nn
-
-from gradhooks.engine.model_call import Call, call_model
 
 MOST_POSES = 8
 
