@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradhooks.distributed.collectives import Collectives
 from gradhooks.errors import DistributedError, PredictionError
-from gradhooks.numerics import wide
+from gradhooks.numerics import at_least_float32
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_DIMENSIONS = 8
@@ -154,7 +154,7 @@ class PosePartition:
 def _take_gradient(gradients: list[Tensor | None], index: int, leaf: Tensor) -> Tensor:
     """Remove a gradient from the list, so that it is freed with its bucket; zeros replace a missing one."""
     gradient, gradients[index] = gradients[index], None
-    return torch.zeros_like(leaf, dtype=wide(leaf.dtype)) if gradient is None else gradient
+    return torch.zeros_like(leaf, dtype=at_least_float32(leaf.dtype)) if gradient is None else gradient
 
 
 def _checksum(coefficients: Tensor) -> list[float]:
