@@ -52,7 +52,7 @@ class ShardedAccumulation(Accumulation):
             RunningSums(self._engine, count=1) as sums,
         ):
             second: list[Tensor] = []
-            with sharded.all_or_none("its backward"), sharded.without_synchronization():
+            with sharded.all_or_none("backward"), sharded.without_synchronization():
                 for number, (chunk, cotangents) in enumerate(jobs, 1):
                     context.state.restore(chunk.before)
                     live = context.run(context.poses, chunk)
@@ -70,7 +70,7 @@ class ShardedAccumulation(Accumulation):
         size = reduce(coefficients.total.detach().abs(), "n ... -> n", "max")
         significant = significant_poses(coefficients, threshold)
         needed = [chunk for chunk in engine.chunks if significant[chunk.start : chunk.stop].any()]
-        with engine.context.sharded.all_or_none("its backward", 1) as message:
+        with engine.context.sharded.all_or_none("backward", 1) as message:
             message.sent = [max(1, len(needed))]
         count = int(message.received[0][0])
         # A rank with fewer chunks adds the largest of its other chunks, then repeats one with zero cotangents.
