@@ -144,9 +144,10 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         if name in OPTION_NAMES or name == "accumulator":
             object.__setattr__(self, name, value)
         elif name == "combination":
+            combination = registry.combinations.resolve(value)
             self.__dict__.pop(name, None)  # a callable that is not a module is a plain attribute, a module a child
             self._modules.pop(name, None)
-            super().__setattr__(name, registry.combinations.resolve(value))
+            super().__setattr__(name, combination)
         elif self._belongs_to_model(name):  # mirrors __getattr__: assigning scorer.head replaces model.head
             setattr(self.model, name, value)
         else:

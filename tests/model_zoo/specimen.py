@@ -6,8 +6,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from gradhooks.options import Call, call_model
 from torch import Tensor, nn
+
+from gradhooks.options import Call, call_model
 
 MOST_POSES = 8
 
