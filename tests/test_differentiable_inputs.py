@@ -171,7 +171,7 @@ def test_poses_are_not_changed(wrapping: str, accumulator: str, double: Place) -
     assert pocket.grad is not None
 
 
-# -- models without parameters, repeated poses ----------------------------------------------------------------------
+# -- models without parameters --------------------------------------------------------------------------------------
 
 
 class Distance(nn.Module):
@@ -196,23 +196,6 @@ def test_a_model_without_parameters(combination: str, double: Place) -> None:
     for accumulator in ACCUMULATORS:
         with case_label(accumulator):
             assert_same_gradients(train_inputs(accumulator), expected)
-
-
-def test_the_same_pose_twice(double: Place) -> None:
-    def train_repeated(accumulator: str | None) -> Gradients:
-        torch.manual_seed(7)
-        model, leaf = mlp(4, 6, 1).to(double.device, double.dtype), double.randn(4).requires_grad_()
-        poses = [leaf, double.randn(4), leaf, leaf[:], leaf * 2]
-        if accumulator is None:
-            of_both(full_graph(model, poses, gradhooks.combinations.Boltzmann())).backward()
-        else:
-            of_both(gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator)(poses)).backward()
-        return gradients_of({**dict(model.named_parameters()), "leaf": leaf})
-
-    expected = train_repeated(None)
-    for accumulator in ACCUMULATORS:
-        with case_label(accumulator):
-            assert_same_gradients(train_repeated(accumulator), expected)
 
 
 # -- models that call requires_grad_() on their poses ---------------------------------------------------------------

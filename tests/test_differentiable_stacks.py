@@ -1,4 +1,4 @@
-"""Gradients flow through stacked and collated poses into the tensors from which they are computed."""
+"""Gradients flow through stacked, collated and repeated poses into the tensors from which they are computed."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import torch
 from backward_cases import FIRST_GROUP_ACCUMULATORS, case_label
 from model_zoo import Place, mlp
 from torch import Tensor, nn
-from training_reference import COMBINATIONS, Gradients, assert_same_gradients, gradients_of, of_both
+from training_reference import ACCUMULATORS, COMBINATIONS, Gradients, assert_same_gradients, gradients_of, of_both
 
 import gradhooks
 from gradhooks.testing import full_graph
@@ -92,3 +92,20 @@ def test_collated_poses_that_require_grad(double: Place) -> None:
         for size in (1, 2, COUNT):
             with case_label(accumulator, size):
                 assert_same_gradients(train_collated(accumulator, size), expected)
+
+
+def test_the_same_pose_twice(double: Place) -> None:
+    def train_repeated(accumulator: str | None) -> Gradients:
+        torch.manual_seed(7)
+        model, leaf = mlp(4, 6, 1).to(double.device, double.dtype), double.randn(4).requires_grad_()
+        poses = [leaf, double.randn(4), leaf, leaf[:], leaf * 2]
+        if accumulator is None:
+            of_both(full_graph(model, poses, gradhooks.combinations.Boltzmann())).backward()
+        else:
+            of_both(gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator)(poses)).backward()
+        return gradients_of({**dict(model.named_parameters()), "leaf": leaf})
+
+    expected = train_repeated(None)
+    for accumulator in ACCUMULATORS:
+        with case_label(accumulator):
+            assert_same_gradients(train_repeated(accumulator), expected)
