@@ -80,16 +80,31 @@ def test_every_option_has_a_type() -> None:
     assert all(parameters[name].default == getattr(Options(), name) for name in OPTION_NAMES)
 
 
+def test_an_unknown_option_is_refused_with_the_closest_one() -> None:
+    for create in (
+        lambda: gradhooks.multipose("min", chunk_sise=3),  # type: ignore[call-arg]
+        lambda: gradhooks.MultiPose(nn.Linear(4, 1), chunk_sise=3),  # type: ignore[call-arg]
+    ):
+        with pytest.raises(TypeError, match="no option 'chunk_sise'; did you mean 'chunk_size'"):
+            create()
+    with pytest.raises(TypeError, match=r"no option 'zzz'\. The options are accumulator, call, chunk_size"):
+        gradhooks.MultiPose(nn.Linear(4, 1), zzz=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="MultiPose has no option 'chunks'"):
+        gradhooks.MultiPose(nn.Linear(4, 1), chunks=2)  # type: ignore[call-arg]
+    with pytest.raises(gradhooks.errors.PluginError, match="minn"):
+        gradhooks.multipose("minn")(nn.Linear(4, 1))
+
+
 def test_names_are_resolved_on_assignment() -> None:
     scorer = make_scorer()
     scorer.accumulator = "stream"
     scorer.combination = "max"
     assert isinstance(scorer.accumulator, gradhooks.accumulators.Stream)
     assert isinstance(scorer.combination, gradhooks.combinations.Max)
-    for name in ("accumulator", "combination"):
+    for name, unknown in (("accumulator", "min"), ("combination", "stream")):
         before = getattr(scorer, name)
-        with pytest.raises(gradhooks.errors.PluginError, match="unknown"):
-            setattr(scorer, name, "no such plugin")
+        with pytest.raises(gradhooks.errors.PluginError, match=f"unknown.*{unknown}"):
+            setattr(scorer, name, unknown)
         assert getattr(scorer, name) is before
 
 
@@ -116,23 +131,29 @@ def test_an_option_that_the_accumulator_ignores_is_refused(accumulator: str, nam
 
 
 def test_a_group_keeps_the_options_with_which_it_started() -> None:
-    def backwards(change: Callable[[Any], None]) -> int:
-        scorer = gradhooks.MultiPose(nn.Linear(1, 1), gradhooks.combinations.Min(scale=1.0), accumulator="recompute")
+    def backwards(change: Callable[[Any], None] | None = None, **options: Any) -> int:
+        minimum = gradhooks.combinations.Min(scale=1.0)
+        scorer = gradhooks.MultiPose(nn.Linear(1, 1), minimum, accumulator="recompute", **options)
         nn.init.ones_(scorer.model.weight)
         prediction = scorer(torch.arange(4.0).unsqueeze(1))
-        change(scorer)
+        if change is not None:
+            change(scorer)
         prediction.combined.sum().backward()
         return scorer.report.backwards
 
-    # The coefficients of the last two poses are 0.14 and 0.05 of the largest.
-    assert backwards(lambda _: None) == 4
+    # The coefficients of the last two poses are 0.14 and 0.05 of the largest: a tolerance of 0.2 skips them.
+    assert backwards() == 4
+    assert backwards(tolerance=0.2) == 2
     assert backwards(lambda scorer: setattr(scorer, "tolerance", 0.2)) == 4
+    assert backwards(lambda scorer: setattr(scorer, "tolerance", None), tolerance=0.2) == 2
 
 
 def test_copies_keep_the_options() -> None:
-    scorer = gradhooks.MultiPose(nn.Linear(3, 1), call=identity, chunk_size=2, tolerance=0.25)
-    for twin in (copy.deepcopy(scorer), pickle.loads(pickle.dumps(scorer))):  # noqa: S301
-        assert (twin.call, twin.chunk_size, twin.tolerance) == (identity, 2, 0.25)
+    options: dict[str, Any] = {"call": identity, "chunk_size": 2, "tolerance": 0.25, "memory": "1MiB"}
+    scorer = gradhooks.MultiPose(nn.Linear(3, 1), accumulator="recompute", **options)
+    for copied in (copy.deepcopy(scorer), pickle.loads(pickle.dumps(scorer))):  # noqa: S301  # our own
+        assert (copied.call, copied.chunk_size, copied.tolerance) == (identity, 2, 0.25)
+        assert (copied.accumulator.name, copied.memory) == ("recompute", "1MiB")
     assert make_scorer().call is call_model
 
 
@@ -143,9 +164,9 @@ def test_a_copied_model_draws_from_the_copied_generator() -> None:
             self.generator = torch.Generator()
 
     model = Drawing()
-    twin = copy.deepcopy(gradhooks.MultiPose(model, generators=[model.generator]))
-    assert twin.generators == (twin.model.generator,)
-    assert twin.model.generator is not model.generator
+    copied = copy.deepcopy(gradhooks.MultiPose(model, generators=[model.generator]))
+    assert copied.generators == (copied.model.generator,)
+    assert copied.model.generator is not model.generator
 
 
 def test_print_shows_the_settings() -> None:
