@@ -1,24 +1,22 @@
-"""gradhooks leaves behind what N plain forwards and one backward would have left, and nothing else."""
+"""A group changes the model as N plain forwards and one backward do, and nothing else."""
 
 import copy
-import gc
+import functools
 import pickle
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from model_state import differing, hooks_of, numbers, same_structure, structure, untouched
+from model_state import hooks_of, same_structure
 from model_zoo import ZOO, Place, Specimen, build
 from torch import Tensor, nn
 from training_reference import (
     ACCUMULATORS,
     COMBINATIONS,
+    Gradients,
     Trained,
     assert_same_gradients,
     gradients_of,
-    leaves_of,
     of_both,
     of_combined,
     train_by_full_graph,
@@ -27,154 +25,21 @@ from training_reference import (
 
 import gradhooks
 
-# Stateful, random, with flat weights, with several gradients for a leaf, with inputs that require grad.
-FRAGILE = [
-    "plain_mlp",
-    "batch_norm_in_training",
-    "dropout",
-    "counting_buffer",
-    "buffer_that_is_replaced",
-    "buffer_written_in_place",
-    "spectral_norm_by_parametrization",
-    "lstm_with_dropout",
-    "tied_in_reentrant_checkpoints",
-    "forces_with_dropout",
-    "shared_encoder_output",
-    "sparse_embedding",
-]
+# On a first group "auto" delegates to one of them: test_auto.py.
+FIRST_GROUP_ACCUMULATORS = ["store", "stream", "recompute"]
 
 
-class Interruption(Exception):  # noqa: N818  # not an error of anybody's
-    pass
+@functools.cache
+def full_graph_gradients(name: str, place: Place, combination: str = "min", count: int = 4) -> Gradients:
+    return train_by_full_graph(build(name, place), COMBINATIONS[combination], of_both, count).gradients
 
 
-def interrupted(specimen: Specimen, at_call: int, fault: BaseException) -> Callable[[nn.Module, Any], Tensor]:
-    """A `call` that fails at its call of that number, after the model has run."""
-    calls = 0
-
-    def call(model: nn.Module, pose: Any) -> Tensor:
-        nonlocal calls
-        prediction = specimen.call(model, pose)
-        calls += 1
-        if calls == at_call + 1:
-            raise fault
-        return prediction
-
-    return call
-
-
-def fresh_gradients(specimen: Specimen) -> None:
-    """Every other leaf has a gradient already."""
-    for place, leaf in enumerate(leaves_of(specimen, None).values()):
-        leaf.grad = torch.ones_like(leaf) if place % 2 else None
-
-
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", FIRST_GROUP_ACCUMULATORS)
 @pytest.mark.parametrize("name", ZOO)
-def test_after_a_success(name: str, accumulator: str, double: Place) -> None:
+def test_a_step_changes_values_only(name: str, accumulator: str, double: Place) -> None:
     specimen = build(name, double)
     with same_structure(specimen.model):
         train_by_group(specimen, COMBINATIONS["boltzmann"], of_both, 4, accumulator)
-
-
-@pytest.mark.parametrize("fault", [Interruption("stop"), KeyboardInterrupt()], ids=["exception", "keyboard"])
-@pytest.mark.parametrize("at_pose", [0, 1, 4])
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
-@pytest.mark.parametrize("name", FRAGILE)
-def test_after_an_exception_at_a_pose(
-    name: str, accumulator: str, at_pose: int, fault: BaseException, double: Place
-) -> None:
-    specimen = build(name, double)
-    fresh_gradients(specimen)
-    scorer = gradhooks.MultiPose(
-        specimen.model, "boltzmann", accumulator=accumulator, call=interrupted(specimen, at_pose, fault)
-    )
-    poses = specimen.make_poses(5)
-    with untouched(specimen.model), pytest.raises(type(fault)):
-        scorer(poses)
-    found = train_by_group(_without_gradients(specimen), COMBINATIONS["boltzmann"], of_both, 5, accumulator)
-    expected = train_by_full_graph(build(name, double), COMBINATIONS["boltzmann"], of_both, 5)
-    assert_same_gradients(found.gradients, expected.gradients)
-
-
-def _without_gradients(specimen: Specimen) -> Specimen:
-    for leaf in leaves_of(specimen, None).values():
-        leaf.grad = None
-    return specimen
-
-
-@pytest.mark.parametrize("accumulator", ["recompute", "stream"])
-@pytest.mark.parametrize("name", FRAGILE)
-def test_after_an_exception_in_the_outer_backward(name: str, accumulator: str, double: Place) -> None:
-    specimen = build(name, double)
-    fresh_gradients(specimen)
-    failing = [interrupted(specimen, at_call, Interruption("stop")) for at_call in (0, 2)]
-    call = specimen.call
-    scorer = gradhooks.MultiPose(
-        specimen.model,
-        "mean",
-        accumulator=accumulator,
-        call=lambda *given: call(*given),  # noqa: PLW0108  # `call` changes
-    )
-    for broken in failing:
-        call = specimen.call
-        combined, predictions = scorer(specimen.make_poses(5))
-        call = broken
-        # The direct loss makes stream recompute as well.
-        with untouched(specimen.model), pytest.raises(Interruption):
-            (combined.sum() + predictions.square().sum()).backward()
-
-
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_after_an_exception_in_the_combination_or_the_loss(accumulator: str, double: Place) -> None:
-    specimen = build("plain_mlp", double)
-
-    def broken(_: Tensor) -> Tensor:
-        raise Interruption("stop")
-
-    with untouched(specimen.model), pytest.raises(Interruption):
-        gradhooks.MultiPose(specimen.model, broken, accumulator=accumulator)(specimen.make_poses(3))
-    combined, _ = gradhooks.MultiPose(specimen.model, "mean", accumulator=accumulator)(specimen.make_poses(3))
-    combined.register_hook(_interrupt)
-    with untouched(specimen.model), pytest.raises(Interruption):
-        combined.sum().backward()
-
-
-def _interrupt(_: Tensor) -> None:
-    raise Interruption("stop")
-
-
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
-@pytest.mark.parametrize("name", FRAGILE)
-def test_after_a_result_that_is_dropped(name: str, accumulator: str, double: Place) -> None:
-    specimen = build(name, double)
-    fresh_gradients(specimen)
-    leaves = leaves_of(specimen, None)
-    before, gradients = structure(specimen.model), gradients_of(leaves)
-    scorer = gradhooks.MultiPose(specimen.model, "boltzmann", accumulator=accumulator, call=specimen.call)
-    combined, predictions = scorer(specimen.make_poses(5))
-    of_the_group = [weakref.ref(combined), weakref.ref(predictions)]
-    del combined, predictions
-    gc.collect()
-    assert [reference() for reference in of_the_group] == [None, None]
-    assert structure(specimen.model) == before
-    assert differing(gradients, gradients_of(leaves)) == []
-
-
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
-@pytest.mark.parametrize("name", FRAGILE)
-def test_the_outer_backward_moves_neither_buffers_nor_random_state(name: str, accumulator: str, double: Place) -> None:
-    specimen = build(name, double)
-    scorer = gradhooks.MultiPose(specimen.model, "boltzmann", accumulator=accumulator, call=specimen.call)
-    prediction = scorer(specimen.make_poses(5))
-    torch.randn(3)
-    for buffer in specimen.model.buffers():
-        buffer.data.add_(1)
-    before = numbers(specimen.model)
-    loss = of_both(prediction)
-    loss.backward()
-    changed = differing(before, numbers(specimen.model))
-    assert [what for what in changed if not what.endswith(".grad")] == []
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
@@ -189,17 +54,16 @@ def test_existing_gradients_are_added_to_in_place(accumulator: str, double: Plac
     specimen = build("plain_mlp", double)
     for parameter in specimen.model.parameters():
         parameter.grad = torch.full_like(parameter, 7.0)
-    held = [parameter.grad for parameter in specimen.model.parameters()]
-    found = train_by_group(specimen, COMBINATIONS["min"], of_both, 5, accumulator)
-    expected = train_by_full_graph(build("plain_mlp", double), COMBINATIONS["min"], of_both, 5)
-    for name, gradient in expected.gradients.items():
+    before = [parameter.grad for parameter in specimen.model.parameters()]
+    result = train_by_group(specimen, COMBINATIONS["min"], of_both, 5, accumulator)
+    for name, gradient in full_graph_gradients("plain_mlp", double, count=5).items():
         assert gradient is not None
-        torch.testing.assert_close(found.gradients[name], gradient + 7, rtol=1e-12, atol=1e-12)
-    assert [id(parameter.grad) for parameter in specimen.model.parameters()] == [id(gradient) for gradient in held]
+        torch.testing.assert_close(result.gradients[name], gradient + 7, rtol=1e-12, atol=1e-12)
+    assert [id(parameter.grad) for parameter in specimen.model.parameters()] == [id(gradient) for gradient in before]
 
 
 @pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", FIRST_GROUP_ACCUMULATORS)
 @pytest.mark.parametrize("name", ["plain_mlp", "batch_norm_in_training", "dropout", "vector_output", "lstm"])
 def test_prediction_without_gradients(name: str, accumulator: str, grad_mode: Any, double: Place) -> None:
     specimen, plain = build(name, double), build(name, double)
@@ -216,8 +80,8 @@ def test_prediction_without_gradients(name: str, accumulator: str, grad_mode: An
     assert not predictions.requires_grad
     assert all(parameter.grad is None for parameter in specimen.model.parameters())
     assert torch.equal(after, torch.get_rng_state())
-    for name_of_buffer, buffer in plain.model.named_buffers():
-        assert torch.equal(specimen.model.get_buffer(name_of_buffer), buffer)
+    for buffer_name, buffer in plain.model.named_buffers():
+        assert torch.equal(specimen.model.get_buffer(buffer_name), buffer)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
@@ -226,18 +90,17 @@ def test_copies_and_pickles_of_a_trained_model_are_plain(name: str, accumulator:
     specimen = build(name, double)
     keys = list(specimen.model.state_dict())
     train_by_group(specimen, COMBINATIONS["min"], of_both, 4, accumulator)
-    for twin in (copy.deepcopy(specimen.model), pickle.loads(pickle.dumps(specimen.model))):  # noqa: S301  # our own
-        assert list(twin.state_dict()) == keys
-        assert all(hooks_of(parameter) == (0, 0) for parameter in twin.parameters())
-        again = train_by_group(Specimen(twin, specimen.make_poses), COMBINATIONS["min"], of_both, 4, accumulator)
-        expected = train_by_full_graph(
-            Specimen(copy.deepcopy(specimen.model), specimen.make_poses), COMBINATIONS["min"], of_both, 4
-        )
-        assert_same_gradients(again.gradients, expected.gradients)
+    reference = Specimen(copy.deepcopy(specimen.model), specimen.make_poses)
+    expected = train_by_full_graph(reference, COMBINATIONS["min"], of_both, 4)
+    for copied in (copy.deepcopy(specimen.model), pickle.loads(pickle.dumps(specimen.model))):  # noqa: S301  # our own
+        assert list(copied.state_dict()) == keys
+        assert all(hooks_of(parameter) == (0, 0) for parameter in copied.parameters())
+        result = train_by_group(Specimen(copied, specimen.make_poses), COMBINATIONS["min"], of_both, 4, accumulator)
+        assert_same_gradients(result.gradients, expected.gradients)
 
 
-class LooksAtItself(nn.Module):
-    """Saves and copies itself in the middle of a group, as a callback might."""
+class SavesItself(nn.Module):
+    """Saves and copies itself in each forward, as a callback may."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,18 +114,18 @@ class LooksAtItself(nn.Module):
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_a_model_saved_in_the_middle_of_a_group(accumulator: str, double: Place) -> None:
-    model = LooksAtItself().to(double.device, double.dtype)
+    model = SavesItself().to(double.device, double.dtype)
     combined, _ = gradhooks.MultiPose(model, "mean", accumulator=accumulator)(list(double.randn(4, 4)))
     combined.sum().backward()
-    for saved, twin in model.saved:
+    for saved, copied in model.saved:
         assert list(saved) == ["net.weight", "net.bias"]
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in saved.items())
-        assert torch.equal(twin.weight, model.net.weight)
+        assert torch.equal(copied.weight, model.net.weight)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("name", ["plain_mlp", "shared_encoder_output", "lstm"])
-def test_poses_are_untouched(name: str, accumulator: str, double: Place) -> None:
+def test_poses_are_unchanged(name: str, accumulator: str, double: Place) -> None:
     specimen = build(name, double)
     poses = specimen.make_poses(4)
     tensors = [tensor for pose in poses for tensor in (pose if isinstance(pose, tuple) else (pose,))]
@@ -299,36 +162,35 @@ def _modes() -> tuple[Any, ...]:
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 def test_anomaly_detection(accumulator: str, double: Place) -> None:
     with torch.autograd.set_detect_anomaly(True):
-        found = train_by_group(build("plain_mlp", double), COMBINATIONS["min"], of_both, 4, accumulator)
-    expected = train_by_full_graph(build("plain_mlp", double), COMBINATIONS["min"], of_both, 4)
-    assert_same_gradients(found.gradients, expected.gradients)
+        result = train_by_group(build("plain_mlp", double), COMBINATIONS["min"], of_both, 4, accumulator)
+    assert_same_gradients(result.gradients, full_graph_gradients("plain_mlp", double))
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", FIRST_GROUP_ACCUMULATORS)
 @pytest.mark.parametrize("name", ["plain_mlp", "lstm", "transformer_encoder", "vector_output"])
-def test_autocast_holds_for_the_second_run_too(name: str, accumulator: str, single: Place) -> None:
-    def within(train: Callable[[], Trained]) -> Trained:
-        with torch.autocast(single.device.type, dtype=torch.bfloat16):
-            return train()
-
-    found = within(lambda: _backward_outside(build(name, single), accumulator, single))
-    expected = within(lambda: _backward_outside(build(name, single), None, single))
-    # The full graph adds the poses' gradients up in bfloat16, behind one cast of each weight.
-    assert_same_gradients(found.gradients, expected.gradients, tolerance=0.02)
+def test_the_second_run_uses_the_autocast_of_the_first(name: str, accumulator: str, single: Place) -> None:
+    result = _forward_under_autocast(name, accumulator, single)
+    expected = _forward_under_autocast(name, None, single)
+    # The full graph adds the gradients of the poses in bfloat16, behind one cast of each weight.
+    assert_same_gradients(result.gradients, expected.gradients, tolerance=0.02)
 
 
-def _backward_outside(specimen: Specimen, accumulator: str | None, place: Place) -> Trained:
+def _forward_under_autocast(name: str, accumulator: str | None, place: Place) -> Trained:
+    """Train with a bfloat16 forward and a backward outside of autocast."""
+    specimen = build(name, place)
+
     def loss(prediction: gradhooks.MultiPosePrediction) -> Tensor:
         torch.set_autocast_enabled(place.device.type, False)
         return of_combined(prediction)
 
-    if accumulator is None:
-        return train_by_full_graph(specimen, COMBINATIONS["boltzmann"], loss, 4)
-    return train_by_group(specimen, COMBINATIONS["boltzmann"], loss, 4, accumulator)
+    with torch.autocast(place.device.type, dtype=torch.bfloat16):
+        if accumulator is None:
+            return train_by_full_graph(specimen, COMBINATIONS["boltzmann"], loss, 4)
+        return train_by_group(specimen, COMBINATIONS["boltzmann"], loss, 4, accumulator)
 
 
-class DerivativesLater(nn.Module):
-    """Differentiates by a leaf of its own, but not for the first poses, and keeps running statistics."""
+class ForcesOfLaterPoses(nn.Module):
+    """Creates a leaf and differentiates by it, except for the first poses, and keeps running statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -344,12 +206,12 @@ class DerivativesLater(nn.Module):
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_leaf_that_comes_late_leaves_statistics_as_they_were(accumulator: str, double: Place) -> None:
-    model = DerivativesLater().to(double.device, double.dtype)
-    plain, poses = copy.deepcopy(model), [(double.randn(5, 4), place > 1) for place in range(4)]
+def test_a_leaf_first_created_by_a_later_pose(accumulator: str, double: Place) -> None:
+    model = ForcesOfLaterPoses().to(double.device, double.dtype)
+    plain, poses = copy.deepcopy(model), [(double.randn(5, 4), index > 1) for index in range(4)]
     torch.stack([plain(*pose) for pose in poses]).mean().backward()
     gradhooks.MultiPose(model, "mean", accumulator=accumulator)(poses).combined.sum().backward()
-    wanted, found = dict(plain.named_parameters()), dict(model.named_parameters())
-    assert_same_gradients(gradients_of(found), gradients_of(wanted))
+    result, expected = gradients_of(dict(model.named_parameters())), gradients_of(dict(plain.named_parameters()))
+    assert_same_gradients(result, expected)
     assert all(torch.equal(buffer, dict(plain.named_buffers())[name]) for name, buffer in model.named_buffers())
     assert model.norm.num_batches_tracked == len(poses)
