@@ -16,7 +16,7 @@ import torch
 pytest.register_assert_rewrite("training_reference", "model_state", "trainers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from model_zoo import Place  # noqa: E402
+from model_zoo import TensorFactory  # noqa: E402
 
 hypothesis.settings.register_profile("gradhooks", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("gradhooks")
@@ -47,17 +47,17 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def double(device: torch.device) -> Place:
-    return Place(device, torch.float64)
+def double(device: torch.device) -> TensorFactory:
+    return TensorFactory(device, torch.float64)
 
 
 @pytest.fixture
-def single(device: torch.device) -> Place:
-    return Place(device, torch.float32)
+def single(device: torch.device) -> TensorFactory:
+    return TensorFactory(device, torch.float32)
 
 
 @pytest.fixture
-def _trainers_forget() -> Iterator[None]:
+def _reset_trainer_state() -> Iterator[None]:
     """Accelerate, and transformers by it, settles its precision once for a process, partly in environment variables."""
     before = dict(os.environ)
     yield

@@ -42,8 +42,8 @@ def test_gradients_of_compiled_models(how: str, accumulator: str) -> None:
     for _ in range(2):
         model.zero_grad()
         run(poses).combined.sum().backward()
-    for leaf, wanted in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(leaf.grad, wanted.grad, rtol=1e-10, atol=1e-14)
+    for leaf, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-10, atol=1e-14)
 
 
 def test_shadows_cause_no_recompilation() -> None:

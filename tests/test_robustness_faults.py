@@ -99,10 +99,10 @@ def assert_next_group_is_exact(scorer: gradhooks.MultiPose, model: Model) -> Non
     full_graph(reference, make_poses(), scorer.combination).combined.sum().backward()
     torch.manual_seed(9)
     scorer(make_poses()).combined.sum().backward()
-    for (name, leaf), wanted in zip(model.named_parameters(), reference.parameters(), strict=True):
+    for (name, leaf), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert leaf.grad is not None
         torch.testing.assert_close(
-            leaf.grad, wanted.grad, rtol=1e-10, atol=1e-12, msg=lambda text, n=name: f"{n} {text}"
+            leaf.grad, expected.grad, rtol=1e-10, atol=1e-12, msg=lambda text, n=name: f"{n} {text}"
         )
 
 
@@ -145,8 +145,8 @@ def test_fault_in_a_replay_during_the_outer_backward(accumulator: str, pose: int
     before.assert_equal(State.of(model))
     model.fails_at_run = None
     loss.backward()
-    for leaf, wanted in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(leaf.grad, wanted.grad, rtol=1e-10, atol=1e-12)
+    for leaf, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-10, atol=1e-12)
     assert_next_group_is_exact(scorer, model)
 
 

@@ -25,10 +25,10 @@ def random_poses(count: int = 6) -> list[Tensor]:
 
 
 def assert_same_gradients(model: nn.Module, reference: nn.Module) -> None:
-    for leaf, wanted in zip(model.parameters(), reference.parameters(), strict=True):
-        assert (leaf.grad is None) == (wanted.grad is None)
+    for leaf, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        assert (leaf.grad is None) == (expected.grad is None)
         if leaf.grad is not None:
-            torch.testing.assert_close(leaf.grad, wanted.grad, rtol=1e-10, atol=1e-13)
+            torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-10, atol=1e-13)
 
 
 def test_two_threads_in_one_model_are_refused() -> None:
@@ -135,11 +135,11 @@ def test_dropped_poses_leave_the_rest_right(accumulator: str, combination: str, 
     poses[2][0] = 0
     rest = [pose for index, pose in enumerate(poses) if index != 2]
     reference = copy.deepcopy(model)
-    wanted = full_graph(reference, rest, gradhooks.registry.combinations.create(combination))
-    wanted.combined.sum().backward()
+    expected = full_graph(reference, rest, gradhooks.registry.combinations.create(combination))
+    expected.combined.sum().backward()
     prediction = gradhooks.MultiPose(model, combination, accumulator=accumulator, nonfinite="drop")(poses)
     prediction.combined.sum().backward()
-    torch.testing.assert_close(prediction.combined, wanted.combined)
+    torch.testing.assert_close(prediction.combined, expected.combined)
     assert_same_gradients(model, reference)
     assert prediction.coefficients()[2] == 0
     assert prediction.per_pose.shape == (6, 1)
@@ -191,7 +191,7 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
 
 def _live() -> tuple[int, int]:
     gc.collect()
-    tensors = [found for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    tensors = [result for result in gc.get_objects() if issubclass(type(result), Tensor)]
     return len(tensors), sum(len(tensor._backward_hooks or ()) for tensor in tensors)
 
 

@@ -37,10 +37,10 @@ def test_float16_gradients_do_not_underflow(accumulator: str, device: torch.devi
         combined = gradhooks.MultiPose(model, "mean", accumulator=accumulator)(poses).combined
     scaler.scale(combined.sum()).backward()
     scaler.unscale_(optimizer)
-    for leaf, wanted in zip(model.parameters(), reference.parameters(), strict=True):
+    for leaf, expected in zip(model.parameters(), reference.parameters(), strict=True):
         assert leaf.grad is not None
         assert (leaf.grad != 0).all()
-        torch.testing.assert_close(leaf.grad, wanted.grad, rtol=5e-3, atol=1e-8)
+        torch.testing.assert_close(leaf.grad, expected.grad, rtol=5e-3, atol=1e-8)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
@@ -73,10 +73,10 @@ def test_a_scale_that_overflows_is_given_up(accumulator: str) -> None:
     reference = copy.deepcopy(model).float()
     full_graph(reference, [pose.float() for pose in poses], gradhooks.combinations.Mean()).combined.sum().backward()
     gradhooks.MultiPose(model, "mean", accumulator=accumulator)(poses).combined.sum().backward()
-    for leaf, wanted in zip(model.parameters(), reference.parameters(), strict=True):
+    for leaf, expected in zip(model.parameters(), reference.parameters(), strict=True):
         assert leaf.grad is not None
         assert leaf.grad.isfinite().all()
-        torch.testing.assert_close(leaf.grad.float(), wanted.grad, rtol=2e-2, atol=1e-2)
+        torch.testing.assert_close(leaf.grad.float(), expected.grad, rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("accumulator", ["store", "stream", "recompute"])
@@ -129,5 +129,5 @@ def test_bfloat16_autocast(accumulator: str, where: str) -> None:
     reference = copy.deepcopy(model)
     run(reference)
     run(gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator, call=call))
-    for leaf, wanted in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(leaf.grad, wanted.grad, rtol=3e-2, atol=2e-2)
+    for leaf, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(leaf.grad, expected.grad, rtol=3e-2, atol=2e-2)
