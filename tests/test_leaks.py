@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from model_state import HOOK_ATTRIBUTES, hook_counts, structure_unchanged
-from model_zoo import TensorFactory, ModelCase, build
+from model_zoo import ModelCase, TensorFactory, build
 from torch import Tensor
 from training_reference import ACCUMULATORS, COMBINATIONS, loss_on_both, loss_on_combined
 

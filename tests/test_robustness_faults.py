@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeding import manual_seed
 from torch import Tensor, nn
 
 import gradhooks
@@ -72,7 +73,7 @@ class State:
 
 
 def make_model(preset: bool = True) -> Model:
-    torch.manual_seed(1)
+    manual_seed(1)
     model = Model().double()
     if preset:
         for leaf in model.parameters():
@@ -95,9 +96,9 @@ def make_poses() -> list[Tensor]:
 def assert_next_group_is_exact(scorer: gradhooks.MultiPose, model: Model) -> None:
     model.fails_at_run = None
     reference = copy_with_gradients(model)
-    torch.manual_seed(9)
+    manual_seed(9)
     full_graph(reference, make_poses(), scorer.combination).combined.sum().backward()
-    torch.manual_seed(9)
+    manual_seed(9)
     scorer(make_poses()).combined.sum().backward()
     for (name, leaf), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert leaf.grad is not None
@@ -134,9 +135,9 @@ def test_fault_in_a_replay_during_the_outer_backward(accumulator: str, pose: int
     model = make_model()
     scorer = gradhooks.MultiPose(model, "mean", accumulator=accumulator)
     reference = copy_with_gradients(model)
-    torch.manual_seed(9)
+    manual_seed(9)
     full_graph(reference, make_poses(), scorer.combination).per_pose.square().sum().backward()
-    torch.manual_seed(9)
+    manual_seed(9)
     loss = scorer(make_poses()).per_pose.square().sum()
     before = State.of(model)
     model.fails_at_run = POSES + pose

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeding import manual_seed
 from torch import Tensor, nn
 
 import gradhooks
@@ -87,10 +88,10 @@ class Lazy(nn.Module):
 def test_lazy_modules(accumulator: str) -> None:
     poses = [torch.randn(5, 4) for _ in range(6)]
     model, reference = Lazy(), Lazy()
-    torch.manual_seed(3)
+    manual_seed(3)
     full_graph(reference, poses, gradhooks.combinations.Min(scale=1.0)).combined.sum().backward()
     # The plain first forward draws its masks between the initialisations of the layers; only weights can be compared.
-    torch.manual_seed(3)
+    manual_seed(3)
     gradhooks.MultiPose(model, gradhooks.combinations.Min(scale=1.0), accumulator=accumulator)(
         poses
     ).combined.sum().backward()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from seeding import manual_seed
 from torch import Tensor, nn
 
 import gradhooks
@@ -26,7 +27,7 @@ class Faint(nn.Module):
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_float16_gradients_do_not_underflow(accumulator: str, device: torch.device) -> None:
-    torch.manual_seed(0)
+    manual_seed(0)
     model = Faint().to(device)
     poses = [torch.randn(8, device=device) * 1e-2 for _ in range(200)]
     reference = copy.deepcopy(model)
@@ -45,7 +46,7 @@ def test_float16_gradients_do_not_underflow(accumulator: str, device: torch.devi
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_an_overflow_reaches_grad_and_the_scaler_skips_the_step(accumulator: str) -> None:
-    torch.manual_seed(0)
+    manual_seed(0)
     model = Faint(factor=1e3)
     before = copy.deepcopy(model.state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
@@ -67,7 +68,7 @@ def test_an_overflow_reaches_grad_and_the_scaler_skips_the_step(accumulator: str
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_a_scale_that_overflows_is_given_up(accumulator: str) -> None:
     """The scale against underflow must not itself make infinities where the plain backward has none."""
-    torch.manual_seed(0)
+    manual_seed(0)
     model = Faint(factor=300.0).half()
     poses = [torch.randn(8).half() for _ in range(5)]
     reference = copy.deepcopy(model).float()
@@ -105,7 +106,7 @@ def test_a_sharp_maximum_of_large_narrow_predictions_is_finite(dtype: torch.dtyp
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("where", ["around the forward", "around everything", "inside the model"])
 def test_bfloat16_autocast(accumulator: str, where: str) -> None:
-    torch.manual_seed(0)
+    manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
     poses = [torch.randn(8) for _ in range(6)]
 

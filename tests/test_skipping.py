@@ -4,17 +4,18 @@ from typing import Any
 
 import pytest
 import torch
-from model_zoo import TensorFactory, ModelCase, mlp
+from model_zoo import ModelCase, TensorFactory, mlp
 from model_zoo.shared_tensors import branch_for_some_poses
+from seeding import manual_seed
 from torch import Tensor, nn
 from training_reference import (
     COMBINATIONS,
     assert_bit_equal,
     assert_same_gradients,
     gradients_of,
-    trained_leaves,
     loss_on_combined,
     train_full_graph,
+    trained_leaves,
 )
 
 import gradhooks
@@ -38,7 +39,7 @@ class Shifted(nn.Module):
 
 def spread(factory: TensorFactory, seed: int, order: str = "random", extent: float = 1.0) -> ModelCase:
     """A hundred poses whose predictions under a minimum are spread over more than `extent`."""
-    torch.manual_seed(seed)
+    manual_seed(seed)
     model = Shifted().to(factory.device, factory.dtype)
     features, heights = factory.randn(POSES, 4), extent * factory.randn(POSES)
     if order != "random":
@@ -60,7 +61,9 @@ def trained(case: ModelCase, scorer: gradhooks.MultiPose, loss: Any = loss_on_co
 @pytest.mark.parametrize("combination", ["min", "max"])
 @pytest.mark.parametrize("accumulator", ["auto", "recompute"])
 @pytest.mark.parametrize("seed", range(3))
-def test_few_poses_get_a_backward(seed: int, accumulator: str, combination: str, order: str, double: TensorFactory) -> None:
+def test_few_poses_get_a_backward(
+    seed: int, accumulator: str, combination: str, order: str, double: TensorFactory
+) -> None:
     case = spread(double, seed, order)
     scorer = gradhooks.MultiPose(case.model, combination, accumulator=accumulator)
     result = trained(case, scorer)

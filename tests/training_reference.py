@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from model_zoo import ModelCase
 from plugin_combinations import AttentionPooling, LearnedSoftMinimum
+from seeding import manual_seed
 from torch import Tensor, nn
 
 import gradhooks
@@ -103,7 +104,7 @@ def train_full_graph(
 ) -> TrainingResult:
     combination = move_to_device(make_combination(), case)
     poses = case.make_poses(count)
-    torch.manual_seed(seed)
+    manual_seed(seed)
     prediction = full_graph(case.model, poses, combination, call=case.plain_call or case.call)
     return _after_backward(case, combination, prediction, loss)
 
@@ -121,7 +122,7 @@ def train_multi_pose(
     combination = move_to_device(make_combination(), case)
     poses = case.make_poses(count)
     scorer = gradhooks.MultiPose(case.model, combination, accumulator=accumulator, **{"call": case.call, **options})
-    torch.manual_seed(seed)
+    manual_seed(seed)
     result = _after_backward(case, combination, scorer(poses), loss)
     return dataclasses.replace(result, accumulator=scorer.report.accumulator)
 

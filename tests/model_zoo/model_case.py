@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from seeding import manual_seed
 from torch import Tensor, nn
 
 from gradhooks.engine.model_call import Call, call_model
@@ -79,8 +80,8 @@ def model_case(*, bit_for_bit: bool = True, same_in_every_dtype: bool = True) ->
 
 def build(name: str, factory: TensorFactory, seed: int = 7) -> ModelCase:
     """Build the case of that name, with the same numbers at each call."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # the numbers are drawn on the CPU
+        manual_seed(seed)
         case = ZOO[name].build(factory)
     if any(parameter.is_complex() for parameter in case.model.parameters()):
         _move_complex(case.model, factory)
