@@ -3,6 +3,7 @@
 GRADHOOKS_TEST_DEVICE chooses the device (`cpu` by default, `cuda`, `cuda:1` ...).
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,12 @@ DEVICE = torch.device(os.environ.get("GRADHOOKS_TEST_DEVICE", "cpu"))
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # pytest-xdist starts one process per core
+
+
+def pytest_collection_finish() -> None:
+    # The objects that importing PyTorch creates are never garbage: without them, a full collection takes no time.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
