@@ -1,4 +1,4 @@
-"""torch.compile, inside and outside."""
+"""torch.compile of the model and of the scorer."""
 
 import copy
 
@@ -39,7 +39,7 @@ def test_gradients_of_compiled_models(how: str, accumulator: str) -> None:
         torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-10, atol=1e-14)
 
 
-def test_shadows_cause_no_recompilation() -> None:
+def test_shadow_parameters_cause_no_recompilation() -> None:
     compilations = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:

@@ -26,7 +26,7 @@ def test_lazy_modules(accumulator: str) -> None:
     model, reference = Lazy(), Lazy()
     manual_seed(3)
     full_graph(reference, poses, gradhooks.combinations.Min(scale=1.0)).combined.sum().backward()
-    # The plain first forward draws its masks between the initialisations of the layers; only weights can be compared.
+    # The plain first forward draws dropout masks between initializing the layers, so only the first weight is equal.
     manual_seed(3)
     gradhooks.MultiPose(model, gradhooks.combinations.Min(scale=1.0), accumulator=accumulator)(
         poses

@@ -12,7 +12,7 @@ import gradhooks
 from gradhooks.testing import full_graph
 
 
-class Undefined(nn.Module):
+class SometimesNonFinite(nn.Module):
     def __init__(self, value: float) -> None:
         super().__init__()
         self.inner, self.value = small_mlp(), value
@@ -25,8 +25,8 @@ class Undefined(nn.Module):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("combination", ["mean", "min", "max", "boltzmann"])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_dropped_poses_leave_the_rest_right(accumulator: str, combination: str, value: float) -> None:
-    model, poses = Undefined(value), random_poses()
+def test_dropped_poses_do_not_change_the_result_of_the_rest(accumulator: str, combination: str, value: float) -> None:
+    model, poses = SometimesNonFinite(value), random_poses()
     poses[2][0] = 0
     rest = [pose for index, pose in enumerate(poses) if index != 2]
     reference = copy.deepcopy(model)
@@ -42,7 +42,7 @@ def test_dropped_poses_leave_the_rest_right(accumulator: str, combination: str, 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_non_finite_predictions_raise_on_request(accumulator: str) -> None:
-    model, poses = Undefined(float("nan")), random_poses()
+    model, poses = SometimesNonFinite(float("nan")), random_poses()
     poses[4][0] = 0
     scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator, nonfinite="raise")
     with pytest.raises(gradhooks.errors.PredictionError, match="pose 4: its prediction is not finite"):
@@ -53,7 +53,7 @@ def test_non_finite_predictions_raise_on_request(accumulator: str) -> None:
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_non_finite_predictions_propagate_by_default(accumulator: str) -> None:
-    model, poses = Undefined(float("nan")), random_poses()
+    model, poses = SometimesNonFinite(float("nan")), random_poses()
     poses[4][0] = 0
     prediction = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator)(poses)
     prediction.combined.sum().backward()
@@ -61,9 +61,9 @@ def test_non_finite_predictions_propagate_by_default(accumulator: str) -> None:
     assert all(leaf.grad is not None and leaf.grad.isnan().any() for leaf in model.parameters())
 
 
-def test_a_group_of_which_nothing_is_left_is_refused() -> None:
+def test_a_group_with_all_poses_dropped_is_refused() -> None:
     poses = random_poses()
     for pose in poses:
         pose[0] = 0
     with pytest.raises(gradhooks.errors.PredictionError, match="none of the 6 predictions"):
-        gradhooks.MultiPose(Undefined(float("nan")), nonfinite="drop")(poses)
+        gradhooks.MultiPose(SometimesNonFinite(float("nan")), nonfinite="drop")(poses)

@@ -8,7 +8,7 @@ from training_reference import ACCUMULATORS
 import gradhooks
 
 
-class Writer(nn.Module):
+class ChangesItsPose(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 1)
@@ -19,7 +19,7 @@ class Writer(nn.Module):
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_pose_changed_in_place_is_refused_by_name(accumulator: str) -> None:
-    scorer = gradhooks.MultiPose(Writer(), accumulator=accumulator, call=lambda model, pose: model(pose))
+def test_a_pose_changed_in_place_is_refused_by_key(accumulator: str) -> None:
+    scorer = gradhooks.MultiPose(ChangesItsPose(), accumulator=accumulator, call=lambda model, pose: model(pose))
     with pytest.raises(gradhooks.errors.PosesError, match=r"pose 0: the model changed pose\['positions'\] in place"):
         scorer([{"positions": torch.randn(4)} for _ in range(3)])

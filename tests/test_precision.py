@@ -1,4 +1,4 @@
-"""Half precision: nothing underflows, nothing overflows unseen, sums are wide."""
+"""Half precision: gradients do not underflow, overflows reach `.grad`, sums are float32."""
 
 import copy
 
@@ -13,8 +13,8 @@ from gradhooks.testing import full_graph
 ACCUMULATORS = ["store", "stream", "recompute", "auto"]
 
 
-class Faint(nn.Module):
-    """Its first layer's gradients are so small that float16 has hardly a number for them."""
+class SmallGradients(nn.Module):
+    """The gradients of its first layer are near the smallest numbers of float16."""
 
     def __init__(self, factor: float = 1e-3) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Faint(nn.Module):
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_float16_gradients_do_not_underflow(accumulator: str, device: torch.device) -> None:
     manual_seed(0)
-    model = Faint().to(device)
+    model = SmallGradients().to(device)
     poses = [torch.randn(8, device=device) * 1e-2 for _ in range(200)]
     reference = copy.deepcopy(model)
     full_graph(reference, poses, gradhooks.combinations.Mean()).combined.sum().backward()
@@ -47,7 +47,7 @@ def test_float16_gradients_do_not_underflow(accumulator: str, device: torch.devi
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_an_overflow_reaches_grad_and_the_scaler_skips_the_step(accumulator: str) -> None:
     manual_seed(0)
-    model = Faint(factor=1e3)
+    model = SmallGradients(factor=1e3)
     before = copy.deepcopy(model.state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
@@ -66,10 +66,10 @@ def test_an_overflow_reaches_grad_and_the_scaler_skips_the_step(accumulator: str
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_scale_that_overflows_is_given_up(accumulator: str) -> None:
-    """The scale against underflow must not itself make infinities where the plain backward has none."""
+def test_a_scale_that_overflows_is_not_used(accumulator: str) -> None:
+    """The scale against underflow must not itself cause infinities where the plain backward has none."""
     manual_seed(0)
-    model = Faint(factor=300.0).half()
+    model = SmallGradients(factor=300.0).half()
     poses = [torch.randn(8).half() for _ in range(5)]
     reference = copy.deepcopy(model).float()
     full_graph(reference, [pose.float() for pose in poses], gradhooks.combinations.Mean()).combined.sum().backward()
@@ -82,7 +82,9 @@ def test_a_scale_that_overflows_is_given_up(accumulator: str) -> None:
 
 @pytest.mark.parametrize("accumulator", ["store", "stream", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sums_of_narrow_parameters_are_wide(accumulator: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_sums_of_half_precision_gradients_are_float32(
+    accumulator: str, dtype: torch.dtype, device: torch.device
+) -> None:
     model = nn.Linear(1, 1, bias=False, dtype=dtype, device=device)
     poses = [torch.full((1,), 1e-3, dtype=dtype, device=device) for _ in range(1000)]
     (1000 * gradhooks.MultiPose(model, "mean", accumulator=accumulator)(poses).combined).sum().backward()
@@ -92,7 +94,7 @@ def test_sums_of_narrow_parameters_are_wide(accumulator: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_sharp_maximum_of_large_narrow_predictions_is_finite(dtype: torch.dtype, accumulator: str) -> None:
+def test_a_maximum_of_large_half_precision_predictions_is_finite(dtype: torch.dtype, accumulator: str) -> None:
     model = nn.Linear(1, 1, bias=False, dtype=dtype)
     nn.init.constant_(model.weight, -70.0)
     poses = [torch.tensor([value], dtype=dtype) for value in (1.0, 1.01, 0.99)]

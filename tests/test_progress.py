@@ -6,13 +6,13 @@ from small_model import random_poses, small_mlp
 import gradhooks
 
 
-def test_progress_tells_of_both_passes() -> None:
-    told: list[tuple[int, int]] = []
-    scorer = gradhooks.MultiPose(small_mlp(), accumulator="recompute", progress=lambda *facts: told.append(facts))
+def test_progress_of_both_runs() -> None:
+    calls: list[tuple[int, int]] = []
+    scorer = gradhooks.MultiPose(small_mlp(), accumulator="recompute", progress=lambda *call: calls.append(call))
     combined = scorer(random_poses(3)).combined
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert calls == [(1, 3), (2, 3), (3, 3)]
     combined.sum().backward()
-    assert told[3:] == [(1, 3), (2, 3), (3, 3)]
+    assert calls[3:] == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
