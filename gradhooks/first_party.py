@@ -1,7 +1,7 @@
 """The plugin distributions of this project, so that an error can say which one to install."""
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from types import MappingProxyType
 
 from gradhooks.entry_points import normalize
@@ -29,9 +29,8 @@ def first_party_provider(name: str) -> str:
     given, _, short = name.rpartition(":")
     for distribution, names in FIRST_PARTY.items():
         if short in names and normalize(given) in ("", distribution):
-            try:
-                installed = version(distribution)
-            except PackageNotFoundError:
+            installed = next(iter(distributions(name=distribution)), None)
+            if installed is None:
                 return f"{distribution}, which is not installed: pip install {distribution}"
-            return f"newer versions of {distribution} than {installed}: pip install --upgrade {distribution}"
+            return f"newer versions of {distribution} than {installed.version}: pip install --upgrade {distribution}"
     return ""

@@ -3,26 +3,50 @@
 import copy
 import difflib
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, get_args, overload
 
+from torch import Tensor, nn
 from typing_extensions import Self, TypedDict
 
 from gradhooks.distributed.collectives import Collectives
-from gradhooks.engine.chunk_sizes import ChunkSize
-from gradhooks.engine.memory_budget import check_memory
-from gradhooks.engine.model_call import Call, call_model
-from gradhooks.engine.pose_inputs import Collate
-from gradhooks.engine.progress import Progress, check_progress
-from gradhooks.engine.random_state import user_sources
+from gradhooks.random_state import user_sources
+from gradhooks.units import parse_bytes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
+
+Call = Callable[[nn.Module, Any], Tensor]
+ChunkSize = int | Literal["auto"]
+Collate = Callable[[list[Any]], Any]
+Progress = bool | Callable[[int, int], object]
 Nonfinite = Literal["propagate", "raise", "drop"]
+
+
+def call_model(model: nn.Module, pose: Any) -> Tensor:
+    """Pass a tuple as `model(*pose)`, a mapping as `model(**pose)` and anything else as `model(pose)`.
+
+    This is the default of the option `call`.
+    """
+    if isinstance(pose, tuple):
+        return model(*pose)  # type: ignore[no-any-return]
+    if isinstance(pose, Mapping):
+        return model(**pose)  # type: ignore[no-any-return]
+    try:
+        return model(pose)  # type: ignore[no-any-return]
+    except TypeError as error:
+        if isinstance(pose, list) and hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(
+                "gradhooks: a list is passed as one argument, a tuple as model(*pose). If the poses were tuples, the "
+                "default collate function of the DataLoader has turned them into lists: use DataLoader(..., "
+                "batch_size=None, collate_fn=lambda group: group)"
+            )
+        raise
 
 
 class OptionTypes(TypedDict, total=False):
@@ -46,6 +70,7 @@ class Options:
     Raises:
         ValueError: A value is out of range.
         TypeError: A value has the wrong type.
+        ModuleNotFoundError: `progress` is True and tqdm is not installed.
         DistributedError: This process is not in `process_group`.
     """
 
@@ -63,8 +88,8 @@ class Options:
         self._convert("call", call_model if self.call is None else self.call)
         self._convert("generators", tuple(self.generators))
         self._convert("chunk_size", _chunk_size(self.chunk_size))
-        check_memory(self.memory)
-        check_progress(self.progress)
+        parse_bytes(self.memory)
+        _check_progress(self.progress)
         user_sources(self.generators)
         Collectives(self.process_group)
         for name in ("call", "collate"):
@@ -127,6 +152,20 @@ class Option(Generic[T]):
         instance._change_option(self._name, value)
 
 
+class OptionAttributes:
+    """The options as attributes of an object that has options."""
+
+    memory = Option[str | float]()
+    chunk_size = Option[ChunkSize]()
+    collate = Option[Collate | None]()
+    call = Option[Call]()
+    tolerance = Option[float | None]()
+    nonfinite = Option[Nonfinite]()
+    generators = Option[tuple[object, ...]]()
+    process_group = Option["ProcessGroup | DeviceMesh | None"]()
+    progress = Option[Progress]()
+
+
 OPTION_NAMES = tuple(field.name for field in fields(Options))
 
 
@@ -154,3 +193,14 @@ def _chunk_size(value: Any) -> ChunkSize:
     if size < 1 or isinstance(value, bool):
         raise ValueError(f"chunk_size must be at least 1, or 'auto', got {value!r}")
     return size
+
+
+def _check_progress(progress: Progress) -> None:
+    if not (isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"progress must be a bool or a function of (done, total), got {progress!r}")
+    if progress is True and find_spec("tqdm") is None:
+        raise ModuleNotFoundError(
+            "progress=True shows a bar of tqdm, which is not installed: pip install tqdm, or pass a function of "
+            "(done, total)",
+            name="tqdm",
+        )

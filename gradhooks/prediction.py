@@ -10,7 +10,7 @@ from torch.utils._pytree import register_pytree_node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradhooks.combination import BoundCombination
-from gradhooks.engine.model_call import finite_rows
+from gradhooks.engine.model_output import finite_rows
 from gradhooks.engine.nested import map_tensors
 from gradhooks.errors import PredictionError
 from gradhooks.options import Nonfinite

@@ -16,22 +16,18 @@ from gradhooks.combination import BoundCombination
 from gradhooks.distributed.collectives import Collectives
 from gradhooks.distributed.sharded_model import ShardedModel
 from gradhooks.distributed.validation import refuse_sharded_parameters, refuse_synchronized_modules
-from gradhooks.engine.chunk_sizes import ChunkSize
 from gradhooks.engine.forward import predict, run_forward
 from gradhooks.engine.group_setup import make_context
 from gradhooks.engine.learned import Learned
-from gradhooks.engine.model_call import Call
-from gradhooks.engine.pose_inputs import Collate
-from gradhooks.engine.progress import Progress
 from gradhooks.engine.report import Report
-from gradhooks.options import OPTION_NAMES, Nonfinite, Option, Options, OptionTypes, refuse_unknown_options
+from gradhooks.options import OPTION_NAMES, OptionAttributes, Options, OptionTypes, refuse_unknown_options
 from gradhooks.prediction import MultiPosePrediction, combine
 from gradhooks.state_dict import key_modifiers, use_keys_of_bare_model
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-class MultiPose(nn.Module, Generic[ModelT]):
+class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
     """Runs groups of poses through a model, in chunks, and combines their predictions.
 
     `loss.backward()` fills `.grad` with the gradient of the full graph, which contains the graphs of all poses, with
@@ -81,16 +77,6 @@ class MultiPose(nn.Module, Generic[ModelT]):
     report: Report
     options: Options
     _accumulator: Accumulator
-
-    memory = Option[str | float]()
-    chunk_size = Option[ChunkSize]()
-    collate = Option[Collate | None]()
-    call = Option[Call]()
-    tolerance = Option[float | None]()
-    nonfinite = Option[Nonfinite]()
-    generators = Option[tuple[object, ...]]()
-    process_group = Option[Any]()
-    progress = Option[Progress]()
 
     def __init__(
         self,
@@ -158,9 +144,10 @@ class MultiPose(nn.Module, Generic[ModelT]):
         if name in OPTION_NAMES or name == "accumulator":
             object.__setattr__(self, name, value)
         elif name == "combination":
+            combination = registry.combinations.resolve(value)
             self.__dict__.pop(name, None)  # a callable that is not a module is a plain attribute, a module a child
             self._modules.pop(name, None)
-            super().__setattr__(name, registry.combinations.resolve(value))
+            super().__setattr__(name, combination)
         elif self._belongs_to_model(name):  # mirrors __getattr__: assigning scorer.head replaces model.head
             setattr(self.model, name, value)
         else:

@@ -254,6 +254,6 @@ def _print_stack_after(seconds: float) -> Iterator[None]:
 
 # The fork server imports torch once for all processes, and starts no threads before it forks.
 _context: Any = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-_context.set_forkserver_preload(["torch.distributed", "gradhooks"])
+_context.set_forkserver_preload(["torch.distributed"])
 _pool = _Pool()
 atexit.register(_pool.close)

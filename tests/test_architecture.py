@@ -17,18 +17,18 @@ PACKAGE = Path(gradhooks.__file__).parent
 
 # From the bottom up. A module imports only from lines above its own.
 LAYERS = [
-    ["errors", "numerics", "units"],
+    ["errors", "numerics", "units", "random_state"],
     ["combination"],
     ["distributed", "distributed.collectives"],
     ["distributed.pose_parallel", "distributed.sharded_model"],
     ["distributed.validation"],
-    ["engine", "engine.nested", "engine.model_call", "engine.random_state", "engine.autocast", "engine.training_flags"],
+    ["options"],
+    ["engine", "engine.nested", "engine.model_output", "engine.autocast", "engine.training_flags"],
     ["engine.graph_leaves", "engine.saved_tensors", "engine.memory_budget", "engine.learned", "engine.progress"],
     ["engine.report", "engine.gradient_sums"],
     ["engine.pose_inputs", "engine.model_state", "engine.lazy_parameters", "engine.chunk_sizes"],
     ["engine.parameter_hooks"],
     ["engine.shadow_parameters", "engine.accumulation"],
-    ["options"],
     ["engine.pose_runner"],
     ["engine.leaf_validation"],
     ["engine.context"],

@@ -112,3 +112,19 @@ def test_the_report_says_why(combination: Any, outputs: int, accumulator: str, r
     scorer([torch.randn(3) for _ in range(3)])
     assert scorer.report.accumulator == accumulator
     assert reason in scorer.report.reason
+
+
+def test_an_option_that_the_chosen_accumulator_cannot_use_is_refused() -> None:
+    class Sum(gradhooks.GradientCombination):
+        def forward(self, predictions: Tensor) -> Tensor:
+            return predictions.sum(0)
+
+        def combine_gradients(self, gradients: Any, *_: Tensor) -> Any:
+            return {name: rows.sum(0) for name, rows in gradients.items()}
+
+    scorer = gradhooks.MultiPose(nn.Linear(3, 1), Sum(), tolerance=0.1)
+    with pytest.raises(gradhooks.errors.CombinationError, match=r"leave out tolerance=0\.1"):
+        scorer(torch.randn(4, 3))
+    scorer.tolerance = None
+    scorer(torch.randn(4, 3)).combined.sum().backward()
+    assert scorer.report.reason == "the combination works on the gradients of the poses"

@@ -503,8 +503,9 @@ def test_reports(accumulator: str, double: Place) -> None:
         loss(trainee.predict(5)).backward()
         report = trainee.scorer.report
         assert (report.backwards, report.skipped, report.recomputed) == expected
-        assert (report.poses, report.retained) == (5, 0)
+        assert (report.poses, report.chunks, report.graphs_kept) == (5, 5, 0)
         assert report.accumulator == ("recompute" if accumulator == "auto" else accumulator)
+        assert report.reason
 
 
 def _of_the_first_too(prediction: MultiPosePrediction) -> Tensor:

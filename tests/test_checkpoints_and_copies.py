@@ -518,12 +518,12 @@ def test_attributes_of_the_bare_model_are_reachable() -> None:
     assert scorer.net is scorer.model.net
     scorer.model.cutoff = 6.0
     assert scorer.doubled() == 12.0
-    with pytest.raises(AttributeError, match="'Scorer' object has no attribute 'missing'"):
+    with pytest.raises(AttributeError, match="neither MultiPose nor its model, a Scorer, has an attribute 'missing'"):
         _ = scorer.missing
     wrapped = MultiPose(nn.Linear(4, 1))
     assert wrapped.in_features == 4
     assert wrapped.weight is wrapped.model.weight
-    with pytest.raises(AttributeError, match="'Linear' object has no attribute 'missing'"):
+    with pytest.raises(AttributeError, match="its model, a Linear, has an attribute 'missing'"):
         _ = wrapped.missing
 
 
@@ -556,14 +556,20 @@ def test_what_cannot_be_wrapped(thing: Any) -> None:
 def test_forgotten_parentheses() -> None:
     with pytest.raises(TypeError, match=r"got the class Bare as its combination: write @multipose\(\) above"):
 
-        @gradhooks.wrapper
+        @gradhooks.multipose
         class Bare(nn.Module):
             pass
 
 
 def test_unknown_options_are_an_error() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'chunks'"):
-        gradhooks.multipose("min", chunks=3)(mlp(4, 1))
+    for misspelt in (
+        lambda: gradhooks.multipose("min", chunk_sise=3),  # type: ignore[call-arg]
+        lambda: gradhooks.MultiPose(mlp(4, 1), chunk_sise=3),  # type: ignore[call-arg]
+    ):
+        with pytest.raises(TypeError, match="no option 'chunk_sise'; did you mean 'chunk_size'"):
+            misspelt()
+    with pytest.raises(TypeError, match=r"no option 'zzz'\. The options are accumulator, call, chunk_size"):
+        gradhooks.MultiPose(mlp(4, 1), zzz=3)  # type: ignore[call-arg]
     with pytest.raises(gradhooks.errors.PluginError, match="minn"):
         gradhooks.multipose("minn")(mlp(4, 1))
 

@@ -17,7 +17,6 @@ from training_reference import (
     assert_same_gradients,
     gradients_of,
     of_both,
-    of_combined,
 )
 
 import gradhooks
@@ -245,7 +244,7 @@ def test_a_size_that_cannot_be_allocated_is_a_lack_of_memory() -> None:
 
 
 class Counting(nn.Module):
-    """Message how many poses come at once with a graph."""
+    """Records how many poses come at once with a graph."""
 
     def __init__(self, inner: nn.Module | None = None) -> None:
         super().__init__()
@@ -262,45 +261,33 @@ def of_some(prediction: gradhooks.MultiPosePrediction) -> Tensor:
     return prediction.per_pose[[1, 5, 6, 11, 14, 15]].square().sum()
 
 
-def run_again(model: nn.Module, sizes: tuple[int, int | None], loss: Any, poses: Tensor) -> tuple[Gradients, list[int]]:
-    """The gradients, and how many poses came at once in the second run."""
-    scorer = gradhooks.MultiPose(
-        model, "mean", accumulator="recompute", chunk_size=sizes[0], forward_chunk_size=sizes[1]
-    )
+def run_again(model: nn.Module, size: int, loss: Any, poses: Tensor) -> tuple[Gradients, list[int]]:
+    """Return the gradients, and the sizes of the chunks of the second run."""
+    scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", chunk_size=size)
     prediction = scorer(poses)
     model.seen.clear()
     loss(prediction).backward()
     return gradients_of(dict(model.named_parameters())), list(model.seen)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "seen"),
-    [((1, None), [1] * 6), ((1, 8), [1] * 6), ((2, None), [2] * 3), ((4, None), [4, 2]), ((4, 16), [4, 2])],
-    ids=str,
-)
-def test_poses_that_matter_are_packed(sizes: tuple[int, int | None], seen: list[int], double: Place) -> None:
+@pytest.mark.parametrize(("size", "sizes"), [(1, [1] * 6), (2, [2] * 3), (4, [4, 2]), (16, [6])])
+def test_poses_that_matter_are_packed(size: int, sizes: list[int], double: Place) -> None:
     model = Counting().to(double.device, double.dtype)
     reference, poses = copy.deepcopy(model), double.randn(16, 4)
     of_some(full_graph(reference, list(poses[:, None]), torch.mean, call=lambda net, pose: net(pose)[0])).backward()
-    found, again = run_again(model, sizes, of_some, poses)
-    assert again == seen
-    assert_same_gradients(found, gradients_of(dict(reference.named_parameters())))
+    result, second_sizes = run_again(model, size, of_some, poses)
+    assert second_sizes == sizes
+    assert_same_gradients(result, gradients_of(dict(reference.named_parameters())))
 
 
-def test_where_all_matter_the_chunks_stay_and_so_does_every_bit(single: Place) -> None:
+def test_if_all_poses_matter_the_chunks_and_every_bit_stay(single: Place) -> None:
     model = Counting().to(single.device, single.dtype)
     reference, poses = copy.deepcopy(model), single.randn(10, 4)
     predictions = torch.cat([reference(poses[start : start + 4]) for start in (0, 4, 8)])
     predictions.square().sum().backward()
-    found, again = run_again(model, (4, None), lambda prediction: prediction.per_pose.square().sum(), poses)
-    assert again == [2, 4, 4]
-    assert_bit_equal(found, gradients_of(dict(reference.named_parameters())))
-
-
-def test_single_poses_are_run_again_of_large_graphless_chunks(double: Place) -> None:
-    model = Counting().to(double.device, double.dtype)
-    _, again = run_again(model, (1, 16), of_combined, double.randn(16, 4))
-    assert again == [1] * 16
+    result, second_sizes = run_again(model, 4, lambda prediction: prediction.per_pose.square().sum(), poses)
+    assert second_sizes == [2, 4, 4]
+    assert_bit_equal(result, gradients_of(dict(reference.named_parameters())))
 
 
 class BatchScaled(nn.Module):
@@ -313,26 +300,23 @@ class BatchScaled(nn.Module):
 @pytest.mark.parametrize(
     "inner", [lambda: nn.BatchNorm1d(6), lambda: nn.Dropout(0.5), BatchScaled], ids=["batch norm", "dropout", "mixing"]
 )
-@pytest.mark.parametrize("sizes", [(4, None), (2, 8)], ids=str)
-def test_chunks_whose_poses_depend_on_each_other_stay(sizes: tuple[int, int | None], inner: Any, double: Place) -> None:
+@pytest.mark.parametrize("size", [4, 2])
+def test_chunks_whose_poses_depend_on_each_other_are_not_packed(size: int, inner: Any, double: Place) -> None:
     torch.manual_seed(1)
     model = Counting(inner()).to(double.device, double.dtype)
     reference, poses = copy.deepcopy(model), double.randn(16, 4)
     torch.manual_seed(2)
-    later = range(sizes[0], 16, sizes[1] or sizes[0])
-    starts = [0, *later]
-    stops = [*later, 16]
-    rows = [reference(poses[start:stop]) for start, stop in zip(starts, stops, strict=True)]
+    rows = [reference(poses[start : start + size]) for start in range(0, 16, size)]
     torch.cat(rows)[[1, 5, 6, 11, 14, 15]].square().sum().backward()
     for _ in range(2):
         torch.manual_seed(2)
         model.zero_grad()
-        found, again = run_again(model, sizes, of_some, poses)
-        assert_same_gradients(found, gradients_of(dict(reference.named_parameters())))
-    assert again[-1] == sizes[0]
+        result, second_sizes = run_again(model, size, of_some, poses)
+        assert_same_gradients(result, gradients_of(dict(reference.named_parameters())))
+    assert second_sizes[-1] == size
 
 
-def test_a_model_that_mixes_is_found_out_once(double: Place) -> None:
+def test_dependence_on_the_chunk_is_detected_once(double: Place) -> None:
     model = Counting(BatchScaled()).to(double.device, double.dtype)
     scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", chunk_size=4)
     poses = double.randn(16, 4)
@@ -346,15 +330,15 @@ def test_a_model_that_mixes_is_found_out_once(double: Place) -> None:
     assert runs == [[4, 2, 4, 4, 4, 4], [4, 4, 4, 4], [4, 4, 4, 4]]
 
 
-def test_a_packed_pose_is_called_by_its_number(double: Place) -> None:
+def test_an_error_names_the_index_of_a_packed_pose(double: Place) -> None:
     model = Counting().to(double.device, double.dtype)
-    scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", forward_chunk_size=16)
+    scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", chunk_size=2)
     prediction = scorer(double.randn(16, 4))
     model.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as caught:
         of_some(prediction).backward()
     if hasattr(caught.value, "__notes__"):
-        assert "this was pose 15 of a group of 16" in caught.value.__notes__[0]
+        assert "this was pose 14 of a group of 16" in caught.value.__notes__[0]
 
 
 def test_a_leaf_of_skipped_poses_alone_gets_zeros_in_any_chunks(double: Place) -> None:
@@ -370,7 +354,7 @@ def test_a_leaf_of_skipped_poses_alone_gets_zeros_in_any_chunks(double: Place) -
     model = Branched().to(double.device, double.dtype)
     poses = double.randn(8, 4)
     poses[2, 0] = 9
-    scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", chunk_size=1, forward_chunk_size=2)
-    scorer(poses).per_pose[3].sum().backward()
+    scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", chunk_size=2)
+    scorer(poses).per_pose[5].sum().backward()
     gradients = [leaf.grad for leaf in model.special.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)

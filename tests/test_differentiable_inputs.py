@@ -189,10 +189,10 @@ STACKED: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (2, 2), (1, 3), (COUNT + 1, COUNT + 1)], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 3, COUNT + 1])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("stacked", STACKED)
-def test_stacks_that_require_grad(stacked: str, accumulator: str, sizes: tuple[int, int], double: Place) -> None:
+def test_stacks_that_require_grad(stacked: str, accumulator: str, size: int, double: Place) -> None:
     gradients = []
     for of_group in (True, False):
         torch.manual_seed(7)
@@ -205,8 +205,8 @@ def test_stacks_that_require_grad(stacked: str, accumulator: str, sizes: tuple[i
         made = COMBINATIONS["boltzmann learnable"]()
         model = scorer.net if isinstance(stack, Tensor) else scorer
         if of_group:
-            options: dict[str, Any] = {"chunk_size": sizes[0], "forward_chunk_size": sizes[1]}
-            of_both(gradhooks.MultiPose(model, made, accumulator=accumulator, **options)(stack)).backward()
+            group_scorer = gradhooks.MultiPose(model, made, accumulator=accumulator, chunk_size=size)
+            of_both(group_scorer(stack)).backward()
         else:
             rows = model(stack) if isinstance(stack, Tensor) else model(**stack)
             of_both(gradhooks.MultiPosePrediction(made(rows), rows)).backward()

@@ -1,4 +1,4 @@
-"""Recompute(retain=...): graphs kept within a budget change times, and nothing else."""
+"""Graphs kept within the option `memory` change the time of a step, and nothing else."""
 
 import copy
 
@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 import gradhooks
-from gradhooks.accumulators import Recompute
 from gradhooks.profiling.peak_memory import PeakMemory
 from gradhooks.testing import full_graph
 
@@ -29,61 +28,68 @@ def random_poses(count: int) -> list[Tensor]:
     return [torch.randn(ROWS, WIDTH) for _ in range(count)]
 
 
-@pytest.mark.parametrize("retain", [None, 0, 2 * GRAPH, "1MiB", 0.5])
+@pytest.mark.parametrize("memory", [0, 2 * GRAPH, "1MiB", 0.5])
+@pytest.mark.parametrize("accumulator", ["recompute", "auto"])
 @pytest.mark.parametrize("combination", ["mean", "boltzmann", "min"])
-def test_gradients_do_not_depend_on_what_is_retained(retain: str | float | None, combination: str) -> None:
+def test_gradients_do_not_depend_on_memory(memory: str | float, accumulator: str, combination: str) -> None:
     model, poses = Deep().double(), [pose.double() for pose in random_poses(7)]
     reference = copy.deepcopy(model)
     combiner = gradhooks.registry.combinations.create(combination)
     full_graph(reference, poses, combiner).combined.sum().backward()
-    scorer = gradhooks.MultiPose(model, combiner, accumulator=Recompute(retain=retain))
+    scorer = gradhooks.MultiPose(model, combiner, accumulator=accumulator, memory=memory)
     combined = scorer(poses).combined.sum()
     combined.backward(retain_graph=True)
     combined.backward()
-    for leaf, wanted in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(leaf.grad, 2 * wanted.grad, rtol=1e-12, atol=1e-15)
-    assert scorer.report.recomputed <= 2 * (7 - scorer.report.retained)
+    for parameter, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * other.grad, rtol=1e-12, atol=1e-15)
+    assert scorer.report.recomputed <= 2 * (7 - scorer.report.graphs_kept)
 
 
 def test_with_enough_memory_only_the_first_pose_runs_twice() -> None:
-    scorer = gradhooks.MultiPose(Deep(), "mean", accumulator=Recompute(retain="1GiB"))
+    scorer = gradhooks.MultiPose(Deep(), "mean", accumulator="recompute", memory="1GiB")
     scorer(random_poses(7)).combined.sum().backward()
-    assert (scorer.report.retained, scorer.report.recomputed, scorer.report.backwards) == (6, 1, 7)
+    assert (scorer.report.graphs_kept, scorer.report.recomputed, scorer.report.backwards) == (6, 1, 7)
 
 
-def test_the_heaviest_poses_are_retained() -> None:
-    scorer = gradhooks.MultiPose(
-        Deep(), gradhooks.combinations.Min(scale=1.0), accumulator=Recompute(retain=int(2.5 * GRAPH)), tolerance=0
-    )
+def test_graphs_of_the_poses_with_the_largest_log_weights_are_kept() -> None:
+    minimum = gradhooks.combinations.Min(scale=1.0)
+    scorer = gradhooks.MultiPose(Deep(), minimum, accumulator="recompute", memory=int(2.5 * GRAPH), tolerance=0)
     prediction = scorer(random_poses(9))
-    assert 1 <= scorer.report.retained <= 2
-    seen: list[int] = []
-    scorer.model.register_forward_pre_hook(lambda *_: seen.append(1))
+    assert 1 <= scorer.report.graphs_kept <= 2
+    calls: list[int] = []
+    scorer.model.register_forward_pre_hook(lambda *_: calls.append(1))
     prediction.combined.sum().backward()
-    assert len(seen) == 9 - scorer.report.retained
+    assert len(calls) == 9 - scorer.report.graphs_kept
 
 
-@pytest.mark.parametrize("budget", [0, 4 * GRAPH, 8 * GRAPH])
-def test_the_budget_is_kept(budget: int) -> None:
+@pytest.mark.parametrize("memory", [0, 4 * GRAPH, 8 * GRAPH])
+def test_kept_graphs_need_no_more_than_memory(memory: int) -> None:
     model, poses = Deep(), random_poses(16)
 
-    def peak(accumulator: Recompute) -> int:
+    def peak(memory: int) -> int:
         model.zero_grad()
-        with PeakMemory() as memory:
-            gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator)(poses).combined.sum().backward()
-        return memory.peak
+        with PeakMemory() as measured:
+            scorer = gradhooks.MultiPose(model, "boltzmann", accumulator="recompute", memory=memory)
+            scorer(poses).combined.sum().backward()
+        return measured.peak
 
-    assert peak(Recompute(retain=budget)) <= peak(Recompute()) + budget + 0.05 * GRAPH
-
-
-@pytest.mark.parametrize("retain", ["two", "2 XB", -1, 1.5, "1.2.3MB"])
-def test_bad_budgets(retain: str | float) -> None:
-    with pytest.raises(ValueError, match=r"retain takes bytes|could not convert"):
-        Recompute(retain=retain)
+    assert peak(memory) <= peak(0) + memory + 0.05 * GRAPH
 
 
-def test_a_result_dropped_without_backward_frees_its_graphs() -> None:
-    scorer = gradhooks.MultiPose(Deep(), "mean", accumulator=Recompute(retain="1GiB"))
+@pytest.mark.parametrize("memory", ["two", "2 XB", -1, 1.5, "1.2.3MB", True])
+def test_invalid_memory(memory: str | float) -> None:
+    with pytest.raises(ValueError, match="memory must be a number of bytes"):
+        gradhooks.MultiPose(Deep(), memory=memory)
+
+
+def test_memory_that_would_be_ignored_is_refused() -> None:
+    for accumulator in ("stream", "store"):
+        with pytest.raises(ValueError, match=f"accumulator '{accumulator}' does not use memory="):
+            gradhooks.MultiPose(Deep(), accumulator=accumulator, memory="1GiB")
+
+
+def test_a_result_without_backward_frees_its_graphs() -> None:
+    scorer = gradhooks.MultiPose(Deep(), "mean", accumulator="recompute", memory="1GiB")
     poses = random_poses(4)
     with PeakMemory() as once:
         scorer(poses)

@@ -228,40 +228,32 @@ def test_poses_of_different_sizes(accumulator: str, double: Place) -> None:
 # -- chunks ---------------------------------------------------------------------------------------------------------
 
 
-SIZES: list[tuple[Any, Any]] = [
-    (1, None),
-    ("auto", None),
-    (1, "auto"),
-    (2, None),
-    (3, None),
-    (COUNT, None),
-    (COUNT + 1, None),
-    (1, 3),
-    (2, 3),
-    (2, COUNT),
-    (3, 100),
-]
+SIZES: list[Any] = [1, 2, 3, COUNT, COUNT + 1, "auto"]
 CHUNKED_FORMS = ["generator", "data set", "stacked tensor", "mapping of stacked tensors"]
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("form", CHUNKED_FORMS)
-def test_chunks(form: str, accumulator: str, sizes: tuple[Any, Any], double: Place) -> None:
+def test_chunks(form: str, accumulator: str, double: Place) -> None:
+    expected = expected_of(double)
+    for size in SIZES:
+        model = model_of(double)
+        collate = None if "stacked" in form else torch.stack
+        scorer = MultiPose(model, "boltzmann", accumulator=accumulator, chunk_size=size, collate=collate)
+        prediction = scorer(FORMS[form](*rows(double)))
+        assert (prediction.combined.shape, prediction.per_pose.shape) == ((1,), (COUNT, 1)), size
+        of_both(prediction).backward()
+        assert_same_gradients(gradients_of(dict(model.named_parameters())), expected)
+        expected_chunks = 1 if size == "auto" else -(-COUNT // size)
+        assert (scorer.report.poses, scorer.report.chunks) == (COUNT, expected_chunks), size
+
+
+def test_collate_with_stacked_poses_is_refused(double: Place) -> None:
     model = model_of(double)
-    scorer = MultiPose(
-        model,
-        "boltzmann",
-        accumulator=accumulator,
-        chunk_size=sizes[0],
-        forward_chunk_size=sizes[1],
-        collate=None if "stacked" in form else torch.stack,
-    )
-    prediction = scorer(FORMS[form](*rows(double)))
-    assert (prediction.combined.shape, prediction.per_pose.shape) == ((1,), (COUNT, 1))
-    of_both(prediction).backward()
-    assert_same_gradients(gradients_of(dict(model.named_parameters())), expected_of(double))
-    assert scorer.report.poses == COUNT
+    x, shift = rows(double)
+    for stack in (x, {"x": x, "shift": shift}):
+        with untouched(model), pytest.raises(PosesError, match=r"already stacked in .* pass a list of poses"):
+            MultiPose(model, collate=torch.stack)(stack)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
@@ -272,35 +264,33 @@ def test_how_many_poses_the_model_sees_at_once(accumulator: str, double: Place) 
         sizes.append((len(chunk), torch.is_grad_enabled()))
         return model(chunk)
 
-    scorer = MultiPose(model, "boltzmann", accumulator=accumulator, call=call, chunk_size=2, forward_chunk_size=4)
+    scorer = MultiPose(model, "boltzmann", accumulator=accumulator, call=call, chunk_size=2)
     scorer(torch.add(*rows(double, 11))).combined.sum().backward()
     if accumulator in {"stream", "store"}:
         assert sizes == [(2, True)] * 5 + [(1, True)]
     else:
-        assert sizes[:4] == [(2, True), (4, False), (4, False), (1, False)]
-        assert all(with_graph for _, with_graph in sizes[4:])
+        assert sizes[:6] == [(2, True), *[(2, False)] * 4, (1, False)]
+        assert all(with_graph for _, with_graph in sizes[6:])
     sizes.clear()
     with torch.no_grad():
         scorer(torch.add(*rows(double, 11)))
-    assert sizes == [(4, False), (4, False), (3, False)]
+    assert sizes == [(2, False)] * 5 + [(1, False)]
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-@pytest.mark.parametrize("sizes", [(1, None), (2, 3), (COUNT, COUNT)], ids=str)
-def test_chunks_of_several_outputs(sizes: tuple[int, int | None], accumulator: str, double: Place) -> None:
-    specimen = build("vector_output", double)
-    found = train_by_group(
-        specimen,
-        COMBINATIONS["boltzmann"],
-        of_both,
-        COUNT,
-        accumulator,
-        chunk_size=sizes[0],
-        forward_chunk_size=sizes[1],
-        collate=torch.stack,
-    )
+def test_chunks_of_several_outputs(accumulator: str, double: Place) -> None:
     expected = train_by_full_graph(build("vector_output", double), COMBINATIONS["boltzmann"], of_both, COUNT)
-    assert_same_gradients(found.gradients, expected.gradients)
+    for size in (1, 2, 3, COUNT):
+        result = train_by_group(
+            build("vector_output", double),
+            COMBINATIONS["boltzmann"],
+            of_both,
+            COUNT,
+            accumulator,
+            chunk_size=size,
+            collate=torch.stack,
+        )
+        assert_same_gradients(result.gradients, expected.gradients)
 
 
 # -- graphs ---------------------------------------------------------------------------------------------------------
@@ -322,11 +312,9 @@ def positions(graphs: list[Any]) -> dict[str, Tensor]:
     return {f"positions {i}": graph.pos for i, graph in enumerate(graphs)}
 
 
-@pytest.mark.parametrize(
-    "sizes", [(1, None), (2, None), (3, 4), (COUNT, None), (COUNT + 1, None), (1, 5), ("auto", None)], ids=str
-)
+@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_batches_of_graphs(accumulator: str, sizes: tuple[Any, Any], double: Place) -> None:
+def test_batches_of_graphs(accumulator: str, size: Any, double: Place) -> None:
     data, _ = geometric()
     model, graphs = schnet(double)
     leaves = {**dict(model.named_parameters()), **positions(graphs)}
@@ -334,8 +322,7 @@ def test_batches_of_graphs(accumulator: str, sizes: tuple[Any, Any], double: Pla
         model,
         "boltzmann",
         accumulator=accumulator,
-        chunk_size=sizes[0],
-        forward_chunk_size=sizes[1],
+        chunk_size=size,
         collate=data.Batch.from_data_list,
         call=lambda model, batch: model(batch.z, batch.pos, batch.batch),
     )
@@ -507,7 +494,7 @@ def test_a_list_in_chunks_needs_collate(double: Place) -> None:
     with untouched(model), pytest.raises(PosesError, match="collate="):
         MultiPose(model, chunk_size=2)(list(poses))
     with untouched(model), pytest.raises(PosesError, match="collate="):
-        MultiPose(model, forward_chunk_size=2)(iter(poses))
+        MultiPose(model, chunk_size="auto")(iter(poses))
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)

@@ -247,7 +247,7 @@ def test_the_search_for_unused_parameters_ends(double: TensorFactory) -> None:
     def counted(model: nn.Module, pose: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        return gradhooks.engine.model_call.call_model(model, pose)
+        return gradhooks.options.call_model(model, pose)
 
     scorer = gradhooks.MultiPose(case.model, "min", accumulator="recompute", call=counted)
     counts = []

@@ -219,7 +219,9 @@ def test_a_declaration_for_some_poses_only(double: Place) -> None:
         return right(y) if len(calls) < 3 else None
 
     scorer = gradhooks.MultiPose(specimen.model, Thermal(declare), accumulator="stream")
-    with pytest.raises(CombinationError, match=r"combination Thermal: .* must declare all or none"):
+    with pytest.raises(
+        CombinationError, match=r"combination Thermal: .* Declare the same number of features for every pose"
+    ):
         scorer(specimen.make_poses(4))
 
 

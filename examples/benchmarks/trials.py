@@ -8,7 +8,7 @@ import torch
 from models import reference
 
 from gradhooks import Combination
-from gradhooks.engine.model_call import call_model
+from gradhooks.options import call_model
 from gradhooks.profiling.peak_memory import peak_bytes
 from gradhooks.profiling.preserved_state import preserved_state
 from gradhooks.profiling.timing import interleaved_seconds

@@ -37,6 +37,11 @@ class Store(Accumulator):
 
     def begin_because(self, engine: Engine, predictions: Tensor, reason: str) -> Accumulation:
         """Begin a group for a reason that the report shows."""
+        if engine.combination.combine_gradients is not None and engine.options.tolerance is not None:
+            raise CombinationError(
+                f"combination {engine.combination.name}: combine_gradients needs the gradient of every pose, so that "
+                f"none is skipped; leave out tolerance={engine.options.tolerance}"
+            )
         if predictions.numel() == len(predictions):
             set_accumulator(engine, self.name, reason)
             return StoreAccumulation(engine, self.device, self.dtype, engine.fp16_scale(predictions))

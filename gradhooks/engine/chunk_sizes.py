@@ -10,7 +10,7 @@ Rules:
 """
 
 from collections.abc import Callable, Container
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from loguru import logger
@@ -19,8 +19,8 @@ from torch import Tensor
 from gradhooks.engine.learned import ChunkSizeState
 from gradhooks.engine.memory_budget import free_bytes, ran_out_of_memory
 from gradhooks.engine.saved_tensors import record_saved_tensors
+from gradhooks.options import ChunkSize
 
-ChunkSize = int | Literal["auto"]
 Result = TypeVar("Result")
 
 SHARE_OF_FREE_MEMORY = 0.5  # Rule 1

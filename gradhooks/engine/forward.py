@@ -9,7 +9,7 @@ from torch import Tensor
 from gradhooks.distributed.pose_parallel import METADATA_LENGTH
 from gradhooks.engine.accumulation import Accumulation, Chunk, NoPoses
 from gradhooks.engine.context import ForwardContext
-from gradhooks.engine.model_call import check_rows
+from gradhooks.engine.model_output import check_rows
 from gradhooks.engine.model_state import Snapshot
 from gradhooks.engine.parameter_hooks import RunningSums
 from gradhooks.engine.pose_engine import PoseEngine
@@ -58,7 +58,7 @@ def run_forward(context: ForwardContext, begin: Begin) -> FirstRun:
                 context.report.reset_counts()
                 raise
 
-        step = "its forward"
+        step = "forward"
         with context.sharded.all_or_none(step), partition.collectives.all_or_none(step, METADATA_LENGTH) as message:
             try:
                 accumulation, rows, differentiable = sizes.retry_smaller(attempt)
@@ -145,7 +145,7 @@ def predict(context: ForwardContext) -> Tensor:
             return _predict_local_poses(context)
 
     collectives = partition.collectives
-    with context.sharded.keep_unsharded(), collectives.all_or_none("its forward", METADATA_LENGTH) as message:
+    with context.sharded.keep_unsharded(), collectives.all_or_none("forward", METADATA_LENGTH) as message:
         rows = sizes.retry_smaller(attempt) if sizes.automatic else _predict_local_poses(context)
         message.sent = partition.encode_metadata(rows)
     device = next((tensor.device for tensor in context.model.parameters()), torch.device("cpu"))

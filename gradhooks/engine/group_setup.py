@@ -55,7 +55,7 @@ def make_context(
         DistributedError: Another rank failed.
     """
     collectives = Collectives(options.process_group)
-    with collectives.all_or_none("taking its poses", 1) as message:
+    with collectives.all_or_none("reading of the poses", 1) as message:
         prepared, shadows = _prepare(model, options, poses, sharded, may_be_empty=not collectives.is_single)
         if not collectives.is_single:
             refuse_pose_parallel(shadows.inputs, combination)

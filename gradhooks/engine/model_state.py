@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from gradhooks.engine.random_state import RandomSource, default_source, user_sources
+from gradhooks.random_state import RandomSource, default_source, user_sources
 
 
 class BufferCopy(NamedTuple):

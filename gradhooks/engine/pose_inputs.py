@@ -6,11 +6,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gradhooks.engine.model_call import describe
+from gradhooks.engine.model_output import describe
 from gradhooks.engine.nested import map_tensors
 from gradhooks.errors import PosesError
+from gradhooks.options import Collate
 
-Collate = Callable[[list[Any]], Any]
 Stack = Tensor | Mapping[str, Tensor]
 
 

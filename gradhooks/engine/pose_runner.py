@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradhooks.engine.model_call import Call, prediction_rows
+from gradhooks.engine.model_output import prediction_rows
 from gradhooks.engine.nested import map_tensors, tensors_in
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.shadow_parameters import ShadowParameters
 from gradhooks.errors import PosesError
+from gradhooks.options import Call
 
 _NEEDS_GRAD = ".*(does not require grad|None of the inputs have requires_grad)"
 

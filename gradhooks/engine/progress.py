@@ -2,26 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 
-Progress = bool | Callable[[int, int], object]
-
-
-def check_progress(progress: Progress) -> None:
-    """Check the value of the option `progress`.
-
-    Raises:
-        TypeError: It is neither a bool nor callable.
-        ModuleNotFoundError: It is True and tqdm is not installed.
-    """
-    if not (isinstance(progress, bool) or callable(progress)):
-        raise TypeError(f"progress must be a bool or a function of (done, total), got {progress!r}")
-    if progress is True and find_spec("tqdm") is None:
-        raise ModuleNotFoundError(
-            "progress=True shows a bar of tqdm, which is not installed: pip install tqdm, or pass a function of "
-            "(done, total)",
-            name="tqdm",
-        )
+from gradhooks.options import Progress
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gradhooks import registry
 from gradhooks.accumulators.base import Accumulator
-from gradhooks.engine.model_call import Call, call_model
 from gradhooks.engine.report import Report
+from gradhooks.options import Call, call_model
 from gradhooks.prediction import MultiPosePrediction
 from gradhooks.testing import full_graph
 from gradhooks.wrapper import MultiPose

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradhooks.engine.model_call import Call, call_model
 from gradhooks.numerics import at_least_float32
+from gradhooks.options import Call, call_model
 from gradhooks.prediction import MultiPosePrediction
 
 

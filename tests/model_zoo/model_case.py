@@ -9,7 +9,7 @@ import torch
 from seeding import manual_seed
 from torch import Tensor, nn
 
-from gradhooks.engine.model_call import Call, call_model
+from gradhooks.options import Call, call_model
 
 MOST_POSES = 8
 

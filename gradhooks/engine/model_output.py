@@ -1,34 +1,11 @@
-"""Call the model with a pose, and check that its output can be used as a prediction."""
+"""Check that the output of the model can be used as a prediction."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradhooks.errors import PredictionError
-
-Call = Callable[[nn.Module, Any], Tensor]
-
-
-def call_model(model: nn.Module, pose: Any) -> Tensor:
-    """Pass a tuple as `model(*pose)`, a mapping as `model(**pose)` and anything else as `model(pose)`.
-
-    This is the default of the option `call`.
-    """
-    if isinstance(pose, tuple):
-        return model(*pose)  # type: ignore[no-any-return]
-    if isinstance(pose, Mapping):
-        return model(**pose)  # type: ignore[no-any-return]
-    try:
-        return model(pose)  # type: ignore[no-any-return]
-    except TypeError as error:
-        if isinstance(pose, list) and hasattr(error, "add_note"):  # Python 3.11
-            error.add_note(
-                "gradhooks: a list is passed as one argument, a tuple as model(*pose). If the poses were tuples, the "
-                "default collate function of the DataLoader has turned them into lists: use DataLoader(..., "
-                "batch_size=None, collate_fn=lambda group: group)"
-            )
-        raise
 
 
 def prediction_rows(output: Any, start: int, stop: int, batched: bool) -> Tensor:
