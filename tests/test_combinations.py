@@ -60,7 +60,7 @@ def test_default_temperature_is_room_temperature() -> None:
 
 
 @every_combination
-@given(predictions=predictions_of_a_group, seed=st.randint(0, 99))
+@given(predictions=predictions_of_a_group, seed=st.integers(0, 99))
 def test_result_is_independent_of_the_order_of_poses(name: str, predictions: Tensor, seed: int) -> None:
     order = torch.randperm(len(predictions), generator=torch.Generator().manual_seed(seed))
     combination = BUILT_IN[name]()
@@ -82,7 +82,7 @@ def test_one_pose_combines_to_its_own_prediction(name: str, number: float) -> No
 
 
 @every_combination
-@given(number=st.floats(-1e4, 1e4), count=st.randint(1, 20))
+@given(number=st.floats(-1e4, 1e4), count=st.integers(1, 20))
 def test_equal_predictions(name: str, number: float, count: int) -> None:
     predictions = torch.full((count,), number, dtype=torch.float64, requires_grad=True)
     combination = BUILT_IN[name]()
@@ -125,7 +125,7 @@ def test_bounds(name: str, predictions: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if not name.startswith("boltzmann")])
-@given(predictions=predictions_of_a_group, pose=st.randint(0, 11), rise=st.floats(0, 10))
+@given(predictions=predictions_of_a_group, pose=st.integers(0, 11), rise=st.floats(0, 10))
 def test_result_is_monotonic_in_each_prediction(name: str, predictions: Tensor, pose: int, rise: float) -> None:
     combination = BUILT_IN[name]()
     raised = predictions.clone()
