@@ -21,7 +21,7 @@ from gradhooks.errors import CombinationError
 @given(predictions=predictions_of_a_group, data=st.data())
 def test_mask_excludes_poses(name: str, predictions: Tensor, data: Any) -> None:
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(predictions), max_size=len(predictions))))
-    mask[data.draw(st.randint(0, len(mask) - 1))] = True
+    mask[data.draw(st.integers(0, len(mask) - 1))] = True
     combination = BUILT_IN[name]()
     for weights in (mask, mask.double(), mask.float(), mask.long()):
         close(combination(predictions, weights=weights), combination(predictions[mask]))
@@ -30,7 +30,7 @@ def test_mask_excludes_poses(name: str, predictions: Tensor, data: Any) -> None:
 @every_combination
 @given(predictions=predictions_of_a_group, data=st.data())
 def test_integer_weights_repeat_poses(name: str, predictions: Tensor, data: Any) -> None:
-    counts = data.draw(st.lists(st.randint(1, 4), min_size=len(predictions), max_size=len(predictions)))
+    counts = data.draw(st.lists(st.integers(1, 4), min_size=len(predictions), max_size=len(predictions)))
     repeated = predictions.repeat_interleave(torch.tensor(counts))
     combination = BUILT_IN[name]()
     close(combination(predictions, weights=torch.tensor(counts)), combination(repeated))
