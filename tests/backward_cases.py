@@ -3,8 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from model_zoo import Place, Specimen, build
-from training_reference import ACCUMULATORS, COMBINATIONS, Gradients, assert_same_gradients, gradients_of, leaves_of
+from model_zoo import ModelCase, TensorFactory, build
+from training_reference import (
+    ACCUMULATORS,
+    COMBINATIONS,
+    Gradients,
+    assert_same_gradients,
+    gradients_of,
+    trained_leaves,
+)
 
 from gradhooks import MultiPose, MultiPosePrediction
 from gradhooks.testing import full_graph
@@ -31,23 +38,21 @@ class BackwardCase:
         leaves: All leaves that are trained, by name.
     """
 
-    def __init__(self, name: str, combination: str, accumulator: str | None, place: Place) -> None:
+    def __init__(self, name: str, combination: str, accumulator: str | None, place: TensorFactory) -> None:
         self.accumulator = accumulator
-        self.specimen: Specimen = build(name, place)
+        self.case: ModelCase = build(name, place)
         self.combination = COMBINATIONS[combination]()
-        self.leaves = leaves_of(self.specimen, self.combination)
+        self.leaves = trained_leaves(self.case, self.combination)
         self.scorer: MultiPose | None = None
         if accumulator is not None:
-            self.scorer = MultiPose(
-                self.specimen.model, self.combination, accumulator=accumulator, call=self.specimen.call
-            )
+            self.scorer = MultiPose(self.case.model, self.combination, accumulator=accumulator, call=self.case.call)
 
     def predict(self, count: int = 5, first: int = 0) -> MultiPosePrediction:
         """Return the prediction of `count` poses from the pose `first` on."""
-        poses = self.specimen.make_poses(first + count)[first:]
+        poses = self.case.make_poses(first + count)[first:]
         if self.scorer is not None:
             return self.scorer(poses)
-        return full_graph(self.specimen.model, poses, self.combination, call=self.specimen.call)
+        return full_graph(self.case.model, poses, self.combination, call=self.case.call)
 
     @property
     def gradients(self) -> Gradients:
@@ -67,7 +72,7 @@ def case_label(*labels: object) -> Iterator[None]:
 
 
 def assert_gradients_of_full_graph(
-    train: Train, name: str, combination: str, place: Place, accumulators: Iterable[str] = ACCUMULATORS
+    train: Train, name: str, combination: str, place: TensorFactory, accumulators: Iterable[str] = ACCUMULATORS
 ) -> dict[str, BackwardCase]:
     """Assert that `train` leaves the gradients of the full graph with each accumulator.
 

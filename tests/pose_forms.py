@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from model_zoo import Place, mlp
+from model_zoo import TensorFactory, mlp
 from torch import Tensor, nn
-from training_reference import COMBINATIONS, Gradients, assert_same_gradients, gradients_of, of_both
+from training_reference import COMBINATIONS, Gradients, assert_same_gradients, gradients_of, loss_on_both
 
 from gradhooks.testing import full_graph
 
@@ -90,22 +90,22 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
-def random_rows(place: Place, count: int = COUNT) -> tuple[Tensor, Tensor]:
+def random_rows(place: TensorFactory, count: int = COUNT) -> tuple[Tensor, Tensor]:
     torch.manual_seed(5)
     return place.randn(count, 4), place.randn(count, 4)
 
 
-def make_model(place: Place) -> nn.Module:
+def make_model(place: TensorFactory) -> nn.Module:
     torch.manual_seed(7)
     return ShiftedMlp().to(place.device, place.dtype)
 
 
 @functools.cache
-def full_graph_gradients(place: Place) -> Gradients:
+def full_graph_gradients(place: TensorFactory) -> Gradients:
     model = make_model(place)
-    of_both(full_graph(model, torch.add(*random_rows(place)), COMBINATIONS["boltzmann"]())).backward()
+    loss_on_both(full_graph(model, torch.add(*random_rows(place)), COMBINATIONS["boltzmann"]())).backward()
     return gradients_of(dict(model.named_parameters()))
 
 
-def assert_gradients_of_full_graph(model: nn.Module, place: Place) -> None:
+def assert_gradients_of_full_graph(model: nn.Module, place: TensorFactory) -> None:
     assert_same_gradients(gradients_of(dict(model.named_parameters())), full_graph_gradients(place))

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_state import untouched
-from model_zoo import Place, Specimen, build, mlp
+from model_state import unchanged
+from model_zoo import ModelCase, TensorFactory, build, mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from training_reference import (
@@ -16,10 +16,10 @@ from training_reference import (
     COMBINATIONS,
     assert_same_gradients,
     gradients_of,
-    leaves_of,
-    of_both,
-    train_by_full_graph,
-    train_by_group,
+    loss_on_both,
+    train_full_graph,
+    train_multi_pose,
+    trained_leaves,
 )
 
 import gradhooks
@@ -34,10 +34,10 @@ from gradhooks.errors import (
 )
 
 
-def assert_still_exact(specimen: Specimen, fresh: Specimen, accumulator: str) -> None:
+def assert_still_exact(case: ModelCase, fresh: ModelCase, accumulator: str) -> None:
     """The next group of the same model is right."""
-    found = train_by_group(specimen, COMBINATIONS["boltzmann"], of_both, 4, accumulator)
-    expected = train_by_full_graph(fresh, COMBINATIONS["boltzmann"], of_both, 4)
+    found = train_multi_pose(case, COMBINATIONS["boltzmann"], loss_on_both, 4, accumulator)
+    expected = train_full_graph(fresh, COMBINATIONS["boltzmann"], loss_on_both, 4)
     assert_same_gradients(found.gradients, expected.gradients)
 
 
@@ -46,28 +46,28 @@ def assert_still_exact(specimen: Specimen, fresh: Specimen, accumulator: str) ->
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
-def test_create_graph_is_refused_and_a_plain_backward_still_works(accumulator: str, double: Place) -> None:
-    specimen = build("plain_mlp", double)
-    prediction = MultiPose(specimen.model, "boltzmann", accumulator=accumulator)(specimen.make_poses(5))
-    loss = of_both(prediction)
-    parameters = list(specimen.model.parameters())
-    with untouched(specimen.model):
+def test_create_graph_is_refused_and_a_plain_backward_still_works(accumulator: str, double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
+    prediction = MultiPose(case.model, "boltzmann", accumulator=accumulator)(case.make_poses(5))
+    loss = loss_on_both(prediction)
+    parameters = list(case.model.parameters())
+    with unchanged(case.model):
         with pytest.raises(HigherOrderError, match="create_graph"):
             loss.backward(create_graph=True)
         with pytest.raises(HigherOrderError, match="create_graph"):
             torch.autograd.grad(loss, parameters, create_graph=True)
     loss.backward()
-    expected = train_by_full_graph(build("plain_mlp", double), COMBINATIONS["boltzmann"], of_both, 5)
-    assert_same_gradients(gradients_of(leaves_of(specimen, None)), expected.gradients)
+    expected = train_full_graph(build("plain_mlp", double), COMBINATIONS["boltzmann"], loss_on_both, 5)
+    assert_same_gradients(gradients_of(trained_leaves(case, None)), expected.gradients)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_second_backward_needs_retain_graph(accumulator: str, double: Place) -> None:
-    specimen = build("plain_mlp", double)
-    combined, _ = MultiPose(specimen.model, "boltzmann", accumulator=accumulator)(specimen.make_poses(5))
+def test_a_second_backward_needs_retain_graph(accumulator: str, double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
+    combined, _ = MultiPose(case.model, "boltzmann", accumulator=accumulator)(case.make_poses(5))
     combined.sum().backward(retain_graph=True)
     combined.sum().backward()
-    with untouched(specimen.model), pytest.raises(RuntimeError, match="second time"):
+    with unchanged(case.model), pytest.raises(RuntimeError, match="second time"):
         combined.sum().backward()
 
 
@@ -80,13 +80,13 @@ def test_a_second_backward_needs_retain_graph(accumulator: str, double: Place) -
     ids=["list", "tuple", "generator", "dict", "tensor", "mapping of tensors"],
 )
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_an_empty_group(nothing: Callable[[], Any], accumulator: str, double: Place) -> None:
-    specimen = build("plain_mlp", double)
-    with untouched(specimen.model), pytest.raises(PosesError, match="group is empty"):
-        MultiPose(specimen.model, "mean", accumulator=accumulator)(nothing())
+def test_an_empty_group(nothing: Callable[[], Any], accumulator: str, double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
+    with unchanged(case.model), pytest.raises(PosesError, match="group is empty"):
+        MultiPose(case.model, "mean", accumulator=accumulator)(nothing())
     with torch.no_grad(), pytest.raises(PosesError, match="group is empty"):
-        MultiPose(specimen.model, "mean", accumulator=accumulator)(nothing())
-    assert_still_exact(specimen, build("plain_mlp", double), accumulator)
+        MultiPose(case.model, "mean", accumulator=accumulator)(nothing())
+    assert_still_exact(case, build("plain_mlp", double), accumulator)
 
 
 @dataclass
@@ -106,17 +106,17 @@ class Lonely:
     ],
     ids=["number", "string", "graph", "scalar", "mapping of other things", "ragged mapping"],
 )
-def test_what_is_no_group(poses: Any, message: str, single: Place) -> None:
-    specimen = build("plain_mlp", single)
-    with untouched(specimen.model), pytest.raises(PosesError, match=message):
-        MultiPose(specimen.model)(poses)
+def test_what_is_no_group(poses: Any, message: str, single: TensorFactory) -> None:
+    case = build("plain_mlp", single)
+    with unchanged(case.model), pytest.raises(PosesError, match=message):
+        MultiPose(case.model)(poses)
 
 
 @pytest.mark.parametrize("size", [2, "auto"])
-def test_chunks_of_a_list_need_collate(size: Any, single: Place) -> None:
-    specimen = build("plain_mlp", single)
-    with untouched(specimen.model), pytest.raises(PosesError, match="collate"):
-        MultiPose(specimen.model, chunk_size=size)(specimen.make_poses(3))
+def test_chunks_of_a_list_need_collate(size: Any, single: TensorFactory) -> None:
+    case = build("plain_mlp", single)
+    with unchanged(case.model), pytest.raises(PosesError, match="collate"):
+        MultiPose(case.model, chunk_size=size)(case.make_poses(3))
 
 
 # -- predictions that are none --------------------------------------------------------------------------------------
@@ -140,11 +140,11 @@ def _without_graph(prediction: Tensor) -> Tensor:
 @pytest.mark.parametrize("answer", [Tensor.detach, _without_graph], ids=["detach", "no_grad"])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_a_prediction_that_does_not_require_grad(
-    answer: Callable[[Tensor], Tensor], accumulator: str, double: Place
+    answer: Callable[[Tensor], Tensor], accumulator: str, double: TensorFactory
 ) -> None:
     model = Answering(answer).to(double.device, double.dtype)
     poses = list(double.randn(3, 4))
-    with untouched(model), pytest.raises(PredictionError, match=r"no prediction of the 3 poses requires grad"):
+    with unchanged(model), pytest.raises(PredictionError, match=r"no prediction of the 3 poses requires grad"):
         MultiPose(model, accumulator=accumulator)(poses)
 
 
@@ -162,29 +162,29 @@ def test_a_prediction_that_does_not_require_grad(
 )
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_an_output_that_is_no_prediction(
-    answer: Callable[[Tensor], Any], message: str, accumulator: str, double: Place
+    answer: Callable[[Tensor], Any], message: str, accumulator: str, double: TensorFactory
 ) -> None:
     model = Answering(answer).to(double.device, double.dtype)
     poses = list(double.randn(3, 4))
-    with untouched(model), pytest.raises(PredictionError, match=message):
+    with unchanged(model), pytest.raises(PredictionError, match=message):
         MultiPose(model, accumulator=accumulator)(poses)
     with torch.no_grad(), pytest.raises(PredictionError, match=message):
         MultiPose(model, accumulator=accumulator)(poses)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_predictions_of_different_shapes(accumulator: str, double: Place) -> None:
+def test_predictions_of_different_shapes(accumulator: str, double: TensorFactory) -> None:
     model = mlp(4, 6, 1).to(double.device, double.dtype)
     poses = [double.randn(4), double.randn(1, 4), double.randn(2, 4)]
-    with untouched(model), pytest.raises(PredictionError, match=r"pose 1: .* shape \(1, 1\), that of pose 0 \(1,\)"):
+    with unchanged(model), pytest.raises(PredictionError, match=r"pose 1: .* shape \(1, 1\), that of pose 0 \(1,\)"):
         MultiPose(model, accumulator=accumulator)(poses)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_batch_without_a_row_for_each_pose(accumulator: str, double: Place) -> None:
+def test_a_batch_without_a_row_for_each_pose(accumulator: str, double: TensorFactory) -> None:
     model = Answering(Tensor.sum).to(double.device, double.dtype)
     poses = double.randn(6, 4)
-    with untouched(model), pytest.raises(PredictionError, match="3 rows"):
+    with unchanged(model), pytest.raises(PredictionError, match="3 rows"):
         MultiPose(model, accumulator=accumulator, chunk_size=3)(poses)
 
 
@@ -218,7 +218,7 @@ class Stranger(nn.Module):
 
 
 @pytest.fixture(params=[True, False], ids=["parameter", "tensor"])
-def stranger(request: pytest.FixtureRequest, double: Place) -> Iterator[Tensor]:
+def stranger(request: pytest.FixtureRequest, double: TensorFactory) -> Iterator[Tensor]:
     leaf: Tensor = nn.Parameter(double.randn(4)) if request.param else double.randn(4).requires_grad_()
     yield leaf
     assert leaf.grad is None, "its gradient was touched"
@@ -227,31 +227,33 @@ def stranger(request: pytest.FixtureRequest, double: Place) -> Iterator[Tensor]:
 @pytest.mark.parametrize("first", [0, 1, 3], ids=["from the first pose", "from the second", "from the last"])
 @pytest.mark.parametrize("kept", ["closure", "list", "attribute"])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_an_unregistered_leaf(kept: str, first: int, accumulator: str, stranger: Tensor, double: Place) -> None:
+def test_an_unregistered_leaf(kept: str, first: int, accumulator: str, stranger: Tensor, double: TensorFactory) -> None:
     model = Stranger(stranger, kept, first).to(double.device, double.dtype)
     poses = [(double.randn(4), number) for number in range(4)]
-    with untouched(model), pytest.raises(UnregisteredTensorError, match=r"of shape \(4,\).*[Rr]egister"):
+    with unchanged(model), pytest.raises(UnregisteredTensorError, match=r"of shape \(4,\).*[Rr]egister"):
         _train(model, poses, accumulator)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_an_unregistered_leaf_in_a_reentrant_checkpoint(accumulator: str, stranger: Tensor, double: Place) -> None:
+def test_an_unregistered_leaf_in_a_reentrant_checkpoint(
+    accumulator: str, stranger: Tensor, double: TensorFactory
+) -> None:
     model = Stranger(stranger, "closure", hidden=True).to(double.device, double.dtype)
     poses = [(double.randn(4), number) for number in range(4)]
-    with untouched(model), pytest.raises(UnregisteredTensorError, match=r"of shape \(4,\)"):
+    with unchanged(model), pytest.raises(UnregisteredTensorError, match=r"of shape \(4,\)"):
         _train(model, poses, accumulator)
 
 
 def _train(model: nn.Module, poses: Any, accumulator: str) -> None:
-    of_both(MultiPose(model, "boltzmann", accumulator=accumulator)(poses)).backward()
+    loss_on_both(MultiPose(model, "boltzmann", accumulator=accumulator)(poses)).backward()
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_another_module_in_call(accumulator: str, double: Place) -> None:
+def test_another_module_in_call(accumulator: str, double: TensorFactory) -> None:
     model, readout = (mlp(*widths).to(double.device, double.dtype) for widths in ((4, 6), (6, 1)))
     scorer = MultiPose(model, accumulator=accumulator, call=lambda model, pose: readout(model(pose)))
     poses = list(double.randn(3, 4))
-    with untouched(model), untouched(readout), pytest.raises(UnregisteredTensorError, match=r"\(1, 6\)"):
+    with unchanged(model), unchanged(readout), pytest.raises(UnregisteredTensorError, match=r"\(1, 6\)"):
         scorer(poses)
 
 
@@ -266,13 +268,13 @@ class Opaque:
 
 @pytest.mark.parametrize("place", [0, 2], ids=["the first pose", "the last pose"])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_leaf_in_an_opaque_pose(place: int, accumulator: str, double: Place) -> None:
+def test_a_leaf_in_an_opaque_pose(place: int, accumulator: str, double: TensorFactory) -> None:
     model = mlp(4, 6, 1).to(double.device, double.dtype)
     poses = [Opaque(double.randn(4)) for _ in range(3)]
     poses[place].positions.requires_grad_()
     scorer = MultiPose(model, "boltzmann", accumulator=accumulator, call=lambda model, pose: model(pose.positions))
-    with untouched(model), pytest.raises(UnregisteredTensorError, match=r"of shape \(4,\)"):
-        of_both(scorer(poses)).backward()
+    with unchanged(model), pytest.raises(UnregisteredTensorError, match=r"of shape \(4,\)"):
+        loss_on_both(scorer(poses)).backward()
     assert poses[place].positions.grad is None
 
 
@@ -297,10 +299,10 @@ class CallsBackward(nn.Module):
 
 @pytest.mark.parametrize("first", [0, 2], ids=["from the first pose", "from the last"])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_model_that_calls_backward(first: int, accumulator: str, double: Place) -> None:
+def test_a_model_that_calls_backward(first: int, accumulator: str, double: TensorFactory) -> None:
     model = CallsBackward(first).to(double.device, double.dtype)
     poses = [(double.randn(4), number) for number in range(3)]
-    with untouched(model), pytest.raises(PredictionError, match=r"calls backward\(\)"):
+    with unchanged(model), pytest.raises(PredictionError, match=r"calls backward\(\)"):
         _train(model, poses, accumulator)
 
 
@@ -309,25 +311,25 @@ def test_a_model_that_calls_backward(first: int, accumulator: str, double: Place
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("name", ["plain_mlp", "tied_weights", "shared_encoder_output", "vector_output"])
-def test_a_parameter_that_changed_between(name: str, accumulator: str, double: Place) -> None:
-    specimen = build(name, double)
-    optimizer = torch.optim.SGD(specimen.model.parameters(), lr=0.1)
-    prediction = MultiPose(specimen.model, "boltzmann", accumulator=accumulator)(specimen.make_poses(4))
-    for parameter in specimen.model.parameters():
+def test_a_parameter_that_changed_between(name: str, accumulator: str, double: TensorFactory) -> None:
+    case = build(name, double)
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1)
+    prediction = MultiPose(case.model, "boltzmann", accumulator=accumulator)(case.make_poses(4))
+    for parameter in case.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    with untouched(specimen.model), pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        of_both(prediction).backward()
+    with unchanged(case.model), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss_on_both(prediction).backward()
 
 
 @pytest.mark.parametrize("name", ["plain_mlp", "vector_output"])
-def test_a_pose_that_changed_between_is_found_by_the_second_run(name: str, double: Place) -> None:
-    specimen = build(name, double)
-    poses = specimen.make_poses(4)
-    prediction = MultiPose(specimen.model, "boltzmann", accumulator="recompute")(poses)
+def test_a_pose_that_changed_between_is_found_by_the_second_run(name: str, double: TensorFactory) -> None:
+    case = build(name, double)
+    poses = case.make_poses(4)
+    prediction = MultiPose(case.model, "boltzmann", accumulator="recompute")(poses)
     poses[2] += 1
-    with untouched(specimen.model), pytest.raises(ReplayError, match="pose 2 of 4: its second run differs"):
-        of_both(prediction).backward()
+    with unchanged(case.model), pytest.raises(ReplayError, match="pose 2 of 4: its second run differs"):
+        loss_on_both(prediction).backward()
 
 
 class Changing(nn.Module):
@@ -354,45 +356,45 @@ class Drawing(nn.Module):
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_model_that_changes_its_pose(accumulator: str, double: Place) -> None:
+def test_a_model_that_changes_its_pose(accumulator: str, double: TensorFactory) -> None:
     model = Changing().to(double.device, double.dtype)
     poses = list(double.randn(4, 4))
-    with untouched(model), pytest.raises(PosesError, match=r"pose 0: the model changed .* in place"):
+    with unchanged(model), pytest.raises(PosesError, match=r"pose 0: the model changed .* in place"):
         _train(model, poses, accumulator)
 
 
-def test_a_model_that_cannot_be_repeated(double: Place) -> None:
+def test_a_model_that_cannot_be_repeated(double: TensorFactory) -> None:
     model = Drawing().to(double.device, double.dtype)
     prediction = MultiPose(model, "boltzmann", accumulator="recompute")(list(double.randn(4, 4)))
-    with untouched(model), pytest.raises(ReplayError, match="second run differs"):
-        of_both(prediction).backward()
+    with unchanged(model), pytest.raises(ReplayError, match="second run differs"):
+        loss_on_both(prediction).backward()
 
 
 @pytest.mark.parametrize("accumulator", ["store", "stream"])
-def test_it_need_not_be_repeated_where_every_pose_runs_once(accumulator: str, double: Place) -> None:
+def test_it_need_not_be_repeated_where_every_pose_runs_once(accumulator: str, double: TensorFactory) -> None:
     inputs = double.randn(4, 4)
 
     def trained(train: Callable[..., Any], **options: Any) -> Any:
         torch.manual_seed(5)
-        specimen = Specimen(
+        case = ModelCase(
             Drawing().to(double.device, double.dtype), lambda count: [row.clone() for row in inputs[:count]]
         )
-        return train(specimen, COMBINATIONS["boltzmann"], lambda p: p.combined.sum(), 4, **options).gradients
+        return train(case, COMBINATIONS["boltzmann"], lambda p: p.combined.sum(), 4, **options).gradients
 
-    assert_same_gradients(trained(train_by_group, accumulator=accumulator), trained(train_by_full_graph))
+    assert_same_gradients(trained(train_multi_pose, accumulator=accumulator), trained(train_full_graph))
 
 
 @pytest.mark.parametrize("accumulator", ["recompute", "auto"])
-def test_a_training_flag_that_changed_between(accumulator: str, double: Place) -> None:
+def test_a_training_flag_that_changed_between(accumulator: str, double: TensorFactory) -> None:
     # The full graph does not mind; a second run must either happen in the old mode or be refused.
-    specimen = build("dropout", double)
+    case = build("dropout", double)
     torch.manual_seed(3)
-    prediction = MultiPose(specimen.model, "boltzmann", accumulator=accumulator)(specimen.make_poses(4))
-    specimen.model.eval()
-    of_both(prediction).backward()
-    assert not any(module.training for module in specimen.model.modules())
-    expected = train_by_full_graph(build("dropout", double), COMBINATIONS["boltzmann"], of_both, 4)
-    assert_same_gradients(gradients_of(leaves_of(specimen, None)), expected.gradients)
+    prediction = MultiPose(case.model, "boltzmann", accumulator=accumulator)(case.make_poses(4))
+    case.model.eval()
+    loss_on_both(prediction).backward()
+    assert not any(module.training for module in case.model.modules())
+    expected = train_full_graph(build("dropout", double), COMBINATIONS["boltzmann"], loss_on_both, 4)
+    assert_same_gradients(gradients_of(trained_leaves(case, None)), expected.gradients)
 
 
 # -- arguments ------------------------------------------------------------------------------------------------------
@@ -443,5 +445,5 @@ class Clipped(gradhooks.GradientCombination):
 
 def test_gradients_of_poses_that_predict_several_numbers() -> None:
     model = mlp(4, 6, 3)
-    with untouched(model), pytest.raises(CombinationError, match=r"pose 0 has shape \(3,\).*call="):
+    with unchanged(model), pytest.raises(CombinationError, match=r"pose 0 has shape \(3,\).*call="):
         MultiPose(model, Clipped())([torch.zeros(4)])

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from model_state import KEYS_ARE_ASKED_FOR
-from model_zoo import Place, build, mlp
+from model_state import requires_fqn_modifiers
+from model_zoo import TensorFactory, build, mlp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from training_reference import ACCUMULATORS, COMBINATIONS, assert_same_gradients, gradients_of, of_both
+from training_reference import ACCUMULATORS, COMBINATIONS, assert_same_gradients, gradients_of, loss_on_both
 
 import gradhooks
 from gradhooks import MultiPose
@@ -52,7 +52,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_the_keys_are_those_of_the_bare_model(name: str, double: Place) -> None:
+def test_the_keys_are_those_of_the_bare_model(name: str, double: TensorFactory) -> None:
     model = build(name, double).model
     bare = model.state_dict()
     scorer = MultiPose(model, "min")
@@ -64,7 +64,7 @@ def test_the_keys_are_those_of_the_bare_model(name: str, double: Place) -> None:
     assert list(learnable) == [*bare, "combination.log_temperature"]
 
 
-def test_the_metadata_are_those_of_the_bare_model(double: Place) -> None:
+def test_the_metadata_are_those_of_the_bare_model(double: TensorFactory) -> None:
     # Versions of the layers, by which old checkpoints are converted.
     model = build("batch_norm_in_training", double).model
     bare, wrapped = (module.state_dict()._metadata for module in (model, MultiPose(model, "min")))
@@ -73,7 +73,7 @@ def test_the_metadata_are_those_of_the_bare_model(double: Place) -> None:
 
 @pytest.mark.parametrize("name", STATEFUL)
 @pytest.mark.parametrize("combination", ["min", "learnable"])
-def test_a_checkpoint_goes_both_ways(name: str, combination: str, double: Place) -> None:
+def test_a_checkpoint_goes_both_ways(name: str, combination: str, double: TensorFactory) -> None:
     def fresh() -> MultiPose:
         made = of_temperature(0.5) if combination == "learnable" else "min"
         return MultiPose(_scrambled(build(name, double).model), made)
@@ -188,8 +188,8 @@ def test_what_does_not_fit_is_reported_by_the_keys_of_the_checkpoint(prefix: str
 
 @pytest.mark.parametrize("name", STATEFUL)
 @pytest.mark.parametrize("prefix", ["", "scorer."])
-@pytest.mark.parametrize("full", [pytest.param(True, marks=KEYS_ARE_ASKED_FOR), False])
-def test_distributed_checkpoints_find_the_keys(name: str, prefix: str, full: bool, double: Place) -> None:
+@pytest.mark.parametrize("full", [pytest.param(True, marks=requires_fqn_modifiers), False])
+def test_distributed_checkpoints_find_the_keys(name: str, prefix: str, full: bool, double: TensorFactory) -> None:
     def module(model: nn.Module) -> nn.Module:
         scorer = MultiPose(model, of_temperature(0.5))
         return Pipeline(scorer) if prefix else scorer
@@ -227,25 +227,25 @@ def test_a_group_inside_of_a_group() -> None:
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("name", ["plain_mlp", "batch_norm_in_training", "tied_weights", "lstm"])
 @pytest.mark.parametrize("how", COPIES)
-def test_copies_of_a_scorer_train_alike(how: str, name: str, accumulator: str, double: Place) -> None:
-    specimen = build(name, double)
-    scorer = MultiPose(specimen.model, of_temperature(0.7), accumulator=accumulator)
-    of_both(scorer(specimen.make_poses(4))).backward()
+def test_copies_of_a_scorer_train_alike(how: str, name: str, accumulator: str, double: TensorFactory) -> None:
+    case = build(name, double)
+    scorer = MultiPose(case.model, of_temperature(0.7), accumulator=accumulator)
+    loss_on_both(scorer(case.make_poses(4))).backward()
     twin = COPIES[how](scorer)
     assert twin.model is not scorer.model
     assert_same_state(twin.state_dict(), scorer.state_dict())
     for module in (scorer, twin):
         module.zero_grad()
-        of_both(module(specimen.make_poses(5))).backward()
+        loss_on_both(module(case.make_poses(5))).backward()
     assert_same_gradients(
         gradients_of(dict(twin.named_parameters())), gradients_of(dict(scorer.named_parameters())), tolerance=0.0
     )
 
 
-def test_a_copied_prediction_has_lost_its_graph_and_not_its_numbers(double: Place) -> None:
-    specimen = build("plain_mlp", double)
+def test_a_copied_prediction_has_lost_its_graph_and_not_its_numbers(double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
     with torch.no_grad():
-        prediction = MultiPose(specimen.model, "min")(specimen.make_poses(3))
+        prediction = MultiPose(case.model, "min")(case.make_poses(3))
     twin = gradhooks.MultiPosePrediction(*pickle.loads(pickle.dumps(tuple(prediction))))  # noqa: S301  # our own
     assert torch.equal(twin.combined, prediction.combined)
     assert torch.equal(twin.per_pose, prediction.per_pose)
@@ -313,33 +313,33 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes_between_groups(change: str, accumulator: str, double: Place) -> None:
+def test_changes_between_groups(change: str, accumulator: str, double: TensorFactory) -> None:
     gradients = []
     for of_group in (True, False):
         torch.manual_seed(3)
-        specimen = build("plain_mlp", double)
-        model, combination = specimen.model, COMBINATIONS["boltzmann"]()
+        case = build("plain_mlp", double)
+        model, combination = case.model, COMBINATIONS["boltzmann"]()
         scorer = MultiPose(model, combination, accumulator=accumulator)
-        poses = specimen.make_poses(5)
+        poses = case.make_poses(5)
         for changed in (False, True):
             if changed:
                 CHANGES[change](model)
                 poses = [pose.to(next(model.parameters()).dtype) for pose in poses]
             prediction = scorer(poses) if of_group else full_graph(model, poses, combination)
-            of_both(prediction).backward()
+            loss_on_both(prediction).backward()
         gradients.append(gradients_of(dict(model.named_parameters())))
     assert_same_gradients(*gradients, tolerance=1e-5 if change == "narrower" else 1e-12)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_parameter_that_is_thawed_and_frozen(accumulator: str, double: Place) -> None:
-    specimen = build("plain_mlp", double)
-    scorer = MultiPose(specimen.model, "boltzmann", accumulator=accumulator)
-    first = specimen.model.get_parameter("0.weight")
+def test_a_parameter_that_is_thawed_and_frozen(accumulator: str, double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
+    scorer = MultiPose(case.model, "boltzmann", accumulator=accumulator)
+    first = case.model.get_parameter("0.weight")
     for trained in (False, True, False):
         first.requires_grad_(trained)
         scorer.zero_grad()
-        of_both(scorer(specimen.make_poses(3))).backward()
+        loss_on_both(scorer(case.make_poses(3))).backward()
         assert (first.grad is not None) == trained
 
 
@@ -349,7 +349,7 @@ def test_the_scorer_moves_as_one(accumulator: str) -> None:
     assert {parameter.dtype for parameter in scorer.parameters()} == {torch.float64}
     assert scorer.eval().model.training is False
     assert scorer.train().model.training is True
-    of_both(scorer(torch.randn(3, 4, dtype=torch.float64).unbind())).backward()
+    loss_on_both(scorer(torch.randn(3, 4, dtype=torch.float64).unbind())).backward()
     assert all(parameter.grad is not None for parameter in scorer.requires_grad_().parameters())
 
 
@@ -473,7 +473,7 @@ def test_training(make: Callable[[], Any]) -> None:
         torch.manual_seed(3)
         scorer = make().double()
         poses = list(torch.randn(5, 4, dtype=torch.float64))
-        of_both(scorer(poses) if of_group else full_graph(scorer.model, poses, scorer.combination)).backward()
+        loss_on_both(scorer(poses) if of_group else full_graph(scorer.model, poses, scorer.combination)).backward()
         gradients.append(gradients_of(dict(scorer.named_parameters())))
     assert_same_gradients(*gradients)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_zoo import Place, mlp
+from model_zoo import TensorFactory, mlp
 from torch import Tensor, nn
 from training_reference import (
     ACCUMULATORS,
@@ -16,7 +16,7 @@ from training_reference import (
     assert_bit_equal,
     assert_same_gradients,
     gradients_of,
-    of_both,
+    loss_on_both,
 )
 
 import gradhooks
@@ -66,7 +66,7 @@ class Small(nn.Module):
         return self.last(hidden)
 
 
-def expected_of(model: nn.Module, poses: Any, combination: str, loss: Any = of_both) -> Gradients:
+def expected_of(model: nn.Module, poses: Any, combination: str, loss: Any = loss_on_both) -> Gradients:
     model = copy.deepcopy(model)
     model.room = float("inf")
     model.zero_grad()
@@ -74,7 +74,7 @@ def expected_of(model: nn.Module, poses: Any, combination: str, loss: Any = of_b
     return gradients_of(dict(model.named_parameters()))
 
 
-def trained(scorer: gradhooks.MultiPose, poses: Any, loss: Any = of_both) -> Gradients:
+def trained(scorer: gradhooks.MultiPose, poses: Any, loss: Any = loss_on_both) -> Gradients:
     scorer.model.zero_grad()
     loss(scorer(poses)).backward()
     return gradients_of(dict(scorer.model.named_parameters()))
@@ -83,7 +83,9 @@ def trained(scorer: gradhooks.MultiPose, poses: Any, loss: Any = of_both) -> Gra
 @pytest.mark.parametrize("combination", ["mean", "boltzmann", "attention"])
 @pytest.mark.parametrize("where", ["forward", "graph", "backward"])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_group_survives_running_out_of_memory(accumulator: str, where: str, combination: str, double: Place) -> None:
+def test_a_group_survives_running_out_of_memory(
+    accumulator: str, where: str, combination: str, double: TensorFactory
+) -> None:
     model = Small(4, where).to(double.device, double.dtype)
     poses = double.randn(COUNT, 4)
     scorer = gradhooks.MultiPose(model, COMBINATIONS[combination](), accumulator=accumulator, chunk_size="auto")
@@ -101,7 +103,7 @@ def test_a_group_survives_running_out_of_memory(accumulator: str, where: str, co
 
 @pytest.mark.parametrize("where", ["forward", "graph", "backward"])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_running_out_late_in_a_group(accumulator: str, where: str, double: Place) -> None:
+def test_running_out_late_in_a_group(accumulator: str, where: str, double: TensorFactory) -> None:
     model = Small(6.5, where).to(double.device, double.dtype)
     costs = torch.tensor([1.0] * 9 + [3.0] * 3).to(double.device)
     poses = list(zip(double.randn(12, 4), costs, strict=True))
@@ -123,7 +125,7 @@ def test_running_out_late_in_a_group(accumulator: str, where: str, double: Place
 @pytest.mark.parametrize("inner", [lambda: nn.Dropout(0.5), lambda: nn.BatchNorm1d(6)], ids=["dropout", "batch norm"])
 @pytest.mark.parametrize("where", ["forward", "graph", "backward"])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_state_is_as_if_nothing_had_failed(accumulator: str, where: str, inner: Any, double: Place) -> None:
+def test_state_is_as_if_nothing_had_failed(accumulator: str, where: str, inner: Any, double: TensorFactory) -> None:
     found = []
     for size in ("auto", 3):
         torch.manual_seed(5)
@@ -138,7 +140,7 @@ def test_state_is_as_if_nothing_had_failed(accumulator: str, where: str, inner: 
     assert torch.equal(state, wanted_state)
 
 
-def test_a_chunk_that_drew_numbers_cannot_be_split_in_its_second_run(double: Place) -> None:
+def test_a_chunk_that_drew_numbers_cannot_be_split_in_its_second_run(double: TensorFactory) -> None:
     """The memory is gone between forward and backward: the next group knows."""
     model = Small(99, "graph", nn.Dropout(0.5)).to(double.device, double.dtype)
     scorer = gradhooks.MultiPose(model, "boltzmann", accumulator="recompute", chunk_size="auto")
@@ -146,28 +148,28 @@ def test_a_chunk_that_drew_numbers_cannot_be_split_in_its_second_run(double: Pla
     prediction = scorer(poses)
     model.room = 4
     with pytest.raises(torch.OutOfMemoryError, match="simulated"):
-        of_both(prediction).backward()
+        loss_on_both(prediction).backward()
     model.seen.clear()
     trained(scorer, poses)
     assert max(model.seen) == 4
 
 
 @pytest.mark.parametrize("where", ["graph", "backward"])
-def test_any_other_chunk_is_split_in_its_second_run(where: str, double: Place) -> None:
+def test_any_other_chunk_is_split_in_its_second_run(where: str, double: TensorFactory) -> None:
     model = Small(99, where).to(double.device, double.dtype)
     scorer = gradhooks.MultiPose(model, "boltzmann", accumulator="recompute", chunk_size="auto")
     poses = double.randn(8, 4)
     expected = expected_of(model, poses, "boltzmann")
     prediction = scorer(poses)
     model.room = 4
-    of_both(prediction).backward()
+    loss_on_both(prediction).backward()
     assert_same_gradients(gradients_of(dict(model.named_parameters())), expected, tolerance=1e-10)
     assert (scorer.report.backwards, scorer.report.recomputed) == (8, 8)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_one_pose_that_does_not_fit_is_an_error(accumulator: str, where: str, double: Place) -> None:
+def test_one_pose_that_does_not_fit_is_an_error(accumulator: str, where: str, double: TensorFactory) -> None:
     model = Small(0.5, where).to(double.device, double.dtype)
     scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator, chunk_size="auto")
     gc.collect()
@@ -181,14 +183,14 @@ def test_one_pose_that_does_not_fit_is_an_error(accumulator: str, where: str, do
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_fixed_size_is_kept_to(accumulator: str, double: Place) -> None:
+def test_a_fixed_size_is_kept_to(accumulator: str, double: TensorFactory) -> None:
     model = Small(4).to(double.device, double.dtype)
     scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator, chunk_size=5)
     with pytest.raises(torch.OutOfMemoryError, match="simulated"):
         scorer(double.randn(COUNT, 4))
 
 
-def test_nothing_of_a_failure_stays(double: Place) -> None:
+def test_nothing_of_a_failure_stays(double: TensorFactory) -> None:
     model = Small(4, "backward").to(double.device, double.dtype)
     poses = double.randn(COUNT, 4)
     gc.disable()
@@ -205,7 +207,7 @@ def test_nothing_of_a_failure_stays(double: Place) -> None:
         gc.enable()
 
 
-def test_prediction_in_chunks_that_fit(double: Place) -> None:
+def test_prediction_in_chunks_that_fit(double: TensorFactory) -> None:
     model = Small(4, inner=nn.BatchNorm1d(6)).to(double.device, double.dtype)
     scorer = gradhooks.MultiPose(model, chunk_size="auto")
     model.eval()
@@ -217,7 +219,7 @@ def test_prediction_in_chunks_that_fit(double: Place) -> None:
     assert model.seen[:6] == [2, 10, 5, 3, 3, 3]
 
 
-def test_a_list_needs_collate(double: Place) -> None:
+def test_a_list_needs_collate(double: TensorFactory) -> None:
     with pytest.raises(gradhooks.errors.PosesError, match="need collate="):
         gradhooks.MultiPose(Small(4), chunk_size="auto")(list(double.randn(4, 4)))
     with pytest.raises(ValueError, match="chunk_size must be at least 1, or 'auto', got 'all'"):
@@ -271,7 +273,7 @@ def run_again(model: nn.Module, size: int, loss: Any, poses: Tensor) -> tuple[Gr
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(1, [1] * 6), (2, [2] * 3), (4, [4, 2]), (16, [6])])
-def test_poses_that_matter_are_packed(size: int, sizes: list[int], double: Place) -> None:
+def test_poses_that_matter_are_packed(size: int, sizes: list[int], double: TensorFactory) -> None:
     model = Counting().to(double.device, double.dtype)
     reference, poses = copy.deepcopy(model), double.randn(16, 4)
     of_some(full_graph(reference, list(poses[:, None]), torch.mean, call=lambda net, pose: net(pose)[0])).backward()
@@ -280,7 +282,7 @@ def test_poses_that_matter_are_packed(size: int, sizes: list[int], double: Place
     assert_same_gradients(result, gradients_of(dict(reference.named_parameters())))
 
 
-def test_if_all_poses_matter_the_chunks_and_every_bit_stay(single: Place) -> None:
+def test_if_all_poses_matter_the_chunks_and_every_bit_stay(single: TensorFactory) -> None:
     model = Counting().to(single.device, single.dtype)
     reference, poses = copy.deepcopy(model), single.randn(10, 4)
     predictions = torch.cat([reference(poses[start : start + 4]) for start in (0, 4, 8)])
@@ -301,7 +303,7 @@ class BatchScaled(nn.Module):
     "inner", [lambda: nn.BatchNorm1d(6), lambda: nn.Dropout(0.5), BatchScaled], ids=["batch norm", "dropout", "mixing"]
 )
 @pytest.mark.parametrize("size", [4, 2])
-def test_chunks_whose_poses_depend_on_each_other_are_not_packed(size: int, inner: Any, double: Place) -> None:
+def test_chunks_whose_poses_depend_on_each_other_are_not_packed(size: int, inner: Any, double: TensorFactory) -> None:
     torch.manual_seed(1)
     model = Counting(inner()).to(double.device, double.dtype)
     reference, poses = copy.deepcopy(model), double.randn(16, 4)
@@ -316,7 +318,7 @@ def test_chunks_whose_poses_depend_on_each_other_are_not_packed(size: int, inner
     assert second_sizes[-1] == size
 
 
-def test_dependence_on_the_chunk_is_detected_once(double: Place) -> None:
+def test_dependence_on_the_chunk_is_detected_once(double: TensorFactory) -> None:
     model = Counting(BatchScaled()).to(double.device, double.dtype)
     scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", chunk_size=4)
     poses = double.randn(16, 4)
@@ -330,7 +332,7 @@ def test_dependence_on_the_chunk_is_detected_once(double: Place) -> None:
     assert runs == [[4, 2, 4, 4, 4, 4], [4, 4, 4, 4], [4, 4, 4, 4]]
 
 
-def test_an_error_names_the_index_of_a_packed_pose(double: Place) -> None:
+def test_an_error_names_the_index_of_a_packed_pose(double: TensorFactory) -> None:
     model = Counting().to(double.device, double.dtype)
     scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", chunk_size=2)
     prediction = scorer(double.randn(16, 4))
@@ -341,7 +343,7 @@ def test_an_error_names_the_index_of_a_packed_pose(double: Place) -> None:
         assert "this was pose 14 of a group of 16" in caught.value.__notes__[0]
 
 
-def test_a_leaf_of_skipped_poses_alone_gets_zeros_in_any_chunks(double: Place) -> None:
+def test_a_leaf_of_skipped_poses_alone_gets_zeros_in_any_chunks(double: TensorFactory) -> None:
     class Branched(nn.Module):
         def __init__(self) -> None:
             super().__init__()
