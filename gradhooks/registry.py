@@ -48,6 +48,7 @@ class Registry(Generic[Plugin]):
         self.group = group
         self.contract = contract
         self._registered: dict[str, Callable[..., Any]] = {}
+        self._built_in: dict[str, Callable[..., Any]] = {}
         self._logged: set[EntryPoint] = set()
 
     def available(self) -> list[str]:
@@ -95,7 +96,14 @@ class Registry(Generic[Plugin]):
         Raises:
             PluginError: No plugin has the name, several have it, or the plugin cannot be imported.
         """
-        return self._registered[name] if name in self._registered else self._import(self._find(name))
+        known = self._registered.get(name) or self._built_in.get(name)
+        if known is not None:
+            return known
+        point = self._find(name)
+        loaded = self._import(point)
+        if distribution_of(point) == BUILT_IN:
+            self._built_in[name] = loaded  # reading the metadata of all distributions at each call takes 10 ms
+        return loaded
 
     def create(self, name: str, **options: Any) -> Plugin:
         """Create an object of the plugin that a name stands for.

@@ -1,16 +1,21 @@
 """Train the same model by groups and by the full graph, with the same code, and compare the gradients."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
-from model_zoo import Place, Specimen, build
-from training_reference import ACCUMULATORS, COMBINATIONS, Gradients, assert_same_gradients, gradients_of, leaves_of
+from model_zoo import ModelCase, TensorFactory, build
+from training_reference import (
+    ACCUMULATORS,
+    COMBINATIONS,
+    Gradients,
+    assert_same_gradients,
+    case_label,
+    gradients_of,
+    trained_leaves,
+)
 
 from gradhooks import MultiPose, MultiPosePrediction
 from gradhooks.testing import full_graph
 
-# On a first group "auto" delegates to one of them: test_auto.py. It is run where several groups or backwards matter.
-FIRST_GROUP_ACCUMULATORS = ["store", "stream", "recompute"]
 # The first is scale dependent, the second has a parameter.
 CASE_COMBINATIONS = ["min of scale 1", "boltzmann learnable"]
 # Plain; with a parameter that gets two gradients per pose; with a graph that begins outside of the model.
@@ -24,30 +29,30 @@ class BackwardCase:
         name: The model.
         combination: The name of the combination.
         accumulator: How groups are run, or None for the full graph.
-        place: Device and dtype.
+        factory: Device and dtype of the model.
 
     Attributes:
         scorer: The wrapped model, or None for the full graph.
         leaves: All leaves that are trained, by name.
     """
 
-    def __init__(self, name: str, combination: str, accumulator: str | None, place: Place) -> None:
+    def __init__(self, name: str, combination: str, accumulator: str | None, factory: TensorFactory) -> None:
         self.accumulator = accumulator
-        self.specimen: Specimen = build(name, place)
+        self.model_case: ModelCase = build(name, factory)
         self.combination = COMBINATIONS[combination]()
-        self.leaves = leaves_of(self.specimen, self.combination)
+        self.leaves = trained_leaves(self.model_case, self.combination)
         self.scorer: MultiPose | None = None
         if accumulator is not None:
             self.scorer = MultiPose(
-                self.specimen.model, self.combination, accumulator=accumulator, call=self.specimen.call
+                self.model_case.model, self.combination, accumulator=accumulator, call=self.model_case.call
             )
 
     def predict(self, count: int = 5, first: int = 0) -> MultiPosePrediction:
         """Return the prediction of `count` poses from the pose `first` on."""
-        poses = self.specimen.make_poses(first + count)[first:]
+        poses = self.model_case.make_poses(first + count)[first:]
         if self.scorer is not None:
             return self.scorer(poses)
-        return full_graph(self.specimen.model, poses, self.combination, call=self.specimen.call)
+        return full_graph(self.model_case.model, poses, self.combination, call=self.model_case.call)
 
     @property
     def gradients(self) -> Gradients:
@@ -57,29 +62,20 @@ class BackwardCase:
 Train = Callable[[BackwardCase], object]
 
 
-@contextmanager
-def case_label(*labels: object) -> Iterator[None]:
-    """Name the case of a loop in the message of an error."""
-    try:
-        yield
-    except Exception as error:
-        raise AssertionError(f"[{' - '.join(map(str, labels))}] {type(error).__name__}: {error}") from error
-
-
 def assert_gradients_of_full_graph(
-    train: Train, name: str, combination: str, place: Place, accumulators: Iterable[str] = ACCUMULATORS
+    train: Train, name: str, combination: str, factory: TensorFactory, accumulators: Iterable[str] = ACCUMULATORS
 ) -> dict[str, BackwardCase]:
     """Assert that `train` leaves the gradients of the full graph with each accumulator.
 
     Returns:
         The trained cases by accumulator; the full graph by "full graph".
     """
-    reference = BackwardCase(name, combination, None, place)
+    reference = BackwardCase(name, combination, None, factory)
     train(reference)
     cases = {"full graph": reference}
     for accumulator in accumulators:
         with case_label(accumulator):
-            cases[accumulator] = BackwardCase(name, combination, accumulator, place)
+            cases[accumulator] = BackwardCase(name, combination, accumulator, factory)
             train(cases[accumulator])
             assert_same_gradients(cases[accumulator].gradients, reference.gradients)
     return cases

@@ -1,8 +1,9 @@
-"""Where the suite runs, and from which seed.
+"""Fixtures and settings of all tests: device, seed, number of threads.
 
 GRADHOOKS_TEST_DEVICE chooses the device (`cpu` by default, `cuda`, `cuda:1` ...).
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -12,11 +13,12 @@ import hypothesis
 import pytest
 import torch
 
-# Assertions of helpers are explained as those of the tests are.
+# pytest shows the values in a failed assertion of these helpers, as it does for tests.
 pytest.register_assert_rewrite("training_reference", "model_state", "trainers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from model_zoo import Place  # noqa: E402
+from model_zoo import TensorFactory  # noqa: E402
+from seeding import manual_seed  # noqa: E402
 
 hypothesis.settings.register_profile("gradhooks", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("gradhooks")
@@ -25,7 +27,13 @@ DEVICE = torch.device(os.environ.get("GRADHOOKS_TEST_DEVICE", "cpu"))
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(1)  # pytest-xdist has a process for each core
+    torch.set_num_threads(1)  # pytest-xdist starts one process per core
+
+
+def pytest_collection_finish() -> None:
+    # The objects that importing PyTorch creates are never garbage: without them, a full collection takes no time.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,8 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
+def _fixed_seed() -> None:
+    manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -47,18 +55,18 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def double(device: torch.device) -> Place:
-    return Place(device, torch.float64)
+def double(device: torch.device) -> TensorFactory:
+    return TensorFactory(device, torch.float64)
 
 
 @pytest.fixture
-def single(device: torch.device) -> Place:
-    return Place(device, torch.float32)
+def single(device: torch.device) -> TensorFactory:
+    return TensorFactory(device, torch.float32)
 
 
 @pytest.fixture
-def _trainers_forget() -> Iterator[None]:
-    """Accelerate, and transformers by it, settles its precision once for a process, partly in environment variables."""
+def _reset_trainer_state() -> Iterator[None]:
+    """Restore what Accelerate, also used by transformers, sets for the whole process: precision, environment."""
     before = dict(os.environ)
     yield
     os.environ.clear()

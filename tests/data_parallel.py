@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from training_reference import AttentionPooling, Gradients, distances, gradients_of, of_both, of_combined, of_poses
+from training_reference import (
+    AttentionPooling,
+    Gradients,
+    gradients_of,
+    loss_on_both,
+    loss_on_combined,
+    loss_on_poses,
+    relative_errors,
+)
 
 import gradhooks
 from gradhooks.accumulators import Auto, Recompute, Store, Stream
@@ -155,7 +163,7 @@ class Scenario:
 
     model: Callable[[], nn.Module] = Plain
     combination: Callable[[], nn.Module] = Boltzmann
-    loss: Callable[[Prediction], Tensor] = of_both
+    loss: Callable[[Prediction], Tensor] = loss_on_both
     wrap: Callable[[nn.Module], nn.Module] = SeveralGroups
     unsynchronized: int = 0
     groups_per_backward: int = 1
@@ -193,8 +201,8 @@ SCENARIOS = {
     "accumulation": Scenario(unsynchronized=2),
     "several groups": Scenario(groups_per_backward=2, unsynchronized=1),
     "several forwards": Scenario(groups_per_backward=2, unsynchronized=1, one_forward=False),
-    "combined only": Scenario(loss=of_combined),
-    "poses only": Scenario(loss=of_poses),
+    "combined only": Scenario(loss=loss_on_combined),
+    "poses only": Scenario(loss=loss_on_poses),
     "learnable temperature": Scenario(combination=lambda: Boltzmann(0.9, learnable=True)),
     "learnable pooling": Scenario(combination=AttentionPooling),
     "sharp minimum": Scenario(combination=lambda: Min(scale=100.0)),
@@ -256,4 +264,4 @@ def deviation(run: TrainingRun, expected: TrainingRun) -> float:
     pairs = [*zip(run.gradients, expected.gradients, strict=True), *zip(run.buffers, expected.buffers, strict=True)]
     if any((actual[name] is None) != (wanted[name] is None) for actual, wanted in pairs for name in wanted):
         return float("inf")
-    return max(distance for pair in pairs for distance in distances(*pair).values())
+    return max(distance for pair in pairs for distance in relative_errors(*pair).values())

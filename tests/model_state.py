@@ -1,4 +1,4 @@
-"""What must be as it was."""
+"""Compare a model's structure and values before and after."""
 
 import inspect
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict
 
-KEYS_ARE_ASKED_FOR = pytest.mark.skipif(
+requires_fqn_modifiers = pytest.mark.skipif(
     "dsd_fqn_modifiers" not in inspect.signature(state_dict._get_fqns).parameters,
     reason="distributed checkpoints of this torch do not ask modules for the keys that their hooks change",
 )
-HOOKS = [
+HOOK_ATTRIBUTES = [
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",
@@ -24,45 +24,45 @@ HOOKS = [
 ]
 
 
-def structure(model: nn.Module) -> dict[str, Any]:
-    """All but numbers: which objects stand where, flags, hooks, keys."""
-    seen: dict[str, Any] = {"state_dict": list(model.state_dict())}
+def module_structure(model: nn.Module) -> dict[str, Any]:
+    """Return everything but values: attributes, the identity of parameters, flags, numbers of hooks, keys."""
+    structure: dict[str, Any] = {"state_dict": list(model.state_dict())}
     for path, module in model.named_modules():
-        seen[f"{path}: attributes"] = sorted(vars(module))
-        seen[f"{path}: training"] = module.training
-        seen[f"{path}: parameters"] = [(name, id(value)) for name, value in module._parameters.items()]
-        seen[f"{path}: buffers"] = list(module._buffers.keys())
-        seen[f"{path}: hooks"] = {name: len(getattr(module, name, ())) for name in HOOKS}
+        structure[f"{path}: attributes"] = sorted(vars(module))
+        structure[f"{path}: training"] = module.training
+        structure[f"{path}: parameters"] = [(name, id(value)) for name, value in module._parameters.items()]
+        structure[f"{path}: buffers"] = list(module._buffers.keys())
+        structure[f"{path}: hooks"] = {name: len(getattr(module, name, ())) for name in HOOK_ATTRIBUTES}
         if isinstance(module, nn.RNNBase):
-            seen[f"{path}: flat weights"] = [id(weight) for weight in module._flat_weights]
+            structure[f"{path}: flat weights"] = [id(weight) for weight in module._flat_weights]
     for name, parameter in model.named_parameters():
-        seen[f"{name}: hooks"] = hooks_of(parameter)
-        seen[f"{name}: flags"] = (parameter.requires_grad, type(parameter), sorted(vars(parameter)))
-        seen[f"{name}: version"] = parameter._version
-    return seen
+        structure[f"{name}: hooks"] = hook_counts(parameter)
+        structure[f"{name}: flags"] = (parameter.requires_grad, type(parameter), sorted(vars(parameter)))
+        structure[f"{name}: version"] = parameter._version
+    return structure
 
 
-def hooks_of(leaf: Tensor) -> tuple[int, int]:
+def hook_counts(leaf: Tensor) -> tuple[int, int]:
     return len(leaf._backward_hooks or ()), len(leaf._post_accumulate_grad_hooks or ())
 
 
-def numbers(model: nn.Module) -> dict[str, Tensor | None]:
-    """The values of parameters, gradients, buffers, and the global random state."""
-    held: dict[str, Tensor | None] = {"random state": torch.get_rng_state()}
+def tensor_values(model: nn.Module) -> dict[str, Tensor | None]:
+    """Return copies of parameters, gradients, buffers and the global random state."""
+    values: dict[str, Tensor | None] = {"random state": torch.get_rng_state()}
     for name, parameter in model.named_parameters():
-        held[name] = parameter.detach().clone()
-        held[f"{name}.grad"] = None if parameter.grad is None else parameter.grad.clone()
-    held.update({name: buffer.clone() for name, buffer in model.named_buffers()})
-    return held
+        values[name] = parameter.detach().clone()
+        values[f"{name}.grad"] = None if parameter.grad is None else parameter.grad.clone()
+    values.update({name: buffer.clone() for name, buffer in model.named_buffers()})
+    return values
 
 
-def differing(before: dict[str, Tensor | None], after: dict[str, Tensor | None]) -> list[str]:
-    return [name for name, value in before.items() if not _same(value, after.get(name))] + [
+def changed_names(before: dict[str, Tensor | None], after: dict[str, Tensor | None]) -> list[str]:
+    return [name for name, value in before.items() if not _equal(value, after.get(name))] + [
         name for name in after if name not in before
     ]
 
 
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     one, other = (tensor.to_dense() if tensor.is_sparse else tensor for tensor in (one, other))
@@ -70,17 +70,17 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever happens inside leaves the model, its gradients and the random state as they were."""
-    before, held = structure(model), numbers(model)
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Assert that the block changes neither the model, nor its gradients, nor the global random state."""
+    structure, values = module_structure(model), tensor_values(model)
     yield
-    assert structure(model) == before
-    assert differing(held, numbers(model)) == []
+    assert module_structure(model) == structure
+    assert changed_names(values, tensor_values(model)) == []
 
 
 @contextmanager
-def same_structure(model: nn.Module) -> Iterator[None]:
-    """What happens inside may change numbers alone."""
-    before = structure(model)
+def structure_unchanged(model: nn.Module) -> Iterator[None]:
+    """Assert that the block changes values only."""
+    structure = module_structure(model)
     yield
-    assert structure(model) == before
+    assert module_structure(model) == structure

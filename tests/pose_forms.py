@@ -8,9 +8,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from model_zoo import Place, mlp
+from model_zoo import TensorFactory, mlp
+from seeding import manual_seed
 from torch import Tensor, nn
-from training_reference import COMBINATIONS, Gradients, assert_same_gradients, gradients_of, of_both
+from training_reference import COMBINATIONS, Gradients, assert_same_gradients, gradients_of, loss_on_both
 
 from gradhooks.testing import full_graph
 
@@ -90,22 +91,22 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
-def random_rows(place: Place, count: int = COUNT) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(5)
-    return place.randn(count, 4), place.randn(count, 4)
+def random_rows(factory: TensorFactory, count: int = COUNT) -> tuple[Tensor, Tensor]:
+    manual_seed(5)
+    return factory.randn(count, 4), factory.randn(count, 4)
 
 
-def make_model(place: Place) -> nn.Module:
-    torch.manual_seed(7)
-    return ShiftedMlp().to(place.device, place.dtype)
+def make_model(factory: TensorFactory) -> nn.Module:
+    manual_seed(7)
+    return ShiftedMlp().to(factory.device, factory.dtype)
 
 
 @functools.cache
-def full_graph_gradients(place: Place) -> Gradients:
-    model = make_model(place)
-    of_both(full_graph(model, torch.add(*random_rows(place)), COMBINATIONS["boltzmann"]())).backward()
+def full_graph_gradients(factory: TensorFactory) -> Gradients:
+    model = make_model(factory)
+    loss_on_both(full_graph(model, torch.add(*random_rows(factory)), COMBINATIONS["boltzmann"]())).backward()
     return gradients_of(dict(model.named_parameters()))
 
 
-def assert_gradients_of_full_graph(model: nn.Module, place: Place) -> None:
-    assert_same_gradients(gradients_of(dict(model.named_parameters())), full_graph_gradients(place))
+def assert_gradients_of_full_graph(model: nn.Module, factory: TensorFactory) -> None:
+    assert_same_gradients(gradients_of(dict(model.named_parameters())), full_graph_gradients(factory))

@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from backward_cases import FIRST_GROUP_ACCUMULATORS
-from model_state import untouched
-from model_zoo import Place, build, mlp
+from model_state import unchanged
+from model_zoo import TensorFactory, build, mlp
 from torch import Tensor, nn
 from training_reference import (
     ACCUMULATORS,
     COMBINATIONS,
+    CONCRETE_ACCUMULATORS,
     Gradients,
     assert_same_gradients,
     gradients_of,
-    leaves_of,
-    of_both,
-    train_by_full_graph,
-    train_by_group,
+    loss_on_both,
+    train_full_graph,
+    train_multi_pose,
+    trained_leaves,
 )
 
 import gradhooks
@@ -29,8 +29,8 @@ from gradhooks.errors import CombinationError, HigherOrderError, PosesError, Pre
 
 
 @functools.cache
-def full_graph_gradients(name: str, count: int, place: Place) -> Gradients:
-    return train_by_full_graph(build(name, place), COMBINATIONS["boltzmann"], of_both, count).gradients
+def full_graph_gradients(name: str, count: int, factory: TensorFactory) -> Gradients:
+    return train_full_graph(build(name, factory), COMBINATIONS["boltzmann"], loss_on_both, count).gradients
 
 
 # -- derivatives of the gradient ------------------------------------------------------------------------------------
@@ -38,27 +38,27 @@ def full_graph_gradients(name: str, count: int, place: Place) -> Gradients:
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
-def test_create_graph_is_refused_and_a_plain_backward_still_works(accumulator: str, double: Place) -> None:
-    specimen = build("plain_mlp", double)
-    prediction = MultiPose(specimen.model, "boltzmann", accumulator=accumulator)(specimen.make_poses(5))
-    loss = of_both(prediction)
-    parameters = list(specimen.model.parameters())
-    with untouched(specimen.model):
+def test_create_graph_is_refused_and_a_plain_backward_still_works(accumulator: str, double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
+    prediction = MultiPose(case.model, "boltzmann", accumulator=accumulator)(case.make_poses(5))
+    loss = loss_on_both(prediction)
+    parameters = list(case.model.parameters())
+    with unchanged(case.model):
         with pytest.raises(HigherOrderError, match="create_graph"):
             loss.backward(create_graph=True)
         with pytest.raises(HigherOrderError, match="create_graph"):
             torch.autograd.grad(loss, parameters, create_graph=True)
     loss.backward()
-    assert_same_gradients(gradients_of(leaves_of(specimen, None)), full_graph_gradients("plain_mlp", 5, double))
+    assert_same_gradients(gradients_of(trained_leaves(case, None)), full_graph_gradients("plain_mlp", 5, double))
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_second_backward_needs_retain_graph(accumulator: str, double: Place) -> None:
-    specimen = build("plain_mlp", double)
-    combined, _ = MultiPose(specimen.model, "boltzmann", accumulator=accumulator)(specimen.make_poses(5))
+def test_a_second_backward_needs_retain_graph(accumulator: str, double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
+    combined, _ = MultiPose(case.model, "boltzmann", accumulator=accumulator)(case.make_poses(5))
     combined.sum().backward(retain_graph=True)
     combined.sum().backward()
-    with untouched(specimen.model), pytest.raises(RuntimeError, match="second time"):
+    with unchanged(case.model), pytest.raises(RuntimeError, match="second time"):
         combined.sum().backward()
 
 
@@ -76,15 +76,15 @@ EMPTY: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_an_empty_group(accumulator: str, double: Place) -> None:
-    specimen = build("plain_mlp", double)
-    scorer = MultiPose(specimen.model, "mean", accumulator=accumulator)
+def test_an_empty_group(accumulator: str, double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
+    scorer = MultiPose(case.model, "mean", accumulator=accumulator)
     for make_empty in EMPTY.values():
-        with untouched(specimen.model), pytest.raises(PosesError, match="group is empty"):
+        with unchanged(case.model), pytest.raises(PosesError, match="group is empty"):
             scorer(make_empty())
         with torch.no_grad(), pytest.raises(PosesError, match="group is empty"):
             scorer(make_empty())
-    result = train_by_group(specimen, COMBINATIONS["boltzmann"], of_both, 4, accumulator)
+    result = train_multi_pose(case, COMBINATIONS["boltzmann"], loss_on_both, 4, accumulator)
     assert_same_gradients(result.gradients, full_graph_gradients("plain_mlp", 4, double))
 
 
@@ -105,10 +105,10 @@ class GraphBatch:
     ],
     ids=["number", "string", "graph", "scalar", "mapping with a number", "mapping with different lengths"],
 )
-def test_something_that_is_not_a_group(poses: Any, message: str, single: Place) -> None:
-    specimen = build("plain_mlp", single)
-    with untouched(specimen.model), pytest.raises(PosesError, match=message):
-        MultiPose(specimen.model)(poses)
+def test_something_that_is_not_a_group(poses: Any, message: str, single: TensorFactory) -> None:
+    case = build("plain_mlp", single)
+    with unchanged(case.model), pytest.raises(PosesError, match=message):
+        MultiPose(case.model)(poses)
 
 
 # -- outputs that are not predictions -------------------------------------------------------------------------------
@@ -132,11 +132,11 @@ def _without_graph(prediction: Tensor) -> Tensor:
 @pytest.mark.parametrize("process", [Tensor.detach, _without_graph], ids=["detach", "no_grad"])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_a_prediction_that_does_not_require_grad(
-    process: Callable[[Tensor], Tensor], accumulator: str, double: Place
+    process: Callable[[Tensor], Tensor], accumulator: str, double: TensorFactory
 ) -> None:
     model = PostProcessed(process).to(double.device, double.dtype)
     poses = list(double.randn(3, 4))
-    with untouched(model), pytest.raises(PredictionError, match=r"no prediction of the 3 poses requires grad"):
+    with unchanged(model), pytest.raises(PredictionError, match=r"no prediction of the 3 poses requires grad"):
         MultiPose(model, accumulator=accumulator)(poses)
 
 
@@ -151,30 +151,30 @@ OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_an_output_that_is_not_a_prediction(output: str, double: Place) -> None:
+def test_an_output_that_is_not_a_prediction(output: str, double: TensorFactory) -> None:
     process, message = OUTPUTS[output]
     model = PostProcessed(process).to(double.device, double.dtype)
     poses = list(double.randn(3, 4))
-    for accumulator in FIRST_GROUP_ACCUMULATORS:
-        with untouched(model), pytest.raises(PredictionError, match=message):
+    for accumulator in CONCRETE_ACCUMULATORS:
+        with unchanged(model), pytest.raises(PredictionError, match=message):
             MultiPose(model, accumulator=accumulator)(poses)
         with torch.no_grad(), pytest.raises(PredictionError, match=message):
             MultiPose(model, accumulator=accumulator)(poses)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_predictions_of_different_shapes(accumulator: str, double: Place) -> None:
+def test_predictions_of_different_shapes(accumulator: str, double: TensorFactory) -> None:
     model = mlp(4, 6, 1).to(double.device, double.dtype)
     poses = [double.randn(4), double.randn(1, 4), double.randn(2, 4)]
-    with untouched(model), pytest.raises(PredictionError, match=r"pose 1: .* shape \(1, 1\), that of pose 0 \(1,\)"):
+    with unchanged(model), pytest.raises(PredictionError, match=r"pose 1: .* shape \(1, 1\), that of pose 0 \(1,\)"):
         MultiPose(model, accumulator=accumulator)(poses)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_chunk_without_a_row_for_each_pose(accumulator: str, double: Place) -> None:
+def test_a_chunk_without_a_row_for_each_pose(accumulator: str, double: TensorFactory) -> None:
     model = PostProcessed(Tensor.sum).to(double.device, double.dtype)
     poses = double.randn(6, 4)
-    with untouched(model), pytest.raises(PredictionError, match="3 rows"):
+    with unchanged(model), pytest.raises(PredictionError, match="3 rows"):
         MultiPose(model, accumulator=accumulator, chunk_size=3)(poses)
 
 
@@ -226,5 +226,5 @@ class GradientMean(gradhooks.GradientCombination):
 
 def test_combine_gradients_needs_scalar_predictions() -> None:
     model = mlp(4, 6, 3)
-    with untouched(model), pytest.raises(CombinationError, match=r"pose 0 has shape \(3,\).*call="):
+    with unchanged(model), pytest.raises(CombinationError, match=r"pose 0 has shape \(3,\).*call="):
         MultiPose(model, GradientMean())([torch.zeros(4)])

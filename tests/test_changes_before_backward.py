@@ -6,18 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from model_state import untouched
-from model_zoo import Place, Specimen, build, mlp
+from model_state import unchanged
+from model_zoo import ModelCase, TensorFactory, build, mlp
+from seeding import manual_seed
 from torch import Tensor, nn
 from training_reference import (
     ACCUMULATORS,
     COMBINATIONS,
     assert_same_gradients,
     gradients_of,
-    leaves_of,
-    of_both,
-    train_by_full_graph,
-    train_by_group,
+    loss_on_both,
+    train_full_graph,
+    train_multi_pose,
+    trained_leaves,
 )
 
 from gradhooks import MultiPose
@@ -26,25 +27,25 @@ from gradhooks.errors import PosesError, ReplayError
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("name", ["plain_mlp", "tied_weights", "shared_encoder_output", "vector_output"])
-def test_a_parameter_that_changed_between(name: str, accumulator: str, double: Place) -> None:
-    specimen = build(name, double)
-    optimizer = torch.optim.SGD(specimen.model.parameters(), lr=0.1)
-    prediction = MultiPose(specimen.model, "boltzmann", accumulator=accumulator)(specimen.make_poses(4))
-    for parameter in specimen.model.parameters():
+def test_a_parameter_that_changed_between(name: str, accumulator: str, double: TensorFactory) -> None:
+    case = build(name, double)
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1)
+    prediction = MultiPose(case.model, "boltzmann", accumulator=accumulator)(case.make_poses(4))
+    for parameter in case.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    with untouched(specimen.model), pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        of_both(prediction).backward()
+    with unchanged(case.model), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss_on_both(prediction).backward()
 
 
 @pytest.mark.parametrize("name", ["plain_mlp", "vector_output"])
-def test_a_pose_that_changed_between_is_found_by_the_second_run(name: str, double: Place) -> None:
-    specimen = build(name, double)
-    poses = specimen.make_poses(4)
-    prediction = MultiPose(specimen.model, "boltzmann", accumulator="recompute")(poses)
+def test_a_pose_that_changed_between_is_found_by_the_second_run(name: str, double: TensorFactory) -> None:
+    case = build(name, double)
+    poses = case.make_poses(4)
+    prediction = MultiPose(case.model, "boltzmann", accumulator="recompute")(poses)
     poses[2] += 1
-    with untouched(specimen.model), pytest.raises(ReplayError, match="pose 2 of 4: its second run differs"):
-        of_both(prediction).backward()
+    with unchanged(case.model), pytest.raises(ReplayError, match="pose 2 of 4: its second run differs"):
+        loss_on_both(prediction).backward()
 
 
 class ChangesPose(nn.Module):
@@ -71,42 +72,42 @@ class HiddenRandomness(nn.Module):
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_model_that_changes_its_pose(accumulator: str, double: Place) -> None:
+def test_a_model_that_changes_its_pose(accumulator: str, double: TensorFactory) -> None:
     model = ChangesPose().to(double.device, double.dtype)
     poses = list(double.randn(4, 4))
-    with untouched(model), pytest.raises(PosesError, match=r"pose 0: the model changed .* in place"):
-        of_both(MultiPose(model, "boltzmann", accumulator=accumulator)(poses)).backward()
+    with unchanged(model), pytest.raises(PosesError, match=r"pose 0: the model changed .* in place"):
+        loss_on_both(MultiPose(model, "boltzmann", accumulator=accumulator)(poses)).backward()
 
 
-def test_a_model_that_cannot_be_repeated(double: Place) -> None:
+def test_a_model_that_cannot_be_repeated(double: TensorFactory) -> None:
     model = HiddenRandomness().to(double.device, double.dtype)
     prediction = MultiPose(model, "boltzmann", accumulator="recompute")(list(double.randn(4, 4)))
-    with untouched(model), pytest.raises(ReplayError, match="second run differs"):
-        of_both(prediction).backward()
+    with unchanged(model), pytest.raises(ReplayError, match="second run differs"):
+        loss_on_both(prediction).backward()
 
 
 @pytest.mark.parametrize("accumulator", ["store", "stream"])
-def test_a_model_that_cannot_be_repeated_works_if_every_pose_runs_once(accumulator: str, double: Place) -> None:
+def test_a_model_that_cannot_be_repeated_works_if_every_pose_runs_once(accumulator: str, double: TensorFactory) -> None:
     inputs = double.randn(4, 4)
 
     def trained(train: Callable[..., Any], **options: Any) -> Any:
-        torch.manual_seed(5)
-        specimen = Specimen(
+        manual_seed(5)
+        case = ModelCase(
             HiddenRandomness().to(double.device, double.dtype), lambda count: [row.clone() for row in inputs[:count]]
         )
-        return train(specimen, COMBINATIONS["boltzmann"], lambda p: p.combined.sum(), 4, **options).gradients
+        return train(case, COMBINATIONS["boltzmann"], lambda p: p.combined.sum(), 4, **options).gradients
 
-    assert_same_gradients(trained(train_by_group, accumulator=accumulator), trained(train_by_full_graph))
+    assert_same_gradients(trained(train_multi_pose, accumulator=accumulator), trained(train_full_graph))
 
 
 @pytest.mark.parametrize("accumulator", ["recompute", "auto"])
-def test_a_training_flag_that_changed_between(accumulator: str, double: Place) -> None:
+def test_a_training_flag_that_changed_between(accumulator: str, double: TensorFactory) -> None:
     # It does not matter to the full graph. The second run uses the flags of the first.
-    specimen = build("dropout", double)
-    torch.manual_seed(3)
-    prediction = MultiPose(specimen.model, "boltzmann", accumulator=accumulator)(specimen.make_poses(4))
-    specimen.model.eval()
-    of_both(prediction).backward()
-    assert not any(module.training for module in specimen.model.modules())
-    expected = train_by_full_graph(build("dropout", double), COMBINATIONS["boltzmann"], of_both, 4)
-    assert_same_gradients(gradients_of(leaves_of(specimen, None)), expected.gradients)
+    case = build("dropout", double)
+    manual_seed(3)
+    prediction = MultiPose(case.model, "boltzmann", accumulator=accumulator)(case.make_poses(4))
+    case.model.eval()
+    loss_on_both(prediction).backward()
+    assert not any(module.training for module in case.model.modules())
+    expected = train_full_graph(build("dropout", double), COMBINATIONS["boltzmann"], loss_on_both, 4)
+    assert_same_gradients(gradients_of(trained_leaves(case, None)), expected.gradients)

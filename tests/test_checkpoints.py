@@ -3,8 +3,8 @@
 import pytest
 import torch
 from checkpoint_helpers import assert_same_state, learnable_boltzmann, save_and_load
-from model_state import KEYS_ARE_ASKED_FOR
-from model_zoo import Place, build, mlp
+from model_state import requires_fqn_modifiers
+from model_zoo import TensorFactory, build, mlp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
@@ -14,7 +14,7 @@ STATEFUL = ["plain_mlp", "batch_norm_in_training", "tied_weights", "spectral_nor
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_the_keys_are_those_of_the_bare_model(name: str, double: Place) -> None:
+def test_the_keys_are_those_of_the_bare_model(name: str, double: TensorFactory) -> None:
     model = build(name, double).model
     bare = model.state_dict()
     scorer = MultiPose(model, "min")
@@ -26,7 +26,7 @@ def test_the_keys_are_those_of_the_bare_model(name: str, double: Place) -> None:
     assert list(learnable) == [*bare, "combination.log_temperature"]
 
 
-def test_the_metadata_are_those_of_the_bare_model(double: Place) -> None:
+def test_the_metadata_are_those_of_the_bare_model(double: TensorFactory) -> None:
     # They contain the versions of the layers, by which PyTorch converts old checkpoints.
     model = build("batch_norm_in_training", double).model
     bare, wrapped = (module.state_dict()._metadata for module in (model, MultiPose(model, "min")))
@@ -35,7 +35,7 @@ def test_the_metadata_are_those_of_the_bare_model(double: Place) -> None:
 
 @pytest.mark.parametrize("name", STATEFUL)
 @pytest.mark.parametrize("combination", ["min", "learnable"])
-def test_checkpoints_are_exchanged_with_the_bare_model(name: str, combination: str, double: Place) -> None:
+def test_checkpoints_are_exchanged_with_the_bare_model(name: str, combination: str, double: TensorFactory) -> None:
     def fresh() -> MultiPose:
         chosen = learnable_boltzmann(0.5) if combination == "learnable" else "min"
         return MultiPose(_add_one(build(name, double).model), chosen)
@@ -150,8 +150,8 @@ def test_missing_and_unexpected_keys_are_those_of_the_checkpoint(prefix: str) ->
 
 @pytest.mark.parametrize("name", STATEFUL)
 @pytest.mark.parametrize("prefix", ["", "scorer."])
-@pytest.mark.parametrize("full", [pytest.param(True, marks=KEYS_ARE_ASKED_FOR), False])
-def test_distributed_checkpoints_find_the_keys(name: str, prefix: str, full: bool, double: Place) -> None:
+@pytest.mark.parametrize("full", [pytest.param(True, marks=requires_fqn_modifiers), False])
+def test_distributed_checkpoints_find_the_keys(name: str, prefix: str, full: bool, double: TensorFactory) -> None:
     def module(model: nn.Module) -> nn.Module:
         scorer = MultiPose(model, learnable_boltzmann(0.5))
         return Pipeline(scorer) if prefix else scorer

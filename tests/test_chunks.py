@@ -5,21 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from backward_cases import FIRST_GROUP_ACCUMULATORS, case_label
-from model_state import untouched
-from model_zoo import Place, build
-from model_zoo.graphs import all_edges, geometric
+from model_state import unchanged
+from model_zoo import TensorFactory, build
+from model_zoo.graphs import all_edges, import_torch_geometric
 from pose_forms import COUNT, FORMS, assert_gradients_of_full_graph, make_model, random_rows
+from seeding import manual_seed
 from torch import Tensor, nn
 from training_reference import (
     ACCUMULATORS,
     COMBINATIONS,
+    CONCRETE_ACCUMULATORS,
     Gradients,
     assert_same_gradients,
+    case_label,
     gradients_of,
-    of_both,
-    train_by_full_graph,
-    train_by_group,
+    loss_on_both,
+    train_full_graph,
+    train_multi_pose,
 )
 
 from gradhooks import MultiPose
@@ -31,37 +33,37 @@ SIZES: list[Any] = [1, 2, 3, COUNT, COUNT + 1, "auto"]
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("form", ["generator", "dataset", "stacked tensor", "mapping of stacked tensors"])
-def test_chunks(form: str, accumulator: str, double: Place) -> None:
+def test_chunks(form: str, accumulator: str, double: TensorFactory) -> None:
     for size in SIZES:
         model = make_model(double)
         collate = None if "stacked" in form else torch.stack
         scorer = MultiPose(model, "boltzmann", accumulator=accumulator, chunk_size=size, collate=collate)
         prediction = scorer(FORMS[form](*random_rows(double)))
         assert (prediction.combined.shape, prediction.per_pose.shape) == ((1,), (COUNT, 1)), size
-        of_both(prediction).backward()
+        loss_on_both(prediction).backward()
         with case_label(size):
             assert_gradients_of_full_graph(model, double)
         expected_chunks = 1 if size == "auto" else -(-COUNT // size)
         assert (scorer.report.poses, scorer.report.chunks) == (COUNT, expected_chunks), size
 
 
-def test_collate_with_stacked_poses_is_refused(double: Place) -> None:
+def test_collate_with_stacked_poses_is_refused(double: TensorFactory) -> None:
     model = make_model(double)
     x, shift = random_rows(double)
     for stack in (x, {"x": x, "shift": shift}):
-        with untouched(model), pytest.raises(PosesError, match=r"already stacked in .* pass a list of poses"):
+        with unchanged(model), pytest.raises(PosesError, match=r"already stacked in .* pass a list of poses"):
             MultiPose(model, collate=torch.stack)(stack)
 
 
-def test_a_list_in_chunks_needs_collate(double: Place) -> None:
+def test_a_list_in_chunks_needs_collate(double: TensorFactory) -> None:
     model, poses = make_model(double), double.randn(COUNT, 4)
     for size, group in ((2, list(poses)), ("auto", list(poses)), (2, iter(poses)), ("auto", iter(poses))):
-        with untouched(model), pytest.raises(PosesError, match="need collate="):
+        with unchanged(model), pytest.raises(PosesError, match="need collate="):
             MultiPose(model, chunk_size=size)(group)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_the_model_gets_chunks_of_the_chosen_size(accumulator: str, double: Place) -> None:
+def test_the_model_gets_chunks_of_the_chosen_size(accumulator: str, double: TensorFactory) -> None:
     model, sizes = make_model(double), list[tuple[int, bool]]()
 
     def call(model: nn.Module, chunk: Tensor) -> Tensor:
@@ -81,14 +83,14 @@ def test_the_model_gets_chunks_of_the_chosen_size(accumulator: str, double: Plac
     assert sizes == [(2, False)] * 5 + [(1, False)]
 
 
-def test_chunks_of_several_outputs(double: Place) -> None:
-    expected = train_by_full_graph(build("vector_output", double), COMBINATIONS["boltzmann"], of_both, COUNT)
-    for accumulator in FIRST_GROUP_ACCUMULATORS:
+def test_chunks_of_several_outputs(double: TensorFactory) -> None:
+    expected = train_full_graph(build("vector_output", double), COMBINATIONS["boltzmann"], loss_on_both, COUNT)
+    for accumulator in CONCRETE_ACCUMULATORS:
         for size in (1, 2, 3, COUNT):
-            result = train_by_group(
+            result = train_multi_pose(
                 build("vector_output", double),
                 COMBINATIONS["boltzmann"],
-                of_both,
+                loss_on_both,
                 COUNT,
                 accumulator,
                 chunk_size=size,
@@ -101,13 +103,13 @@ def test_chunks_of_several_outputs(double: Place) -> None:
 # -- graphs of PyTorch Geometric ------------------------------------------------------------------------------------
 
 
-def schnet(place: Place) -> tuple[nn.Module, list[Any]]:
-    data, layers = geometric()
-    torch.manual_seed(7)
-    model = layers.SchNet(8, 8, 2, 5, interaction_graph=all_edges).to(place.device, place.dtype)
+def schnet(factory: TensorFactory) -> tuple[nn.Module, list[Any]]:
+    data, layers = import_torch_geometric()
+    manual_seed(7)
+    model = layers.SchNet(8, 8, 2, 5, interaction_graph=all_edges).to(factory.device, factory.dtype)
     sizes = (4, 3, 5, 4, 2)
     return model, [
-        data.Data(z=place.integers(8, size) + 1, pos=place.randn(size, 3).requires_grad_() * 2) for size in sizes
+        data.Data(z=factory.randint(8, size) + 1, pos=factory.randn(size, 3).requires_grad_() * 2) for size in sizes
     ]
 
 
@@ -119,18 +121,18 @@ def mark_positions(graphs: list[Any]) -> dict[str, Tensor]:
 
 
 @functools.cache
-def graph_gradients(place: Place) -> Gradients:
-    model, graphs = schnet(place)
+def graph_gradients(factory: TensorFactory) -> Gradients:
+    model, graphs = schnet(factory)
     leaves = {**dict(model.named_parameters()), **mark_positions(graphs)}
     combination = COMBINATIONS["boltzmann"]()
     prediction = full_graph(model, graphs, combination, call=lambda model, graph: model(graph.z, graph.pos).squeeze(0))
-    of_both(prediction).backward()
+    loss_on_both(prediction).backward()
     return gradients_of(leaves)
 
 
-@pytest.mark.parametrize("accumulator", FIRST_GROUP_ACCUMULATORS)
-def test_batches_of_graphs(accumulator: str, double: Place) -> None:
-    data, _ = geometric()
+@pytest.mark.parametrize("accumulator", CONCRETE_ACCUMULATORS)
+def test_batches_of_graphs(accumulator: str, double: TensorFactory) -> None:
+    data, _ = import_torch_geometric()
     for size in SIZES:
         model, graphs = schnet(double)
         leaves = {**dict(model.named_parameters()), **mark_positions(graphs)}
@@ -144,18 +146,18 @@ def test_batches_of_graphs(accumulator: str, double: Place) -> None:
         )
         prediction = scorer(graphs)
         assert (prediction.combined.shape, prediction.per_pose.shape) == ((1,), (COUNT, 1)), size
-        of_both(prediction).backward()
+        loss_on_both(prediction).backward()
         with case_label(size):
             assert_same_gradients(gradients_of(leaves), graph_gradients(double))
 
 
-def test_a_batch_of_graphs_is_refused(double: Place) -> None:
-    data, _ = geometric()
+def test_a_batch_of_graphs_is_refused(double: TensorFactory) -> None:
+    data, _ = import_torch_geometric()
     model, graphs = schnet(double)
     batch = data.Batch.from_data_list(graphs)
-    with untouched(model), pytest.raises(PosesError, match=r"one .*Batch; pass a list of poses .*to_data_list"):
+    with unchanged(model), pytest.raises(PosesError, match=r"one .*Batch; pass a list of poses .*to_data_list"):
         MultiPose(model)(batch)
-    with untouched(model), pytest.raises(PosesError, match=r"one Data; pass a list of poses"):
+    with unchanged(model), pytest.raises(PosesError, match=r"one Data; pass a list of poses"):
         MultiPose(model)(graphs[0])
     scorer = MultiPose(model, "mean", call=lambda model, graph: model(graph.z, graph.pos))
     assert scorer(batch.to_data_list()).per_pose.shape == (COUNT, 1, 1)

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from built_in_combinations import BUILT_IN, CLOSED_FORMS, close, every_combination
-from model_zoo import Place, build
+from model_zoo import TensorFactory, build
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from training_reference import ACCUMULATORS, assert_same_gradients, gradients_of, of_both
+from training_reference import ACCUMULATORS, assert_same_gradients, gradients_of, loss_on_both
 
 from gradhooks import MultiPose, MultiPosePrediction
 from gradhooks.combinations import Boltzmann
@@ -16,12 +16,12 @@ from gradhooks.combinations import Boltzmann
 
 @pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @every_combination
-def test_coefficients_of_a_prediction(name: str, grad_mode: Any, double: Place) -> None:
+def test_coefficients_of_a_prediction(name: str, grad_mode: Any, double: TensorFactory) -> None:
     for model in ("scalar_output", "plain_mlp", "vector_output"):
-        specimen = build(model, double)
-        scorer = MultiPose(specimen.model, BUILT_IN[name]().to(double.device))
+        case = build(model, double)
+        scorer = MultiPose(case.model, BUILT_IN[name]().to(double.device))
         with grad_mode():
-            prediction = scorer(specimen.make_poses(6))
+            prediction = scorer(case.make_poses(6))
             coefficients = prediction.coefficients()
         assert_closed_form(name, prediction, coefficients)
 
@@ -34,30 +34,30 @@ def assert_closed_form(name: str, prediction: MultiPosePrediction, coefficients:
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_reading_coefficients_does_not_change_the_gradients(accumulator: str, double: Place) -> None:
+def test_reading_coefficients_does_not_change_the_gradients(accumulator: str, double: TensorFactory) -> None:
     def trained(*, read: bool) -> Any:
-        specimen = build("plain_mlp", double)
+        case = build("plain_mlp", double)
         combination = Boltzmann(0.9, learnable=True)
-        prediction = MultiPose(specimen.model, combination, accumulator=accumulator)(specimen.make_poses(5))
+        prediction = MultiPose(case.model, combination, accumulator=accumulator)(case.make_poses(5))
         if read:
             assert prediction.coefficients().shape == (5, 1)
-        of_both(prediction).backward()
+        loss_on_both(prediction).backward()
         if read:
             assert torch.equal(prediction.coefficients(), prediction.coefficients())
-        return gradients_of({**dict(specimen.model.named_parameters()), **dict(combination.named_parameters())})
+        return gradients_of({**dict(case.model.named_parameters()), **dict(combination.named_parameters())})
 
     assert_same_gradients(trained(read=True), trained(read=False), tolerance=0.0)
 
 
-def test_coefficients_depend_on_the_arguments_of_the_call(double: Place) -> None:
-    specimen = build("plain_mlp", double)
+def test_coefficients_depend_on_the_arguments_of_the_call(double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
     mask = torch.tensor([True, False, True, True], device=double.device)
-    prediction = MultiPose(specimen.model, "boltzmann")(specimen.make_poses(4), weights=mask)
+    prediction = MultiPose(case.model, "boltzmann")(case.make_poses(4), weights=mask)
     assert prediction.coefficients()[1].item() == 0
     close(prediction.coefficients()[mask], CLOSED_FORMS["boltzmann"](prediction.per_pose[mask].detach()))
 
 
-def test_coefficients_of_a_rebuilt_prediction(double: Place) -> None:
+def test_coefficients_of_a_rebuilt_prediction(double: TensorFactory) -> None:
     prediction = MultiPose(build("plain_mlp", double).model, "boltzmann")(build("plain_mlp", double).make_poses(4))
     for twin in (tree_map(torch.clone, prediction), prediction._replace(combined=prediction.combined.clone())):
         assert isinstance(twin, MultiPosePrediction)
@@ -65,7 +65,7 @@ def test_coefficients_of_a_rebuilt_prediction(double: Place) -> None:
         assert torch.equal(twin.coefficients(), prediction.coefficients())
 
 
-def test_prediction_behaves_like_a_named_tuple(double: Place) -> None:
+def test_prediction_behaves_like_a_named_tuple(double: TensorFactory) -> None:
     combined, per_pose = prediction = MultiPosePrediction(double.randn(1), double.randn(3, 1))
     assert prediction._asdict() == {"combined": combined, "per_pose": per_pose}
     assert type(prediction)(*prediction)._fields == ("combined", "per_pose")
@@ -76,11 +76,11 @@ def test_prediction_behaves_like_a_named_tuple(double: Place) -> None:
 
 
 @pytest.mark.parametrize("within", [True, False], ids=["read within", "read outside"])
-def test_coefficients_with_arguments_created_in_inference_mode(within: bool, double: Place) -> None:
-    specimen = build("plain_mlp", double)
-    scorer = MultiPose(specimen.model, "boltzmann", nonfinite="drop")
+def test_coefficients_with_arguments_created_in_inference_mode(within: bool, double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
+    scorer = MultiPose(case.model, "boltzmann", nonfinite="drop")
     with torch.inference_mode():
-        prediction = scorer(specimen.make_poses(4), weights=torch.tensor([1.0, 0.0, 2.0, 1.0], device=double.device))
+        prediction = scorer(case.make_poses(4), weights=torch.tensor([1.0, 0.0, 2.0, 1.0], device=double.device))
         coefficients = prediction.coefficients() if within else None
     coefficients = prediction.coefficients() if coefficients is None else coefficients
     assert coefficients[1].item() == 0
@@ -88,7 +88,7 @@ def test_coefficients_with_arguments_created_in_inference_mode(within: bool, dou
     assert not coefficients.is_inference()
 
 
-def test_coefficients_of_a_prediction_rebuilt_from_its_fields(single: Place) -> None:
+def test_coefficients_of_a_prediction_rebuilt_from_its_fields(single: TensorFactory) -> None:
     """Accelerate rebuilds predictions in mixed precision, Lightning when it collects them."""
     poses = [single.randn(3).bfloat16() for _ in range(4)]
     prediction = MultiPose(torch.nn.Linear(3, 1).to(single.device).bfloat16(), "boltzmann")(poses)
@@ -99,6 +99,6 @@ def test_coefficients_of_a_prediction_rebuilt_from_its_fields(single: Place) -> 
         _ = MultiPosePrediction(*(part.clone() for part in prediction)).coefficients()
 
 
-def test_coefficients_of_a_prediction_without_its_combination(double: Place) -> None:
+def test_coefficients_of_a_prediction_without_its_combination(double: TensorFactory) -> None:
     with pytest.raises(AttributeError, match="lost its combination"):
         _ = MultiPosePrediction(double.randn(1), double.randn(3, 1)).coefficients()

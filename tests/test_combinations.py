@@ -9,7 +9,7 @@ import torch
 from built_in_combinations import BUILT_IN, CLOSED_FORMS, VALUES, close, every_combination, predictions_of_a_group
 from hypothesis import given
 from hypothesis import strategies as st
-from model_zoo import Place, build
+from model_zoo import TensorFactory, build
 from torch import Tensor
 from training_reference import ACCUMULATORS
 
@@ -22,7 +22,7 @@ from gradhooks.errors import CombinationError
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (7,), (7, 1), (7, 3), (5, 2, 2)], ids=str)
 @every_combination
-def test_coefficients_agree_with_the_closed_form(name: str, shape: tuple[int, ...], double: Place) -> None:
+def test_coefficients_agree_with_the_closed_form(name: str, shape: tuple[int, ...], double: TensorFactory) -> None:
     predictions = (3 * double.randn(*shape)).requires_grad_()
     combination = BUILT_IN[name]().to(double.device)
     combined = combination(predictions)
@@ -35,13 +35,13 @@ def test_coefficients_agree_with_the_closed_form(name: str, shape: tuple[int, ..
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (7,), (7, 3)], ids=str)
 @pytest.mark.parametrize("name", VALUES)
-def test_values_agree_with_the_closed_form(name: str, shape: tuple[int, ...], double: Place) -> None:
+def test_values_agree_with_the_closed_form(name: str, shape: tuple[int, ...], double: TensorFactory) -> None:
     predictions = double.randn(*shape)
     close(BUILT_IN[name]()(predictions), VALUES[name](predictions), 1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if name not in {"min", "max"}])
-def test_gradcheck(name: str, double: Place) -> None:
+def test_gradcheck(name: str, double: TensorFactory) -> None:
     combination = BUILT_IN[name]().double().to(double.device)
     predictions = double.randn(5).requires_grad_()
     assert torch.autograd.gradcheck(combination, predictions)
@@ -185,7 +185,7 @@ EDGES: dict[str, list[float]] = {
 
 @pytest.mark.parametrize("edge", EDGES)
 @every_combination
-def test_extreme_predictions_stay_finite(name: str, edge: str, single: Place) -> None:
+def test_extreme_predictions_stay_finite(name: str, edge: str, single: TensorFactory) -> None:
     predictions = torch.tensor(EDGES[edge], device=single.device).requires_grad_()
     combination = BUILT_IN[name]().to(single.device)
     combined = combination(predictions)
@@ -212,15 +212,15 @@ def test_result_has_the_dtype_of_the_predictions(name: str, dtype: torch.dtype, 
 def test_group_is_combined_in_float32_or_wider(accumulator: str, dtype: torch.dtype, device: torch.device) -> None:
     at_least_float32 = torch.promote_types(dtype, torch.float32)
     for name in ("mean", "min", "boltzmann"):
-        specimen = build("plain_mlp", Place(device, dtype))
-        scorer = MultiPose(specimen.model, name, accumulator=accumulator)
+        case = build("plain_mlp", TensorFactory(device, dtype))
+        scorer = MultiPose(case.model, name, accumulator=accumulator)
         with torch.no_grad():
-            combined, per_pose = scorer(specimen.make_poses(3))
+            combined, per_pose = scorer(case.make_poses(3))
         assert (combined.dtype, per_pose.dtype) == (at_least_float32, dtype)
-        combined, per_pose = scorer(specimen.make_poses(3))
+        combined, per_pose = scorer(case.make_poses(3))
         assert (combined.dtype, per_pose.dtype) == (at_least_float32, dtype)
         (combined.sum() + per_pose.sum()).backward()
-        gradients = [parameter.grad for parameter in specimen.model.parameters()]
+        gradients = [parameter.grad for parameter in case.model.parameters()]
         assert all(gradient is not None and gradient.dtype == dtype for gradient in gradients)
 
 

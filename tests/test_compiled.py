@@ -1,24 +1,17 @@
-"""torch.compile, inside and outside."""
+"""torch.compile of the model and of the scorer."""
 
 import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from small_model import random_poses, small_mlp
+from torch import Tensor
 
 import gradhooks
 from gradhooks.testing import full_graph
 
 # Dynamo and functorch use what newer releases of torch themselves deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
-
-
-def random_poses(count: int = 5) -> list[Tensor]:
-    return [torch.randn(4, dtype=torch.float64) for _ in range(count)]
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +22,7 @@ def _fresh_compiler() -> None:
 @pytest.mark.parametrize("accumulator", ["store", "stream", "recompute", "auto"])
 @pytest.mark.parametrize("how", ["the model before", "the model after", "in place", "the scorer"])
 def test_gradients_of_compiled_models(how: str, accumulator: str) -> None:
-    model, poses = mlp(), random_poses()
+    model, poses = small_mlp(), random_poses()
     reference = copy.deepcopy(model)
     full_graph(reference, poses, gradhooks.combinations.Boltzmann()).combined.sum().backward()
     inner = torch.compile(model, backend="aot_eager") if how == "the model before" else model
@@ -42,18 +35,18 @@ def test_gradients_of_compiled_models(how: str, accumulator: str) -> None:
     for _ in range(2):
         model.zero_grad()
         run(poses).combined.sum().backward()
-    for leaf, wanted in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(leaf.grad, wanted.grad, rtol=1e-10, atol=1e-14)
+    for leaf, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-10, atol=1e-14)
 
 
-def test_shadows_cause_no_recompilation() -> None:
+def test_shadow_parameters_cause_no_recompilation() -> None:
     compilations = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
         compilations.append(len(inputs))
         return graph
 
-    scorer = gradhooks.MultiPose(torch.compile(mlp(), backend=backend), "mean", accumulator="stream")
+    scorer = gradhooks.MultiPose(torch.compile(small_mlp(), backend=backend), "mean", accumulator="stream")
     for _ in range(4):
         scorer(random_poses()).combined.sum().backward()
     assert len(compilations) == 1

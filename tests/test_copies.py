@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from backward_cases import case_label
 from checkpoint_helpers import COPIES, assert_same_state, learnable_boltzmann
-from model_zoo import Place, build, mlp
+from model_zoo import TensorFactory, build, mlp
+from seeding import manual_seed
 from torch import Tensor, nn
 from training_reference import (
     ACCUMULATORS,
     COMBINATIONS,
     Gradients,
     assert_same_gradients,
+    case_label,
     gradients_of,
-    of_both,
+    loss_on_both,
 )
 
 import gradhooks
@@ -27,25 +28,27 @@ from gradhooks.testing import full_graph
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("name", ["plain_mlp", "batch_norm_in_training", "tied_weights", "lstm"])
 @pytest.mark.parametrize("method", COPIES)
-def test_copies_of_a_scorer_train_bit_for_bit_alike(method: str, name: str, accumulator: str, double: Place) -> None:
-    specimen = build(name, double)
-    scorer = MultiPose(specimen.model, learnable_boltzmann(0.7), accumulator=accumulator)
-    of_both(scorer(specimen.make_poses(4))).backward()
+def test_copies_of_a_scorer_train_bit_for_bit_alike(
+    method: str, name: str, accumulator: str, double: TensorFactory
+) -> None:
+    case = build(name, double)
+    scorer = MultiPose(case.model, learnable_boltzmann(0.7), accumulator=accumulator)
+    loss_on_both(scorer(case.make_poses(4))).backward()
     copied = COPIES[method](scorer)
     assert copied.model is not scorer.model
     assert_same_state(copied.state_dict(), scorer.state_dict())
     for module in (scorer, copied):
         module.zero_grad()
-        of_both(module(specimen.make_poses(5))).backward()
+        loss_on_both(module(case.make_poses(5))).backward()
     assert_same_gradients(
         gradients_of(dict(copied.named_parameters())), gradients_of(dict(scorer.named_parameters())), tolerance=0.0
     )
 
 
-def test_a_prediction_without_graph_is_pickled(double: Place) -> None:
-    specimen = build("plain_mlp", double)
+def test_a_prediction_without_graph_is_pickled(double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
     with torch.no_grad():
-        prediction = MultiPose(specimen.model, "min")(specimen.make_poses(3))
+        prediction = MultiPose(case.model, "min")(case.make_poses(3))
     copied = gradhooks.MultiPosePrediction(*pickle.loads(pickle.dumps(tuple(prediction))))  # noqa: S301  # our own
     assert torch.equal(copied.combined, prediction.combined)
     assert torch.equal(copied.per_pose, prediction.per_pose)
@@ -112,19 +115,19 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes_between_groups(change: str, double: Place) -> None:
+def test_changes_between_groups(change: str, double: TensorFactory) -> None:
     def train(accumulator: str | None) -> Gradients:
-        torch.manual_seed(3)
-        specimen = build("plain_mlp", double)
-        model, combination = specimen.model, COMBINATIONS["boltzmann"]()
+        manual_seed(3)
+        case = build("plain_mlp", double)
+        model, combination = case.model, COMBINATIONS["boltzmann"]()
         scorer = None if accumulator is None else MultiPose(model, combination, accumulator=accumulator)
-        poses = specimen.make_poses(5)
+        poses = case.make_poses(5)
         for changed in (False, True):
             if changed:
                 CHANGES[change](model)
                 poses = [pose.to(next(model.parameters()).dtype) for pose in poses]
             prediction = full_graph(model, poses, combination) if scorer is None else scorer(poses)
-            of_both(prediction).backward()
+            loss_on_both(prediction).backward()
         return gradients_of(dict(model.named_parameters()))
 
     expected = train(None)
@@ -134,14 +137,14 @@ def test_changes_between_groups(change: str, double: Place) -> None:
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_parameter_that_is_unfrozen_and_frozen(accumulator: str, double: Place) -> None:
-    specimen = build("plain_mlp", double)
-    scorer = MultiPose(specimen.model, "boltzmann", accumulator=accumulator)
-    first = specimen.model.get_parameter("0.weight")
+def test_a_parameter_that_is_unfrozen_and_frozen(accumulator: str, double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
+    scorer = MultiPose(case.model, "boltzmann", accumulator=accumulator)
+    first = case.model.get_parameter("0.weight")
     for requires_grad in (False, True, False):
         first.requires_grad_(requires_grad)
         scorer.zero_grad()
-        of_both(scorer(specimen.make_poses(3))).backward()
+        loss_on_both(scorer(case.make_poses(3))).backward()
         assert (first.grad is not None) == requires_grad
 
 
@@ -151,5 +154,5 @@ def test_dtype_and_mode_of_the_scorer_are_those_of_the_model(accumulator: str) -
     assert {parameter.dtype for parameter in scorer.parameters()} == {torch.float64}
     assert scorer.eval().model.training is False
     assert scorer.train().model.training is True
-    of_both(scorer(torch.randn(3, 4, dtype=torch.float64).unbind())).backward()
+    loss_on_both(scorer(torch.randn(3, 4, dtype=torch.float64).unbind())).backward()
     assert all(parameter.grad is not None for parameter in scorer.requires_grad_().parameters())

@@ -10,7 +10,7 @@ from multiprocess import run_on_ranks
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
-from training_reference import assert_bit_equal, distances
+from training_reference import assert_bit_equal, relative_errors
 
 DDP_MODES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -106,7 +106,7 @@ def train_until_joined(rank: int, world_size: int) -> dict[tuple[str, bool, str]
                 for step in range(counts[rank]):
                     train_step(module, step, {rank: 1.0})
             actual = parameters_of(module.module)
-            results[mode, by_world_size, accumulator] = max(distances(dict(actual), dict(expected)).values())
+            results[mode, by_world_size, accumulator] = max(relative_errors(dict(actual), dict(expected)).values())
     return results
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from checkpoint_helpers import COPIES, assert_same_state
 from model_zoo import mlp
+from seeding import manual_seed
 from torch import Tensor, nn
-from training_reference import Gradients, assert_same_gradients, gradients_of, of_both
+from training_reference import Gradients, assert_same_gradients, gradients_of, loss_on_both
 
 import gradhooks
 from gradhooks import MultiPose
@@ -132,10 +133,10 @@ def test_wrong_arguments_get_the_usual_error() -> None:
 @pytest.mark.parametrize("make", [lambda: Scorer(6), lambda: Shifted(6), lambda: Scaled(6), Concrete])
 def test_gradients_of_a_decorated_class(make: Callable[[], Any]) -> None:
     def train(*, multi_pose: bool) -> Gradients:
-        torch.manual_seed(3)
+        manual_seed(3)
         scorer = make().double()
         poses = list(torch.randn(5, 4, dtype=torch.float64))
-        of_both(scorer(poses) if multi_pose else full_graph(scorer.model, poses, scorer.combination)).backward()
+        loss_on_both(scorer(poses) if multi_pose else full_graph(scorer.model, poses, scorer.combination)).backward()
         return gradients_of(dict(scorer.named_parameters()))
 
     assert_same_gradients(train(multi_pose=True), train(multi_pose=False))

@@ -7,19 +7,21 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from backward_cases import FIRST_GROUP_ACCUMULATORS, case_label
-from model_zoo import Place, Specimen, build, mlp
-from model_zoo.derivatives import EnergyAndForces, _marked_pose
-from model_zoo.graphs import geometric
+from model_zoo import ModelCase, TensorFactory, build, mlp
+from model_zoo.derivatives import EnergyAndForces, set_requires_grad
+from model_zoo.graphs import import_torch_geometric
+from seeding import manual_seed
 from torch import Tensor, nn
 from training_reference import (
     ACCUMULATORS,
     COMBINATIONS,
+    CONCRETE_ACCUMULATORS,
     Gradients,
     assert_same_gradients,
+    case_label,
     gradients_of,
-    of_both,
-    of_combined,
+    loss_on_both,
+    loss_on_combined,
 )
 
 import gradhooks
@@ -48,11 +50,11 @@ class FrozenRecord:
 
 
 def data(pocket: Tensor, ligand: Tensor) -> Any:
-    return geometric()[0].Data(x=pocket, pos=ligand, name="a", number=3)
+    return import_torch_geometric()[0].Data(x=pocket, pos=ligand, name="a", number=3)
 
 
 def hetero_data(pocket: Tensor, ligand: Tensor) -> Any:
-    graph = geometric()[0].HeteroData()
+    graph = import_torch_geometric()[0].HeteroData()
     graph["pocket"].x, graph["ligand"].x = pocket, ligand
     return graph
 
@@ -94,24 +96,24 @@ class Pair(nn.Module):
 
 
 def train(
-    place: Place,
+    factory: TensorFactory,
     combination_name: str,
     wrapping: Wrapping,
     accumulator: str | None,
     *,
     encoded: bool = True,
     leaves: bool = True,
-    loss: Any = of_both,
+    loss: Any = loss_on_both,
 ) -> tuple[Gradients, list[Tensor]]:
     """Train a group, or the full graph if `accumulator` is None.
 
     Returns:
         The gradients of all leaves, and those that a hook on the encoder's output received.
     """
-    torch.manual_seed(7)
-    modules = Pair().to(place.device, place.dtype)
-    pocket = place.randn(5)
-    ligands = [place.randn(4).requires_grad_(leaves) for _ in range(COUNT)]
+    manual_seed(7)
+    modules = Pair().to(factory.device, factory.dtype)
+    pocket = factory.randn(5)
+    ligands = [factory.randn(4).requires_grad_(leaves) for _ in range(COUNT)]
     combination = COMBINATIONS[combination_name]()
     encoding = modules.encoder(pocket) if encoded else pocket[:4]
     encoding_gradients: list[Tensor] = []
@@ -134,9 +136,9 @@ def train(
 
 @pytest.mark.parametrize("combination", TRAINED_COMBINATIONS)
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
-def test_a_shared_encoding_and_a_leaf_for_each_pose(wrapping: str, combination: str, double: Place) -> None:
+def test_a_shared_encoding_and_a_leaf_for_each_pose(wrapping: str, combination: str, double: TensorFactory) -> None:
     expected, _ = train(double, combination, WRAPPINGS[wrapping], None)
-    for accumulator in FIRST_GROUP_ACCUMULATORS:
+    for accumulator in CONCRETE_ACCUMULATORS:
         with case_label(accumulator):
             result, encoding_gradients = train(double, combination, WRAPPINGS[wrapping], accumulator)
             assert_same_gradients(result, expected)
@@ -144,9 +146,9 @@ def test_a_shared_encoding_and_a_leaf_for_each_pose(wrapping: str, combination: 
 
 
 @pytest.mark.parametrize("combination", TRAINED_COMBINATIONS)
-@pytest.mark.parametrize("loss", [of_combined, of_both], ids=["combined", "both"])
+@pytest.mark.parametrize("loss", [loss_on_combined, loss_on_both], ids=["combined", "both"])
 @pytest.mark.parametrize("trained", ["encoding", "leaves", "neither"])
-def test_an_encoding_or_leaves_alone(trained: str, loss: Any, combination: str, double: Place) -> None:
+def test_an_encoding_or_leaves_alone(trained: str, loss: Any, combination: str, double: TensorFactory) -> None:
     options: dict[str, Any] = {"encoded": trained == "encoding", "leaves": trained == "leaves", "loss": loss}
     expected, _ = train(double, combination, WRAPPINGS["nested"], None, **options)
     for accumulator in ACCUMULATORS:
@@ -156,9 +158,9 @@ def test_an_encoding_or_leaves_alone(trained: str, loss: Any, combination: str, 
             assert len(encoding_gradients) == (trained == "encoding")
 
 
-@pytest.mark.parametrize("accumulator", FIRST_GROUP_ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", CONCRETE_ACCUMULATORS)
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
-def test_poses_are_not_changed(wrapping: str, accumulator: str, double: Place) -> None:
+def test_poses_are_not_changed(wrapping: str, accumulator: str, double: TensorFactory) -> None:
     scorer = mlp(8, 6, 1).to(double.device, double.dtype)
     pocket, ligand = double.randn(4).requires_grad_(), double.randn(4)
     wrap, unwrap = WRAPPINGS[wrapping]
@@ -180,16 +182,16 @@ class Distance(nn.Module):
 
 
 @pytest.mark.parametrize("combination", ["min", "boltzmann"])
-def test_a_model_without_parameters(combination: str, double: Place) -> None:
+def test_a_model_without_parameters(combination: str, double: TensorFactory) -> None:
     def train_inputs(accumulator: str | None) -> Gradients:
-        torch.manual_seed(7)
+        manual_seed(7)
         centre = double.randn(3).requires_grad_()
         positions = [double.randn(2, 3).requires_grad_() for _ in range(COUNT)]
         poses = [(each, centre) for each in positions]
         if accumulator is None:
-            of_both(full_graph(Distance(), poses, COMBINATIONS[combination]())).backward()
+            loss_on_both(full_graph(Distance(), poses, COMBINATIONS[combination]())).backward()
         else:
-            of_both(gradhooks.MultiPose(Distance(), combination, accumulator=accumulator)(poses)).backward()
+            loss_on_both(gradhooks.MultiPose(Distance(), combination, accumulator=accumulator)(poses)).backward()
         return gradients_of({"centre": centre, **{f"{i}": each for i, each in enumerate(positions)}})
 
     expected = train_inputs(None)
@@ -201,41 +203,41 @@ def test_a_model_without_parameters(combination: str, double: Place) -> None:
 # -- models that call requires_grad_() on their poses ---------------------------------------------------------------
 
 
-def force_model(place: Place) -> Specimen:
-    torch.manual_seed(7)
-    model = EnergyAndForces(_marked_pose).to(place.device, place.dtype)
-    poses = [place.randn(2, 3) for _ in range(COUNT)]
-    return Specimen(model, lambda count: poses[:count])
+def force_model(factory: TensorFactory) -> ModelCase:
+    manual_seed(7)
+    model = EnergyAndForces(set_requires_grad).to(factory.device, factory.dtype)
+    poses = [factory.randn(2, 3) for _ in range(COUNT)]
+    return ModelCase(model, lambda count: poses[:count])
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("combination", TRAINED_COMBINATIONS)
-def test_a_force_model_that_marks_its_poses(combination: str, accumulator: str, double: Place) -> None:
-    specimen, plain = force_model(double), force_model(double)
-    scorer = gradhooks.MultiPose(specimen.model, COMBINATIONS[combination](), accumulator=accumulator)
+def test_a_force_model_that_marks_its_poses(combination: str, accumulator: str, double: TensorFactory) -> None:
+    case, plain = force_model(double), force_model(double)
+    scorer = gradhooks.MultiPose(case.model, COMBINATIONS[combination](), accumulator=accumulator)
     plain_combination = COMBINATIONS[combination]()
     for _ in range(3):  # from the second group on, the poses already require grad
-        of_both(scorer(specimen.make_poses(COUNT))).backward()
-        of_both(full_graph(plain.model, plain.make_poses(COUNT), plain_combination)).backward()
-        result, expected = (dict(module.named_parameters()) for module in (specimen.model, plain.model))
+        loss_on_both(scorer(case.make_poses(COUNT))).backward()
+        loss_on_both(full_graph(plain.model, plain.make_poses(COUNT), plain_combination)).backward()
+        result, expected = (dict(module.named_parameters()) for module in (case.model, plain.model))
         result |= {"temperature": scorer.combination.log_temperature} if combination != "min" else {}
         expected |= {"temperature": plain_combination.log_temperature} if combination != "min" else {}
         assert_same_gradients(gradients_of(result), gradients_of(expected))
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_poses_that_the_model_marks_receive_no_gradient(accumulator: str, double: Place) -> None:
-    specimen = force_model(double)
-    poses = specimen.make_poses(COUNT)
-    of_both(gradhooks.MultiPose(specimen.model, "boltzmann", accumulator=accumulator)(poses)).backward()
+def test_poses_that_the_model_marks_receive_no_gradient(accumulator: str, double: TensorFactory) -> None:
+    case = force_model(double)
+    poses = case.make_poses(COUNT)
+    loss_on_both(gradhooks.MultiPose(case.model, "boltzmann", accumulator=accumulator)(poses)).backward()
     assert [pose.grad for pose in poses] == [None] * COUNT
 
 
-def test_a_frozen_force_model_predicts(double: Place) -> None:
-    specimen = build("forces_by_a_copy_that_the_model_marks", double)
-    specimen.model.requires_grad_(False)
-    poses = specimen.make_poses(3)
-    prediction = gradhooks.MultiPose(specimen.model, call=specimen.call)(poses)
-    expected = full_graph(specimen.model, poses, gradhooks.combinations.Mean(), call=specimen.call)
+def test_a_frozen_force_model_predicts(double: TensorFactory) -> None:
+    case = build("forces_by_a_copy_of_the_pose", double)
+    case.model.requires_grad_(False)
+    poses = case.make_poses(3)
+    prediction = gradhooks.MultiPose(case.model, call=case.call)(poses)
+    expected = full_graph(case.model, poses, gradhooks.combinations.Mean(), call=case.call)
     assert not prediction.combined.requires_grad
     torch.testing.assert_close(prediction.combined, expected.combined.detach())

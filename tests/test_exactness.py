@@ -1,129 +1,167 @@
-"""The gradient of a group is the full graph's."""
+"""Gradients, predictions, buffers and random state of a group are those of the full graph."""
+
+import functools
 
 import pytest
 import torch
-from model_zoo import ZOO, Place, Specimen, build
+from model_zoo import ZOO, ModelCase, TensorFactory, build
 from model_zoo.shared_tensors import reused_gradient_memory
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from training_reference import (
     ACCUMULATORS,
     COMBINATIONS,
+    CONCRETE_ACCUMULATORS,
     LOSSES,
     Gradients,
     Loss,
-    Trained,
+    TrainingResult,
     assert_bit_equal,
     assert_same_gradients,
     assert_same_training,
-    distances,
-    of_both,
-    of_combined,
-    train_by_full_graph,
-    train_by_group,
+    case_label,
+    loss_on_both,
+    loss_on_combined,
+    relative_errors,
+    train_full_graph,
+    train_multi_pose,
 )
 
-# Sharp and streamed in one sum; all poses matter, two sums; not streamable, of parameters of its own.
-TELLING_COMBINATIONS = ["min", "boltzmann learnable", "attention"]
+
+@functools.cache
+def full_graph_result(
+    name: str, factory: TensorFactory, combination: str, loss: Loss = loss_on_both, count: int = 5
+) -> TrainingResult:
+    """Train with the full graph, once in a process: the accumulators share the result."""
+    return train_full_graph(build(name, factory), COMBINATIONS[combination], loss, count)
 
 
-def both_ways(
-    name: str, place: Place, combination: str, accumulator: str, loss: Loss, *, count: int = 5
-) -> tuple[Trained, Trained]:
-    found = train_by_group(build(name, place), COMBINATIONS[combination], loss, count, accumulator)
-    return found, train_by_full_graph(build(name, place), COMBINATIONS[combination], loss, count)
+def multi_pose_result(
+    accumulator: str,
+    name: str,
+    factory: TensorFactory,
+    combination: str,
+    loss: Loss = loss_on_both,
+    *,
+    count: int = 5,
+    tolerance: float | None = None,
+) -> TrainingResult:
+    case = build(name, factory)
+    return train_multi_pose(case, COMBINATIONS[combination], loss, count, accumulator, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
-@pytest.mark.parametrize("combination", TELLING_COMBINATIONS)
+def assert_exact(
+    name: str, factory: TensorFactory, combination: str, loss: Loss, *, accumulators: list[str], count: int = 5
+) -> dict[str, TrainingResult]:
+    """Compare every accumulator with the full graph, and return what they computed."""
+    expected = full_graph_result(name, factory, combination, loss, count)
+    results: dict[str, TrainingResult] = {}
+    for accumulator in accumulators:
+        with case_label(accumulator, loss.__name__, count):
+            results[accumulator] = multi_pose_result(accumulator, name, factory, combination, loss, count=count)
+            assert_same_training(results[accumulator], expected)
+    return results
+
+
+def assert_auto_delegates(results: dict[str, TrainingResult], expected_accumulator: str) -> None:
+    """Assert that "auto" reports the accumulator that it should choose, and gives the bits of that one."""
+    with case_label("auto"):
+        assert results["auto"].accumulator == expected_accumulator
+        assert_same_training(results["auto"], results[expected_accumulator], tolerance=0.0)
+
+
+# "min": sharp, one sum of a stream. "boltzmann learnable": all poses matter, two sums. "attention": no stream.
+@pytest.mark.parametrize("combination", ["min", "boltzmann learnable", "attention"])
 @pytest.mark.parametrize("name", ZOO)
-def test_every_model(name: str, combination: str, accumulator: str, double: Place) -> None:
-    found, expected = both_ways(name, double, combination, accumulator, of_both)
-    assert_same_training(found, expected)
+def test_every_model(name: str, combination: str, double: TensorFactory) -> None:
+    accumulators = ACCUMULATORS if combination == "boltzmann learnable" else CONCRETE_ACCUMULATORS
+    results = assert_exact(name, double, combination, loss_on_both, accumulators=accumulators)
+    if "auto" in accumulators:
+        assert_auto_delegates(results, "recompute")
 
 
-@pytest.mark.parametrize("accumulator", ["stream", "recompute"])
-@pytest.mark.parametrize("combination", ["mean", "min"])
 @pytest.mark.parametrize("name", ZOO)
-def test_every_model_by_the_combination_alone(name: str, combination: str, accumulator: str, double: Place) -> None:
-    found, expected = both_ways(name, double, combination, accumulator, of_combined)
-    assert_same_training(found, expected)
+def test_every_model_with_a_loss_on_the_combined_prediction(name: str, double: TensorFactory) -> None:
+    assert_exact(name, double, "min", loss_on_combined, accumulators=["stream", "recompute"])
+    results = assert_exact(name, double, "mean", loss_on_combined, accumulators=["stream", "recompute", "auto"])
+    is_scalar = results["auto"].prediction[1][0].numel() == 1
+    assert_auto_delegates(results, "stream" if is_scalar else "recompute")
 
 
-@pytest.mark.parametrize("count", [1, 2, 7])
+CHOSEN_BY_AUTO = {"mean": "stream"}
+"""What "auto" chooses for the first group, if it is not recompute."""
+
+
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("combination", COMBINATIONS)
-def test_every_combination(combination: str, accumulator: str, loss: str, count: int, double: Place) -> None:
-    found, expected = both_ways("plain_mlp", double, combination, accumulator, LOSSES[loss], count=count)
-    assert_same_training(found, expected)
+def test_every_combination(combination: str, loss: str, double: TensorFactory) -> None:
+    for count in (1, 2, 7):
+        accumulators = ACCUMULATORS if count == 7 else CONCRETE_ACCUMULATORS
+        results = assert_exact("plain_mlp", double, combination, LOSSES[loss], accumulators=accumulators, count=count)
+        if "auto" in accumulators:
+            assert_auto_delegates(results, CHOSEN_BY_AUTO.get(combination, "recompute"))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("combination", COMBINATIONS)
 @pytest.mark.parametrize("name", ["vector_output", "dropout", "used_by_some_poses"])
-def test_every_combination_by_recomputing(name: str, combination: str, loss: str, double: Place) -> None:
-    found, expected = both_ways(name, double, combination, "recompute", LOSSES[loss])
-    assert_same_training(found, expected)
+def test_every_combination_with_recompute(name: str, combination: str, double: TensorFactory) -> None:
+    for loss in LOSSES.values():
+        assert_exact(name, double, combination, loss, accumulators=["recompute"])
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("combination", ["min", "boltzmann"])
-@pytest.mark.parametrize("name", [name for name, species in ZOO.items() if species.same_in_every_dtype])
-def test_float32_is_as_near_to_the_truth_as_the_full_graph(
-    name: str, combination: str, accumulator: str, single: Place, double: Place
+@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.same_in_every_dtype])
+def test_float32_is_as_accurate_as_the_full_graph(
+    name: str, combination: str, single: TensorFactory, double: TensorFactory
 ) -> None:
-    truth = train_by_full_graph(build(name, double), COMBINATIONS[combination], of_both, 5)
-    found, expected = both_ways(name, single, combination, accumulator, of_both)
-    assert_no_further(found.gradients, expected.gradients, truth.gradients)
+    exact = full_graph_result(name, double, combination).gradients
+    full_graph = full_graph_result(name, single, combination).gradients
+    for accumulator in CONCRETE_ACCUMULATORS:
+        with case_label(accumulator):
+            result = multi_pose_result(accumulator, name, single, combination)
+            assert_as_accurate(result.gradients, full_graph, exact)
 
 
-def assert_no_further(found: Gradients, expected: Gradients, truth: Gradients) -> None:
-    """Twice the full graph's own distance, and what rounding a sum of five differently may add."""
+def assert_as_accurate(result: Gradients, full_graph: Gradients, exact: Gradients) -> None:
+    """Allow twice the error of the full graph, and the rounding of a sum of five numbers in another order."""
     rounding = 8 * torch.finfo(torch.float32).eps
-    own = distances(expected, truth, noise=0.1)
-    too_far = {
-        name: (distance, own[name])
-        for name, distance in distances(found, truth, noise=0.1).items()
-        if not distance <= 2 * own[name] + rounding
+    allowed = relative_errors(full_graph, exact, noise=0.1)
+    too_large = {
+        name: (error, allowed[name])
+        for name, error in relative_errors(result, exact, noise=0.1).items()
+        if not error <= 2 * allowed[name] + rounding
     }
-    assert not too_far, f"(distance, the full graph's): {too_far}"
+    assert not too_large, f"(error, the full graph's): {too_large}"
 
 
-@pytest.mark.parametrize(
-    ("combination", "loss", "tolerance"),
-    [
-        ("mean", of_both, None),
-        ("min", of_both, None),
-        ("boltzmann", of_both, None),
-        # It reads its argument several times: beside a direct loss, the full graph adds N numbers in another order.
-        # What skipping leaves out is some parameters' only gradient here.
-        ("attention", of_combined, 0.0),
-    ],
-    ids=["mean", "min", "boltzmann", "attention"],
-)
-@pytest.mark.parametrize("name", [name for name, species in ZOO.items() if species.bit_for_bit])
-def test_recompute_agrees_to_the_last_bit(
-    name: str, combination: str, loss: Loss, tolerance: float | None, single: Place
-) -> None:
-    make_combination = COMBINATIONS[combination]
-    found = train_by_group(build(name, single), make_combination, loss, 5, "recompute", tolerance=tolerance)
-    expected = train_by_full_graph(build(name, single), make_combination, loss, 5)
-    assert_bit_equal(found.gradients, expected.gradients)
+@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.bit_for_bit])
+def test_recompute_agrees_to_the_last_bit(name: str, single: TensorFactory) -> None:
+    cases: list[tuple[str, Loss, float | None]] = [
+        ("mean", loss_on_both, None),
+        ("min", loss_on_both, None),
+        ("boltzmann", loss_on_both, None),
+        # It reads its argument several times: with a loss on the poses as well, the full graph adds N numbers in
+        # another order. Some parameters get gradients only from poses that the default tolerance skips.
+        ("attention", loss_on_combined, 0.0),
+    ]
+    for combination, loss, tolerance in cases:
+        with case_label(combination):
+            result = multi_pose_result("recompute", name, single, combination, loss, tolerance=tolerance)
+            assert_bit_equal(result.gradients, full_graph_result(name, single, combination, loss).gradients)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_parameters_of_half_precision_lose_nothing_to_the_sum(accumulator: str, device: torch.device) -> None:
-    # A running sum in bfloat16 would stop growing at 256 times one pose's share.
+def test_bfloat16_gradients_are_summed_without_loss(accumulator: str, device: torch.device) -> None:
+    # A running sum in bfloat16 would stop growing at 256 times the gradient of one pose.
     model = torch.nn.Linear(1, 1, bias=False).to(device, torch.bfloat16)
-    found = train_by_group(
-        Specimen(model, lambda count: [torch.ones(1, device=device, dtype=torch.bfloat16)] * count),
+    result = train_multi_pose(
+        ModelCase(model, lambda count: [torch.ones(1, device=device, dtype=torch.bfloat16)] * count),
         COMBINATIONS["mean"],
         lambda prediction: prediction.combined.sum(),
         1000,
         accumulator,
     )
-    gradient = found.gradients["model weight"]
+    gradient = result.gradients["model weight"]
     assert gradient is not None
     assert gradient.dtype == torch.bfloat16
     assert gradient.item() == pytest.approx(1.0, rel=0.005)
@@ -131,32 +169,35 @@ def test_parameters_of_half_precision_lose_nothing_to_the_sum(accumulator: str, 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("combination", ["mean", "min of scale 1", "boltzmann"])
-def test_a_layer_that_reuses_the_memory_of_its_gradients(combination: str, accumulator: str, double: Place) -> None:
-    # The full graph is no oracle here: it holds the poses' gradients, all in one memory, until it adds them up.
-    specimen = reused_gradient_memory(double)
-    specimen.model.to(double.device, double.dtype)
-    poses = torch.stack(specimen.make_poses(5))
-    weight = specimen.model.get_parameter("weight").detach().clone().requires_grad_()
+def test_a_layer_that_reuses_the_memory_of_its_gradients(
+    combination: str, accumulator: str, double: TensorFactory
+) -> None:
+    # The full graph is wrong here: it holds the gradients of all poses, in the same memory, until it adds them up.
+    case = reused_gradient_memory(double)
+    case.model.to(double.device, double.dtype)
+    poses = torch.stack(case.make_poses(5))
+    weight = case.model.get_parameter("weight").detach().clone().requires_grad_()
     COMBINATIONS[combination]()(poses @ weight).backward()
-    found = train_by_group(specimen, COMBINATIONS[combination], lambda p: p.combined, 5, accumulator)
-    assert_same_gradients(found.gradients, {"model weight": weight.grad})
+    result = train_multi_pose(case, COMBINATIONS[combination], lambda p: p.combined, 5, accumulator)
+    assert_same_gradients(result.gradients, {"model weight": weight.grad})
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("combination", ["mean", "boltzmann"])
 @pytest.mark.parametrize("name", ["plain_mlp", "vector_output", "tied_weights", "used_by_some_poses"])
-def test_half_precision_is_as_near_to_the_truth_as_the_full_graph(
-    name: str, combination: str, accumulator: str, device: torch.device
-) -> None:
-    half = Place(device, torch.bfloat16)
-    truth = train_by_full_graph(_widened(build(name, half)), COMBINATIONS[combination], of_both, 7).gradients
-    found, expected = both_ways(name, half, combination, accumulator, of_both, count=7)
-    own, rounding = distances(expected.gradients, truth), 2 * torch.finfo(torch.bfloat16).eps
-    assert all(distance <= 2 * own[leaf] + rounding for leaf, distance in distances(found.gradients, truth).items())
+def test_bfloat16_is_as_accurate_as_the_full_graph(name: str, combination: str, device: torch.device) -> None:
+    half = TensorFactory(device, torch.bfloat16)
+    exact = train_full_graph(_widened(build(name, half)), COMBINATIONS[combination], loss_on_both, 7).gradients
+    full_graph = full_graph_result(name, half, combination, count=7).gradients
+    allowed, rounding = relative_errors(full_graph, exact), 2 * torch.finfo(torch.bfloat16).eps
+    for accumulator in ACCUMULATORS:
+        with case_label(accumulator):
+            result = multi_pose_result(accumulator, name, half, combination, count=7)
+            errors = relative_errors(result.gradients, exact)
+            assert all(error <= 2 * allowed[leaf] + rounding for leaf, error in errors.items())
 
 
-def _widened(specimen: Specimen) -> Specimen:
-    make_poses = specimen.make_poses
-    specimen.model.double()
-    specimen.make_poses = lambda count: [tree_map_only(Tensor, Tensor.double, pose) for pose in make_poses(count)]
-    return specimen
+def _widened(case: ModelCase) -> ModelCase:
+    make_poses = case.make_poses
+    case.model.double()
+    case.make_poses = lambda count: [tree_map_only(Tensor, Tensor.double, pose) for pose in make_poses(count)]
+    return case

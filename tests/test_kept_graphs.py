@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from backward_cases import case_label
 from torch import Tensor, nn
+from training_reference import case_label
 
 import gradhooks
 from gradhooks.profiling.peak_memory import PeakMemory

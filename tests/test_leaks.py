@@ -1,9 +1,10 @@
-"""Group after group, nothing is left over."""
+"""No tensor, object or hook is left after a group."""
 
 import copy
 import gc
 import io
 import pickle
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,47 +13,46 @@ from typing import Any
 
 import pytest
 import torch
-from model_state import HOOKS, hooks_of, same_structure
-from model_zoo import Place, Specimen, build
-from torch import Tensor
-from training_reference import ACCUMULATORS, COMBINATIONS, of_both, of_combined
+from model_state import HOOK_ATTRIBUTES, hook_counts, structure_unchanged
+from model_zoo import ModelCase, TensorFactory, build
+from small_model import random_poses, small_mlp
+from torch import Tensor, nn
+from training_reference import ACCUMULATORS, COMBINATIONS, loss_on_both, loss_on_combined
 
 import gradhooks
 
 GROUPS = 200
-# Plain; random; with buffers; with leaves outside; of several gradients for a leaf; with a graph inside the forward.
+# Plain; random numbers; buffers; leaves outside the model; several gradients for a leaf; a graph in the forward.
 MODELS = [
     "plain_mlp",
     "dropout",
     "batch_norm_in_training",
     "shared_encoder_output",
     "tied_in_reentrant_checkpoints",
-    "forces_by_a_copy_that_the_model_marks",
+    "forces_by_a_copy_of_the_pose",
 ]
 
 
 def tensors_alive() -> int:
-    return sum(type(thing) in {Tensor, torch.nn.Parameter} for thing in gc.get_objects())
+    return sum(type(each) in {Tensor, nn.Parameter} for each in gc.get_objects())
 
 
 def objects_alive() -> Counter[str]:
     gc.collect()
-    return Counter(type(thing).__name__ for thing in gc.get_objects())
+    return Counter(type(each).__name__ for each in gc.get_objects())
 
 
-def hooks_on(specimen: Specimen) -> list[Any]:
-    modules = [[len(getattr(module, name, ())) for name in HOOKS] for module in specimen.model.modules()]
-    leaves = [hooks_of(leaf) for leaf in [*specimen.model.parameters(), *specimen.outside.values()]]
+def hooks_on(case: ModelCase) -> list[Any]:
+    modules = [[len(getattr(module, name, ())) for name in HOOK_ATTRIBUTES] for module in case.model.modules()]
+    leaves = [hook_counts(leaf) for leaf in [*case.model.parameters(), *case.outside.values()]]
     return [modules, leaves]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _nothing_but_these_tests() -> Iterator[None]:
-    """Takes what is there already out of the collector's sight, which also makes looking fast."""
+def _exclude_older_objects() -> None:
+    """Exclude the objects of other tests from `gc.get_objects()`, which also makes it fast."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @contextmanager
@@ -67,81 +67,81 @@ def without_collector() -> Iterator[None]:
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("name", ["plain_mlp", "shared_encoder_output"])
-def test_two_hundred_groups(name: str, accumulator: str, double: Place) -> None:
-    specimen = build(name, double)
-    scorer = gradhooks.MultiPose(specimen.model, "boltzmann", accumulator=accumulator, call=specimen.call)
+def test_two_hundred_groups(name: str, accumulator: str, double: TensorFactory) -> None:
+    case = build(name, double)
+    scorer = gradhooks.MultiPose(case.model, "boltzmann", accumulator=accumulator, call=case.call)
 
     def train(groups: int) -> None:
         for group in range(groups):
-            prediction = scorer(specimen.make_poses(2))
+            prediction = scorer(case.make_poses(2))
             if group % 4 != 0:  # some are dropped
-                (of_both if group % 4 == 1 else of_combined)(prediction).backward()
+                (loss_on_both if group % 4 == 1 else loss_on_combined)(prediction).backward()
 
     train(20)
-    counts, hooks = [objects_alive()], hooks_on(specimen)
-    for _ in range(2):  # Python makes a few objects once, and keeps them
+    counts, hooks = [objects_alive()], hooks_on(case)
+    for _ in range(2):  # Python creates some objects once and keeps them
         train(GROUPS // 2)
         counts.append(objects_alive())
     grown = [after - before for before, after in pairwise(counts)]
     assert min(sum(each.values()) for each in grown) < GROUPS // 10, grown
-    assert hooks_on(specimen) == hooks
+    assert hooks_on(case) == hooks
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["dropped", "trained"])
 @pytest.mark.parametrize("combination", ["boltzmann learnable", "attention"])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_result_dies_with_its_last_reference(
-    name: str, accumulator: str, combination: str, backward: bool, double: Place
+def test_a_prediction_is_freed_with_its_last_reference(
+    name: str, accumulator: str, combination: str, backward: bool, double: TensorFactory
 ) -> None:
-    specimen = build(name, double)
-    made = COMBINATIONS[combination]().to(double.device)
-    scorer = gradhooks.MultiPose(specimen.model, made, accumulator=accumulator, call=specimen.call)
-    of_both(scorer(specimen.make_poses(4))).backward()  # gradients, and whatever is made once
+    case = build(name, double)
+    pooling = COMBINATIONS[combination]().to(double.device)
+    scorer = gradhooks.MultiPose(case.model, pooling, accumulator=accumulator, call=case.call)
+    loss_on_both(scorer(case.make_poses(4))).backward()  # creates gradients, and what is created once
     with without_collector():
         before = tensors_alive()
-        prediction = scorer(specimen.make_poses(4))
+        prediction = scorer(case.make_poses(4))
         if backward:
-            of_both(prediction).backward()
+            loss_on_both(prediction).backward()
         assert tensors_alive() > before
         del prediction
         assert tensors_alive() == before
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_what_a_group_keeps_goes_with_its_backward(accumulator: str, double: Place) -> None:
-    specimen = build("plain_mlp", double)
-    scorer = gradhooks.MultiPose(specimen.model, "boltzmann", accumulator=accumulator)
+def test_the_backward_frees_what_the_group_kept(accumulator: str, double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
+    scorer = gradhooks.MultiPose(case.model, "boltzmann", accumulator=accumulator)
 
     def bytes_kept() -> int:
-        # Not the random state (uint8) at the beginning of the group: a few kilobytes.
-        kept = [thing for thing in gc.get_objects() if type(thing) is Tensor and thing.dtype != torch.uint8]
+        # Except the random state (uint8) at the beginning of the group: a few kilobytes.
+        kept = [each for each in gc.get_objects() if type(each) is Tensor and each.dtype != torch.uint8]
         return sum(tensor.nbytes for tensor in kept)
 
-    poses = specimen.make_poses(4)
-    of_combined(scorer(poses)).backward()
+    poses = case.make_poses(4)
+    loss_on_combined(scorer(poses)).backward()
     with without_collector():
         before = bytes_kept()
         combined, predictions = scorer(poses)
         loss = combined.square().sum()
         loss.backward()
         own = combined.nbytes + predictions.nbytes + loss.nbytes
-        # The results are still there, with their node of the graph and a copy of the predictions for it.
+        # The predictions still exist, with their node in the graph and the copy that it saved.
         assert bytes_kept() - before <= own + 2 * predictions.nbytes
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_group_that_fails_dies_at_once(accumulator: str, double: Place) -> None:
-    specimen = build("plain_mlp", double)
+def test_a_group_that_fails_is_freed_at_once(accumulator: str, double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
 
     def call(model: Any, pose: Tensor) -> Tensor:
         if pose[0] > 1e6:
             raise ArithmeticError("too high")
-        return specimen.call(model, pose)
+        return case.call(model, pose)
 
-    scorer = gradhooks.MultiPose(specimen.model, "boltzmann", accumulator=accumulator, call=call)
-    poses = specimen.make_poses(4)
-    of_both(scorer(poses)).backward()
+    scorer = gradhooks.MultiPose(case.model, "boltzmann", accumulator=accumulator, call=call)
+    poses = case.make_poses(4)
+    loss_on_both(scorer(poses)).backward()
     poses[3][0] = 1e9
 
     def fail() -> None:
@@ -153,40 +153,81 @@ def test_a_group_that_fails_dies_at_once(accumulator: str, double: Place) -> Non
     before = tensors_alive()
     for _ in range(5):
         fail()
-    gc.collect()  # pytest's report of the fault is a cycle
+    gc.collect()  # pytest's record of the exception is a cycle
     assert tensors_alive() == before
-    assert hooks_on(specimen) == hooks_on(build("plain_mlp", double))
+    assert hooks_on(case) == hooks_on(build("plain_mlp", double))
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("name", MODELS)
-def test_copies_and_pickles_after_groups(name: str, accumulator: str, double: Place) -> None:
-    specimen = build(name, double)
-    scorer = gradhooks.MultiPose(specimen.model, "boltzmann", accumulator=accumulator, call=specimen.call)
-    with same_structure(specimen.model):
+def test_copies_and_pickles_after_groups(name: str, accumulator: str, double: TensorFactory) -> None:
+    case = build(name, double)
+    scorer = gradhooks.MultiPose(case.model, "boltzmann", accumulator=accumulator, call=case.call)
+    with structure_unchanged(case.model):
         for count in (2, 4, 3):
-            of_both(scorer(specimen.make_poses(count))).backward()
-        pending = scorer(specimen.make_poses(4))
-        copies = [copy.deepcopy(specimen.model), pickle.loads(pickle.dumps(specimen.model))]  # noqa: S301  # our own
-        of_both(pending).backward()
+            loss_on_both(scorer(case.make_poses(count))).backward()
+        pending = scorer(case.make_poses(4))
+        copies = [copy.deepcopy(case.model), pickle.loads(pickle.dumps(case.model))]  # noqa: S301  # our own
+        loss_on_both(pending).backward()
     whole = io.BytesIO()
-    torch.save(specimen.model, whole)
+    torch.save(case.model, whole)
     whole.seek(0)
     copies.append(torch.load(whole, weights_only=False))
-    for twin in copies:
-        assert list(twin.state_dict()) == list(specimen.model.state_dict())
-        assert hooks_on(Specimen(twin, specimen.make_poses))[0] == hooks_on(specimen)[0]
-        assert all(hooks_of(leaf) == (0, 0) for leaf in twin.parameters())
-        assert all(type(leaf) is torch.nn.Parameter for leaf in twin.parameters())
-        assert not any(vars(leaf) for leaf in twin.parameters())
+    for copied in copies:
+        assert list(copied.state_dict()) == list(case.model.state_dict())
+        assert hooks_on(ModelCase(copied, case.make_poses))[0] == hooks_on(case)[0]
+        assert all(hook_counts(leaf) == (0, 0) for leaf in copied.parameters())
+        assert all(type(leaf) is nn.Parameter for leaf in copied.parameters())
+        assert not any(vars(leaf) for leaf in copied.parameters())
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_scorer_dies_with_its_last_reference(accumulator: str, double: Place) -> None:
+def test_a_scorer_is_freed_with_its_last_reference(accumulator: str, double: TensorFactory) -> None:
     with without_collector():
         before = tensors_alive()
-        specimen = build("plain_mlp", double)
-        scorer = gradhooks.MultiPose(specimen.model, "boltzmann", accumulator=accumulator)
-        of_both(scorer(specimen.make_poses(3))).backward()
-        del scorer, specimen
+        case = build("plain_mlp", double)
+        scorer = gradhooks.MultiPose(case.model, "boltzmann", accumulator=accumulator)
+        loss_on_both(scorer(case.make_poses(3))).backward()
+        del scorer, case
         assert tensors_alive() == before
+
+
+def _tensors_and_hooks_alive() -> tuple[int, int]:
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+    return len(tensors), sum(len(tensor._backward_hooks or ()) for tensor in tensors)
+
+
+@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+def test_five_hundred_groups_some_of_them_failing(accumulator: str) -> None:
+    model = small_mlp()
+
+    def sometimes(model: nn.Module, pose: Tensor) -> Tensor:
+        if pose[0] > 1.5:
+            raise RuntimeError("injected")
+        return model(pose)
+
+    scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator, call=sometimes)
+    dropped: list[Any] = []
+
+    def run(count: int) -> None:
+        for number in range(count):
+            try:
+                prediction = scorer(random_poses(3))
+            except RuntimeError:
+                continue
+            if number % 3:
+                prediction.combined.sum().backward()
+            dropped.append(weakref.ref(prediction.combined))
+
+    run(20)
+    _tensors_and_hooks_alive()  # frees what earlier tests left, which may take the collector several rounds
+    before = _tensors_and_hooks_alive()
+    gc.disable()  # what is freed while the collector is off is part of no reference cycle
+    try:
+        run(500)
+        assert not any(reference() is not None for reference in dropped)
+    finally:
+        gc.enable()
+    after = _tensors_and_hooks_alive()
+    assert (after[0] <= before[0], after[1]) == (True, before[1])

@@ -7,10 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from backward_cases import case_label
-from model_zoo import Place
+from model_zoo import TensorFactory
+from seeding import manual_seed
 from torch import Tensor, nn
-from training_reference import ACCUMULATORS, COMBINATIONS, Gradients, assert_same_gradients, gradients_of, of_both
+from training_reference import (
+    ACCUMULATORS,
+    COMBINATIONS,
+    Gradients,
+    assert_same_gradients,
+    case_label,
+    gradients_of,
+    loss_on_both,
+)
 
 import gradhooks
 from gradhooks.engine.memory_budget import ran_out_of_memory
@@ -63,19 +71,19 @@ def full_graph_gradients(model: nn.Module, poses: Any, combination: str = "boltz
     model = copy.deepcopy(model)
     model.limit = float("inf")
     model.zero_grad()
-    of_both(full_graph(model, list(poses), COMBINATIONS[combination]())).backward()
+    loss_on_both(full_graph(model, list(poses), COMBINATIONS[combination]())).backward()
     return gradients_of(dict(model.named_parameters()))
 
 
 def train(scorer: gradhooks.MultiPose, poses: Any) -> Gradients:
     scorer.model.zero_grad()
-    of_both(scorer(poses)).backward()
+    loss_on_both(scorer(poses)).backward()
     return gradients_of(dict(scorer.model.named_parameters()))
 
 
 @pytest.mark.parametrize("combination", ["mean", "boltzmann", "attention"])
 @pytest.mark.parametrize("where", ["forward", "graph", "backward"])
-def test_a_group_survives_running_out_of_memory(where: str, combination: str, double: Place) -> None:
+def test_a_group_survives_running_out_of_memory(where: str, combination: str, double: TensorFactory) -> None:
     model = LimitedMemory(4, where).to(double.device, double.dtype)
     poses = double.randn(COUNT, 4)
     expected = full_graph_gradients(model, poses, combination)
@@ -98,7 +106,7 @@ def collate_with_costs(poses: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
 
 
 @pytest.mark.parametrize("where", ["forward", "graph", "backward"])
-def test_running_out_of_memory_late_in_a_group(where: str, double: Place) -> None:
+def test_running_out_of_memory_late_in_a_group(where: str, double: TensorFactory) -> None:
     model = LimitedMemory(6.5, where).to(double.device, double.dtype)
     costs = torch.tensor([1.0] * 9 + [3.0] * 3).to(double.device)
     poses = list(zip(double.randn(12, 4), costs, strict=True))
@@ -119,13 +127,15 @@ def test_running_out_of_memory_late_in_a_group(where: str, double: Place) -> Non
 @pytest.mark.parametrize("inner", [lambda: nn.Dropout(0.5), lambda: nn.BatchNorm1d(6)], ids=["dropout", "batch norm"])
 @pytest.mark.parametrize("where", ["forward", "graph", "backward"])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_failed_attempt_leaves_no_trace_in_the_state(accumulator: str, where: str, inner: Any, double: Place) -> None:
+def test_a_failed_attempt_leaves_no_trace_in_the_state(
+    accumulator: str, where: str, inner: Any, double: TensorFactory
+) -> None:
     def state_after(size: Any, limit: int) -> tuple[Gradients, dict[str, Tensor], Tensor]:
-        torch.manual_seed(5)
+        manual_seed(5)
         model = LimitedMemory(limit, where, inner()).to(double.device, double.dtype)
         poses = double.randn(COUNT + 2, 4)
         scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator, chunk_size=size)
-        torch.manual_seed(6)
+        manual_seed(6)
         return train(scorer, poses), dict(model.named_buffers()), torch.get_rng_state()
 
     gradients, buffers, random_state = state_after("auto", limit=4)
@@ -135,7 +145,7 @@ def test_a_failed_attempt_leaves_no_trace_in_the_state(accumulator: str, where: 
     assert torch.equal(random_state, expected_random_state)
 
 
-def test_a_chunk_with_random_numbers_cannot_be_split_in_its_second_run(double: Place) -> None:
+def test_a_chunk_with_random_numbers_cannot_be_split_in_its_second_run(double: TensorFactory) -> None:
     """Memory is lost between forward and backward. The next group starts with smaller chunks."""
     model = LimitedMemory(99, "graph", nn.Dropout(0.5)).to(double.device, double.dtype)
     scorer = gradhooks.MultiPose(model, "boltzmann", accumulator="recompute", chunk_size="auto")
@@ -143,28 +153,28 @@ def test_a_chunk_with_random_numbers_cannot_be_split_in_its_second_run(double: P
     prediction = scorer(poses)
     model.limit = 4
     with pytest.raises(torch.OutOfMemoryError, match="simulated"):
-        of_both(prediction).backward()
+        loss_on_both(prediction).backward()
     model.chunk_sizes.clear()
     train(scorer, poses)
     assert max(model.chunk_sizes) == 4
 
 
 @pytest.mark.parametrize("where", ["graph", "backward"])
-def test_any_other_chunk_is_split_in_its_second_run(where: str, double: Place) -> None:
+def test_any_other_chunk_is_split_in_its_second_run(where: str, double: TensorFactory) -> None:
     model = LimitedMemory(99, where).to(double.device, double.dtype)
     scorer = gradhooks.MultiPose(model, "boltzmann", accumulator="recompute", chunk_size="auto")
     poses = double.randn(8, 4)
     expected = full_graph_gradients(model, poses)
     prediction = scorer(poses)
     model.limit = 4
-    of_both(prediction).backward()
+    loss_on_both(prediction).backward()
     assert_same_gradients(gradients_of(dict(model.named_parameters())), expected, tolerance=1e-10)
     assert (scorer.report.backwards, scorer.report.recomputed) == (8, 8)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_one_pose_that_does_not_fit_is_an_error(accumulator: str, where: str, double: Place) -> None:
+def test_one_pose_that_does_not_fit_is_an_error(accumulator: str, where: str, double: TensorFactory) -> None:
     model = LimitedMemory(0.5, where).to(double.device, double.dtype)
     scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator, chunk_size="auto")
     gc.collect()
@@ -178,14 +188,14 @@ def test_one_pose_that_does_not_fit_is_an_error(accumulator: str, where: str, do
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_fixed_size_is_not_reduced(accumulator: str, double: Place) -> None:
+def test_a_fixed_size_is_not_reduced(accumulator: str, double: TensorFactory) -> None:
     model = LimitedMemory(4).to(double.device, double.dtype)
     scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator, chunk_size=5)
     with pytest.raises(torch.OutOfMemoryError, match="simulated"):
         scorer(double.randn(COUNT, 4))
 
 
-def test_failures_leave_no_tensors_alive(double: Place) -> None:
+def test_failures_leave_no_tensors_alive(double: TensorFactory) -> None:
     model = LimitedMemory(4, "backward").to(double.device, double.dtype)
     poses = double.randn(COUNT, 4)
     gc.disable()
@@ -202,7 +212,7 @@ def test_failures_leave_no_tensors_alive(double: Place) -> None:
         gc.enable()
 
 
-def test_prediction_without_gradients_in_chunks_that_fit(double: Place) -> None:
+def test_prediction_without_gradients_in_chunks_that_fit(double: TensorFactory) -> None:
     model = LimitedMemory(4, inner=nn.BatchNorm1d(6)).to(double.device, double.dtype)
     scorer = gradhooks.MultiPose(model, chunk_size="auto")
     model.eval()

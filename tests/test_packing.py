@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_zoo import Place, mlp
+from model_zoo import TensorFactory, mlp
+from seeding import manual_seed
 from torch import Tensor, nn
 from training_reference import Gradients, assert_bit_equal, assert_same_gradients, gradients_of
 
@@ -41,7 +42,7 @@ def second_run(model: nn.Module, size: int, loss: Any, poses: Tensor) -> tuple[G
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(1, [1] * 6), (2, [2] * 3), (4, [4, 2]), (16, [6])])
-def test_significant_poses_are_packed(size: int, sizes: list[int], double: Place) -> None:
+def test_significant_poses_are_packed(size: int, sizes: list[int], double: TensorFactory) -> None:
     model = Counting().to(double.device, double.dtype)
     reference, poses = copy.deepcopy(model), double.randn(16, 4)
     loss_on_some(
@@ -52,7 +53,7 @@ def test_significant_poses_are_packed(size: int, sizes: list[int], double: Place
     assert_same_gradients(result, gradients_of(dict(reference.named_parameters())))
 
 
-def test_if_all_poses_are_significant_the_chunks_and_every_bit_stay(single: Place) -> None:
+def test_if_all_poses_are_significant_the_chunks_and_every_bit_stay(single: TensorFactory) -> None:
     model = Counting().to(single.device, single.dtype)
     reference, poses = copy.deepcopy(model), single.randn(10, 4)
     predictions = torch.cat([reference(poses[start : start + 4]) for start in (0, 4, 8)])
@@ -75,22 +76,22 @@ class BatchScaled(nn.Module):
     ids=["batch norm", "dropout", "scaled by the batch"],
 )
 @pytest.mark.parametrize("size", [4, 2])
-def test_chunks_whose_poses_depend_on_each_other_are_not_packed(size: int, inner: Any, double: Place) -> None:
-    torch.manual_seed(1)
+def test_chunks_whose_poses_depend_on_each_other_are_not_packed(size: int, inner: Any, double: TensorFactory) -> None:
+    manual_seed(1)
     model = Counting(inner()).to(double.device, double.dtype)
     reference, poses = copy.deepcopy(model), double.randn(16, 4)
-    torch.manual_seed(2)
+    manual_seed(2)
     rows = [reference(poses[start : start + size]) for start in range(0, 16, size)]
     torch.cat(rows)[[1, 5, 6, 11, 14, 15]].square().sum().backward()
     for _ in range(2):
-        torch.manual_seed(2)
+        manual_seed(2)
         model.zero_grad()
         result, second_sizes = second_run(model, size, loss_on_some, poses)
         assert_same_gradients(result, gradients_of(dict(reference.named_parameters())))
     assert second_sizes[-1] == size
 
 
-def test_dependence_on_the_chunk_is_detected_once(double: Place) -> None:
+def test_dependence_on_the_chunk_is_detected_once(double: TensorFactory) -> None:
     model = Counting(BatchScaled()).to(double.device, double.dtype)
     scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", chunk_size=4)
     poses = double.randn(16, 4)
@@ -104,7 +105,7 @@ def test_dependence_on_the_chunk_is_detected_once(double: Place) -> None:
     assert runs == [[4, 2, 4, 4, 4, 4], [4, 4, 4, 4], [4, 4, 4, 4]]
 
 
-def test_an_error_names_the_index_of_a_packed_pose(double: Place) -> None:
+def test_an_error_names_the_index_of_a_packed_pose(double: TensorFactory) -> None:
     model = Counting().to(double.device, double.dtype)
     scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", chunk_size=2)
     prediction = scorer(double.randn(16, 4))
@@ -115,7 +116,7 @@ def test_an_error_names_the_index_of_a_packed_pose(double: Place) -> None:
         assert "this was pose 14 of a group of 16" in caught.value.__notes__[0]
 
 
-def test_a_leaf_reached_only_by_skipped_poses_gets_zeros(double: Place) -> None:
+def test_a_leaf_reached_only_by_skipped_poses_gets_zeros(double: TensorFactory) -> None:
     class Branched(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Memory does not grow with the number of poses, and is that of one plain training step."""
+"""Peak memory does not grow with the number of poses, and is that of one plain training step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from gradhooks.testing import full_graph
 
 
 class Tokens(nn.Module):
-    """A transformer whose attention and hidden layer outweigh its parameters."""
+    """A transformer whose graph takes more memory than its parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Tokens(nn.Module):
 
 
 class Rows(nn.Module):
-    """Scores many atoms and adds them up."""
+    """Scores many atoms and averages them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,19 +37,19 @@ class Rows(nn.Module):
         return self.net(atoms).mean(0)
 
 
-# Each with the shape of its poses.
-GRAPH_OUTWEIGHS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+# Builder of the model, shape of a pose.
+LARGE_GRAPH: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "atoms": (Rows, (512, 8)),
     "tokens": (Tokens, (96, 16)),
     "image": (lambda: ConvNet(nn.BatchNorm2d), (2, 48, 48)),
 }
-PARAMETERS_OUTWEIGH: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+LARGE_PARAMETERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "wide": (lambda: mlp(64, 256, 256, 1), (64,))
 }
-MODELS = {**GRAPH_OUTWEIGHS, **PARAMETERS_OUTWEIGH}
+MODELS = {**LARGE_GRAPH, **LARGE_PARAMETERS}
 
 
-def made(name: str, count: int) -> tuple[nn.Module, list[Tensor]]:
+def make_model_and_poses(name: str, count: int) -> tuple[nn.Module, list[Tensor]]:
     make, shape = MODELS[name]
     return make(), [torch.randn(shape) for _ in range(count)]
 
@@ -65,32 +65,32 @@ def peak(step: Callable[[], Tensor]) -> int:
 
 
 def peak_of_group(name: str, count: int, combination: Any, accumulator: str) -> int:
-    model, poses = made(name, count)
+    model, poses = make_model_and_poses(name, count)
     scorer = gradhooks.MultiPose(model, combination, accumulator=accumulator)
     return peak(lambda: scorer(poses).combined)
 
 
 def peak_of_one_step(name: str) -> int:
-    """Of a plain step in a loop over poses: its gradients join those of the pose before."""
-    model, (first, second) = made(name, 2)
+    """Measure a plain step of a loop over poses, in which the gradients of the pose before exist already."""
+    model, (first, second) = make_model_and_poses(name, 2)
     model(first).sum().backward()
     return parameter_bytes(model) + peak(lambda: model(second))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_outweighs_what(name: str) -> None:
-    model, (pose,) = made(name, 1)
+def test_sizes_of_graphs_and_parameters(name: str) -> None:
+    model, (pose,) = make_model_and_poses(name, 1)
     with PeakMemory() as memory:
         kept = model(pose)
     assert kept.requires_grad
-    assert (memory.peak > 5 * parameter_bytes(model)) == (name in GRAPH_OUTWEIGHS)
+    assert (memory.peak > 5 * parameter_bytes(model)) == (name in LARGE_GRAPH)
 
 
 @pytest.mark.parametrize("accumulator", ["stream", "recompute"])
 @pytest.mark.parametrize("combination", ["mean", gradhooks.combinations.Min(scale=1.0), "boltzmann"], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_peak_does_not_grow_with_the_poses(name: str, combination: Any, accumulator: str) -> None:
-    # All poses matter: of few poses, a sharp combination might leave one.
+    # All poses are significant. A sharp combination might skip all but one of few poses.
     few, many = (peak_of_group(name, count, combination, accumulator) for count in (4, 64))
     assert many == pytest.approx(few, rel=0.02)
 
@@ -104,29 +104,29 @@ def test_the_peak_is_that_of_one_plain_step(name: str, combination: str, accumul
 
 @pytest.mark.parametrize("name", MODELS)
 def test_two_sums_cost_one_more_copy_of_the_gradients(name: str) -> None:
-    another_copy = parameter_bytes(made(name, 1)[0])
+    another_copy = parameter_bytes(make_model_and_poses(name, 1)[0])
     assert peak_of_group(name, 8, "boltzmann", "stream") <= 1.03 * (peak_of_one_step(name) + another_copy)
     assert peak_of_group(name, 8, "boltzmann", "recompute") <= 1.03 * peak_of_one_step(name)
 
 
 @pytest.mark.parametrize("accumulator", ["stream", "recompute"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_loss_on_each_pose_is_flat_too(name: str, accumulator: str) -> None:
-    model, poses = made(name, 16)
+def test_the_peak_with_a_loss_on_each_pose(name: str, accumulator: str) -> None:
+    model, poses = make_model_and_poses(name, 16)
     scorer = gradhooks.MultiPose(model, "mean", accumulator=accumulator)
 
     def step() -> Tensor:
         combined, predictions = scorer(poses)
         return combined.square() + predictions.square().mean()
 
-    # A stream recomputes what the loss reads beside the combination, with its sum still there.
+    # A stream recomputes the poses that the loss reads directly while its sum still exists.
     sums = parameter_bytes(model) if accumulator == "stream" else 0
     assert peak(step) <= 1.03 * (peak_of_one_step(name) + sums)
 
 
 @pytest.mark.parametrize("combination", ["mean", "boltzmann"])
 @pytest.mark.parametrize("accumulator", ["stream", "recompute"])
-def test_an_input_that_all_poses_share_has_one_gradient(accumulator: str, combination: str) -> None:
+def test_a_shared_input_has_one_gradient(accumulator: str, combination: str) -> None:
     def peak_of(count: int) -> int:
         scorer = gradhooks.MultiPose(
             mlp(8, 1), combination, accumulator=accumulator, call=lambda model, pose: model(pose[0]).mean(0) + pose[1]
@@ -138,20 +138,20 @@ def test_an_input_that_all_poses_share_has_one_gradient(accumulator: str, combin
     assert peak_of(32) == pytest.approx(peak_of(4), rel=0.02)
 
 
-@pytest.mark.parametrize("name", GRAPH_OUTWEIGHS)
-def test_the_meter_sees_what_grows(name: str) -> None:
-    model, poses = made(name, 8)
+@pytest.mark.parametrize("name", LARGE_GRAPH)
+def test_the_meter_measures_that_the_full_graph_grows(name: str) -> None:
+    model, poses = make_model_and_poses(name, 8)
     full = peak(lambda: full_graph(model, poses, gradhooks.combinations.Mean()).combined)
     assert full > 4 * peak_of_group(name, 8, "mean", "stream")
 
 
-def test_storing_grows_by_the_gradients() -> None:
+def test_store_grows_by_the_gradients_of_each_pose() -> None:
     few, many = (peak_of_group("wide", count, "mean", "store") for count in (4, 8))
-    assert many - few == pytest.approx(4 * parameter_bytes(made("wide", 1)[0]), rel=0.02)
+    assert many - few == pytest.approx(4 * parameter_bytes(make_model_and_poses("wide", 1)[0]), rel=0.02)
 
 
 @pytest.mark.parametrize("accumulator", ["stream", "recompute"])
-def test_larger_chunks_cost_what_they_hold(accumulator: str) -> None:
+def test_the_peak_grows_with_the_chunk_size(accumulator: str) -> None:
     make, shape = MODELS["atoms"]
     model, poses = make(), torch.randn(16, *shape)
 

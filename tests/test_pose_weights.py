@@ -8,9 +8,9 @@ import torch
 from built_in_combinations import BUILT_IN, INDEPENDENT_OF_COUNT, close, every_combination, predictions_of_a_group
 from hypothesis import given
 from hypothesis import strategies as st
-from model_zoo import Place, build, mlp
+from model_zoo import TensorFactory, build, mlp
 from torch import Tensor
-from training_reference import ACCUMULATORS, assert_same_gradients, gradients_of, of_both
+from training_reference import ACCUMULATORS, assert_same_gradients, gradients_of, loss_on_both
 
 from gradhooks import Combination, MultiPose, MultiPosePrediction
 from gradhooks.combinations import Boltzmann, Max, Mean, Min
@@ -55,20 +55,20 @@ BAD_WEIGHTS = {
 
 @pytest.mark.parametrize("kind", BAD_WEIGHTS)
 @every_combination
-def test_bad_weights(name: str, kind: str, double: Place) -> None:
+def test_bad_weights(name: str, kind: str, double: TensorFactory) -> None:
     weights, message = BAD_WEIGHTS[kind]
     with pytest.raises(CombinationError, match=f"^weights .*{message}"):
         BUILT_IN[name]()(double.randn(3), weights=weights)
-    specimen = build("plain_mlp", double)
+    case = build("plain_mlp", double)
     for accumulator in ACCUMULATORS:
-        scorer = MultiPose(specimen.model, BUILT_IN[name](), accumulator=accumulator)
+        scorer = MultiPose(case.model, BUILT_IN[name](), accumulator=accumulator)
         with pytest.raises(CombinationError, match=r"^weights must (have shape|not be negative)"):
-            scorer(specimen.make_poses(3), weights=weights)
+            scorer(case.make_poses(3), weights=weights)
 
 
 @pytest.mark.parametrize("kind", ["mask", "numbers", "learnable"])
 @every_combination
-def test_weights_in_a_group(name: str, kind: str, double: Place) -> None:
+def test_weights_in_a_group(name: str, kind: str, double: TensorFactory) -> None:
     def trained(accumulator: str | None) -> Any:
         torch.manual_seed(7)
         model, combination = mlp(4, 6, 1).to(double.device, double.dtype), BUILT_IN[name]().to(double.device)
@@ -83,7 +83,7 @@ def test_weights_in_a_group(name: str, kind: str, double: Place) -> None:
             prediction = MultiPosePrediction(combination(per_pose, weights=weights), per_pose)
         else:
             prediction = MultiPose(model, combination, accumulator=accumulator, chunk_size=2)(poses, weights=weights)
-        of_both(prediction).backward()
+        loss_on_both(prediction).backward()
         leaves = {**dict(model.named_parameters()), **dict(combination.named_parameters())}
         return gradients_of({**leaves, "weights": weights} if kind == "learnable" else leaves)
 
@@ -103,10 +103,10 @@ def test_weights_that_are_all_zero(combination: Combination) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, -3.0, 2.0**16])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_gradient_of_a_learnable_temperature(accumulator: str, scale: float, double: Place) -> None:
-    specimen = build("plain_mlp", double)
+def test_gradient_of_a_learnable_temperature(accumulator: str, scale: float, double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
     combination = Boltzmann(0.9, learnable=True).to(double.device, double.dtype)
-    combined, predictions = MultiPose(specimen.model, combination, accumulator=accumulator)(specimen.make_poses(6))
+    combined, predictions = MultiPose(case.model, combination, accumulator=accumulator)(case.make_poses(6))
     (scale * combined.sum()).backward()
     # With h = sum w_i y_i and w_i ~ exp(-y_i/T): dh/dT = (<y^2> - h^2) / T^2, and dT/d ln T = T.
     weights = torch.softmax(-predictions.detach() / combination.temperature.detach(), 0)
@@ -115,14 +115,14 @@ def test_gradient_of_a_learnable_temperature(accumulator: str, scale: float, dou
     close(combination.log_temperature.grad, scale * variance / combination.temperature.detach(), 1e-9)
 
 
-def test_learnable_temperature_stays_positive(double: Place) -> None:
-    specimen = build("plain_mlp", double)
+def test_learnable_temperature_stays_positive(double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
     combination = Boltzmann(0.5, learnable=True)
-    scorer = MultiPose(specimen.model, combination)
+    scorer = MultiPose(case.model, combination)
     optimizer = torch.optim.SGD(combination.parameters(), lr=1e3)
     before = combination.temperature.item()
     for _ in range(3):
-        scorer(specimen.make_poses(5)).combined.sum().backward()
+        scorer(case.make_poses(5)).combined.sum().backward()
         optimizer.step()
     assert 0 < combination.temperature.item() != before
     assert repr(Boltzmann(0.5, learnable=True)) == "Boltzmann(temperature=0.5, learnable=True)"

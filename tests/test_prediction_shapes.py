@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from backward_cases import FIRST_GROUP_ACCUMULATORS, case_label
-from model_state import untouched
-from model_zoo import Place, Specimen, mlp
+from model_state import unchanged
+from model_zoo import ModelCase, TensorFactory, mlp
+from seeding import manual_seed
 from torch import Tensor, nn
 from training_reference import (
     ACCUMULATORS,
     COMBINATIONS,
+    CONCRETE_ACCUMULATORS,
     assert_same_gradients,
-    of_both,
-    train_by_full_graph,
-    train_by_group,
+    case_label,
+    loss_on_both,
+    train_full_graph,
+    train_multi_pose,
 )
 
 from gradhooks import MultiPose
@@ -44,24 +46,24 @@ class Shaping(nn.Module):
         return self.shape(self.net(pose))
 
 
-def shaping_case(place: Place, shape: Callable[[Tensor], Any]) -> Specimen:
-    torch.manual_seed(7)
-    model = Shaping(shape).to(place.device, place.dtype)
-    poses = place.randn(COUNT, 4)
-    return Specimen(model, lambda count: list(poses[:count]))
+def shaping_case(factory: TensorFactory, shape: Callable[[Tensor], Any]) -> ModelCase:
+    manual_seed(7)
+    model = Shaping(shape).to(factory.device, factory.dtype)
+    poses = factory.randn(COUNT, 4)
+    return ModelCase(model, lambda count: list(poses[:count]))
 
 
 @pytest.mark.parametrize("combination", ["mean", "boltzmann learnable"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_shape(shape: str, combination: str, double: Place) -> None:
+def test_every_shape(shape: str, combination: str, double: TensorFactory) -> None:
     expected_shape, change = SHAPES[shape]
     make_combination = COMBINATIONS[combination]
-    expected = train_by_full_graph(shaping_case(double, change), make_combination, of_both, COUNT)
+    expected = train_full_graph(shaping_case(double, change), make_combination, loss_on_both, COUNT)
     options: dict[str, Any]
-    for accumulator in FIRST_GROUP_ACCUMULATORS:
+    for accumulator in CONCRETE_ACCUMULATORS:
         for options in ({}, {"chunk_size": 2, "collate": torch.stack}):
             case = shaping_case(double, change)
-            result = train_by_group(case, make_combination, of_both, COUNT, accumulator, **options)
+            result = train_multi_pose(case, make_combination, loss_on_both, COUNT, accumulator, **options)
             combined, per_pose = result.prediction
             assert (combined.shape, per_pose.shape) == (expected_shape, (COUNT, *expected_shape))
             with case_label(accumulator, options):
@@ -93,29 +95,29 @@ OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_the_error_describes_the_output(output: str, accumulator: str, double: Place) -> None:
+def test_the_error_describes_the_output(output: str, accumulator: str, double: TensorFactory) -> None:
     answer, message = OUTPUTS[output]
-    specimen = shaping_case(double, answer)
-    with untouched(specimen.model), pytest.raises(PredictionError, match=rf"pose 0: .* {message}, .*call="):
-        MultiPose(specimen.model, accumulator=accumulator)(specimen.make_poses(2))
+    case = shaping_case(double, answer)
+    with unchanged(case.model), pytest.raises(PredictionError, match=rf"pose 0: .* {message}, .*call="):
+        MultiPose(case.model, accumulator=accumulator)(case.make_poses(2))
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_call_chooses_the_prediction(accumulator: str, double: Place) -> None:
-    specimen = shaping_case(double, OUTPUTS["model output"][0])
-    specimen.call = lambda model, pose: model(pose).logits
-    result = train_by_group(specimen, COMBINATIONS["boltzmann"], of_both, COUNT, accumulator)
-    expected = train_by_full_graph(shaping_case(double, lambda y: y), COMBINATIONS["boltzmann"], of_both, COUNT)
+def test_call_chooses_the_prediction(accumulator: str, double: TensorFactory) -> None:
+    case = shaping_case(double, OUTPUTS["model output"][0])
+    case.call = lambda model, pose: model(pose).logits
+    result = train_multi_pose(case, COMBINATIONS["boltzmann"], loss_on_both, COUNT, accumulator)
+    expected = train_full_graph(shaping_case(double, lambda y: y), COMBINATIONS["boltzmann"], loss_on_both, COUNT)
     assert_same_gradients(result.gradients, expected.gradients)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_later_pose_of_another_shape(accumulator: str, chunk_size: int, double: Place) -> None:
+def test_a_later_pose_of_another_shape(accumulator: str, chunk_size: int, double: TensorFactory) -> None:
     model = Shaping(lambda y: y if y.sum() > -1e6 else y[..., :2]).to(double.device, double.dtype)
     poses = double.randn(4, 4)
     poses[2:] = -1e9
     model.net = nn.Linear(4, 3).to(double.device, double.dtype)
     nn.init.ones_(model.net.weight)
-    with untouched(model), pytest.raises(PredictionError, match=r"pose 2: .* shape \(2,\), that of pose 0 \(3,\)"):
+    with unchanged(model), pytest.raises(PredictionError, match=r"pose 2: .* shape \(2,\), that of pose 0 \(3,\)"):
         MultiPose(model, accumulator=accumulator, chunk_size=chunk_size)(poses)

@@ -1,32 +1,32 @@
-"""Where a combination is sharp, poses that do not matter cost no backward."""
+"""Poses with a negligible coefficient get no backward, and the report counts them."""
 
 from typing import Any
 
 import pytest
 import torch
-from model_zoo import Place, Specimen, mlp
-from model_zoo.shared_tensors import branched_by_negligible_poses
+from model_zoo import ModelCase, TensorFactory, mlp
+from seeding import manual_seed
 from torch import Tensor, nn
 from training_reference import (
     COMBINATIONS,
     assert_bit_equal,
     assert_same_gradients,
+    case_label,
     gradients_of,
-    leaves_of,
-    of_combined,
-    train_by_full_graph,
+    loss_on_combined,
+    train_full_graph,
+    trained_leaves,
 )
 
 import gradhooks
-from gradhooks.engine.unused_parameters import UNUSED_AFTER
 
 POSES = 100
 MOST_BACKWARDS = 15
-ORDERS = ["random", "every pose a record", "best first"]
+ORDERS = ["random", "best last", "best first"]
 
 
 class Shifted(nn.Module):
-    """Predicts about the number it is given."""
+    """Predicts approximately the height that is given with the pose."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,125 +36,130 @@ class Shifted(nn.Module):
         return 0.1 * self.net(features) + height
 
 
-def spread(place: Place, seed: int, order: str = "random", extent: float = 1.0) -> Specimen:
-    """A hundred poses whose predictions under a minimum are spread over more than `extent`."""
-    torch.manual_seed(seed)
-    model = Shifted().to(place.device, place.dtype)
-    features, heights = place.randn(POSES, 4), extent * place.randn(POSES)
+def spread_predictions(factory: TensorFactory, seed: int, order: str = "random", extent: float = 1.0) -> ModelCase:
+    """Build a case of a hundred poses whose predictions have a standard deviation of about `extent`."""
+    manual_seed(seed)
+    model = Shifted().to(factory.device, factory.dtype)
+    features, heights = factory.randn(POSES, 4), extent * factory.randn(POSES)
     if order != "random":
         with torch.no_grad():
-            places = model(features, heights.unsqueeze(1)).squeeze(1).argsort(descending=order != "best first")
-        features, heights = features[places], heights[places]
+            ranks = model(features, heights.unsqueeze(1)).squeeze(1).argsort(descending=order != "best first")
+        features, heights = features[ranks], heights[ranks]
     poses = list(zip(features, heights, strict=True))
-    return Specimen(model, lambda count: poses[:count])
+    return ModelCase(model, lambda count: poses[:count])
 
 
-def trained(specimen: Specimen, scorer: gradhooks.MultiPose, loss: Any = of_combined) -> dict[str, Tensor | None]:
-    for leaf in leaves_of(specimen, None).values():
+def trained(case: ModelCase, scorer: gradhooks.MultiPose, loss: Any = loss_on_combined) -> dict[str, Tensor | None]:
+    for leaf in trained_leaves(case, None).values():
         leaf.grad = None
-    loss(scorer(specimen.make_poses(POSES))).backward()
-    return gradients_of(leaves_of(specimen, None))
+    loss(scorer(case.make_poses(POSES))).backward()
+    return gradients_of(trained_leaves(case, None))
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("combination", ["min", "max"])
-@pytest.mark.parametrize("accumulator", ["auto", "recompute"])
 @pytest.mark.parametrize("seed", range(3))
-def test_few_poses_get_a_backward(seed: int, accumulator: str, combination: str, order: str, double: Place) -> None:
-    specimen = spread(double, seed, order)
-    scorer = gradhooks.MultiPose(specimen.model, combination, accumulator=accumulator)
-    found = trained(specimen, scorer)
-    expected = train_by_full_graph(spread(double, seed, order), COMBINATIONS[combination], of_combined, POSES)
-    assert_same_gradients(found, expected.gradients, tolerance=1e-10)
-    assert 1 <= scorer.report.backwards <= MOST_BACKWARDS
-    assert scorer.report.skipped == POSES - scorer.report.backwards
+def test_few_poses_get_a_backward(seed: int, combination: str, order: str, double: TensorFactory) -> None:
+    case = spread_predictions(double, seed, order)
+    expected = train_full_graph(
+        spread_predictions(double, seed, order), COMBINATIONS[combination], loss_on_combined, POSES
+    )
+    for accumulator in ("auto", "recompute"):
+        with case_label(accumulator):
+            scorer = gradhooks.MultiPose(case.model, combination, accumulator=accumulator)
+            assert_same_gradients(trained(case, scorer), expected.gradients, tolerance=1e-10)
+            assert 1 <= scorer.report.backwards <= MOST_BACKWARDS
+            assert scorer.report.skipped == POSES - scorer.report.backwards
+            assert scorer.report.accumulator == "recompute"
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_few_poses_get_a_backward_by_stream_in_random_order(seed: int, double: Place) -> None:
-    specimen = spread(double, seed)
-    scorer = gradhooks.MultiPose(specimen.model, "min", accumulator="stream")
-    found = trained(specimen, scorer)
-    expected = train_by_full_graph(spread(double, seed), COMBINATIONS["min"], of_combined, POSES)
-    assert_same_gradients(found, expected.gradients, tolerance=1e-10)
+def test_few_poses_get_a_backward_by_stream_in_random_order(seed: int, double: TensorFactory) -> None:
+    case = spread_predictions(double, seed)
+    scorer = gradhooks.MultiPose(case.model, "min", accumulator="stream")
+    result = trained(case, scorer)
+    expected = train_full_graph(spread_predictions(double, seed), COMBINATIONS["min"], loss_on_combined, POSES)
+    assert_same_gradients(result, expected.gradients, tolerance=1e-10)
     assert 1 <= scorer.report.backwards <= MOST_BACKWARDS
     assert (scorer.report.recomputed, scorer.report.skipped) == (0, POSES - scorer.report.backwards)
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_stream_is_exact_in_every_order(order: str, double: Place) -> None:
-    specimen = spread(double, 1, order)
-    found = trained(specimen, gradhooks.MultiPose(specimen.model, "min", accumulator="stream"))
-    expected = train_by_full_graph(spread(double, 1, order), COMBINATIONS["min"], of_combined, POSES)
-    assert_same_gradients(found, expected.gradients, tolerance=1e-10)
+def test_a_stream_is_exact_in_every_order(order: str, double: TensorFactory) -> None:
+    case = spread_predictions(double, 1, order)
+    result = trained(case, gradhooks.MultiPose(case.model, "min", accumulator="stream"))
+    expected = train_full_graph(spread_predictions(double, 1, order), COMBINATIONS["min"], loss_on_combined, POSES)
+    assert_same_gradients(result, expected.gradients, tolerance=1e-10)
 
 
-def test_auto_stays_cheap_group_after_group(double: Place) -> None:
+def test_auto_needs_few_backwards_in_every_group(double: TensorFactory) -> None:
     scorer = gradhooks.MultiPose(Shifted().to(double.device, double.dtype), "min")
     for seed in range(4):
         for order in ORDERS[::-1]:
-            of_combined(scorer(spread(double, seed, order).make_poses(POSES))).backward()
+            loss_on_combined(scorer(spread_predictions(double, seed, order).make_poses(POSES))).backward()
             assert scorer.report.backwards <= MOST_BACKWARDS, (seed, order, scorer.report)
 
 
-def test_where_all_poses_matter_none_is_skipped(double: Place) -> None:
-    specimen = spread(double, 0, extent=1e-3)
+def test_no_pose_is_skipped_if_all_are_significant(double: TensorFactory) -> None:
+    case = spread_predictions(double, 0, extent=1e-3)
     for accumulator in ("stream", "recompute", "auto"):
-        scorer = gradhooks.MultiPose(specimen.model, gradhooks.combinations.Min(scale=1.0), accumulator=accumulator)
-        trained(specimen, scorer)
+        scorer = gradhooks.MultiPose(case.model, gradhooks.combinations.Min(scale=1.0), accumulator=accumulator)
+        trained(case, scorer)
         assert (scorer.report.backwards, scorer.report.skipped) == (POSES, 0)
 
 
 @pytest.mark.parametrize("accumulator", ["stream", "recompute"])
-def test_a_tolerance_of_zero_skips_exact_zeros_alone(accumulator: str, double: Place) -> None:
-    specimen = spread(double, 2, "best first")
-    scorer = gradhooks.MultiPose(specimen.model, "min", accumulator=accumulator, tolerance=0.0)
-    prediction = scorer(specimen.make_poses(POSES))
-    of_combined(prediction).backward()
-    # Rounded differently, a denormal number may be another's zero.
+def test_a_tolerance_of_zero_skips_exact_zeros_only(accumulator: str, double: TensorFactory) -> None:
+    case = spread_predictions(double, 2, "best first")
+    scorer = gradhooks.MultiPose(case.model, "min", accumulator=accumulator, tolerance=0.0)
+    prediction = scorer(case.make_poses(POSES))
+    loss_on_combined(prediction).backward()
+    # A coefficient that is denormal here may be rounded to zero there.
     nonzero = prediction.coefficients().abs() > 0
     normal = prediction.coefficients().abs() > 1e-290
     assert normal.sum() <= scorer.report.backwards <= nonzero.sum() + 1
-    assert POSES > scorer.report.backwards > trained_by_default(specimen)
+    assert POSES > scorer.report.backwards > backwards_by_default(case)
     assert scorer.report.skipped == POSES - scorer.report.backwards
 
 
-def trained_by_default(specimen: Specimen) -> int:
-    """How many backwards the default tolerance leaves."""
-    scorer = gradhooks.MultiPose(specimen.model, "min", accumulator="recompute")
-    trained(specimen, scorer)
+def backwards_by_default(case: ModelCase) -> int:
+    """Return the number of backwards with the default tolerance."""
+    scorer = gradhooks.MultiPose(case.model, "min", accumulator="recompute")
+    trained(case, scorer)
     return scorer.report.backwards
 
 
-def test_recompute_without_tolerance_agrees_to_the_last_bit(single: Place) -> None:
-    specimen = spread(single, 3)
-    found = trained(specimen, gradhooks.MultiPose(specimen.model, "min", accumulator="recompute", tolerance=0.0))
-    expected = train_by_full_graph(spread(single, 3), COMBINATIONS["min"], of_combined, POSES)
-    assert_bit_equal(found, expected.gradients)
+def test_recompute_with_a_tolerance_of_zero_is_bit_equal(single: TensorFactory) -> None:
+    case = spread_predictions(single, 3)
+    result = trained(case, gradhooks.MultiPose(case.model, "min", accumulator="recompute", tolerance=0.0))
+    expected = train_full_graph(spread_predictions(single, 3), COMBINATIONS["min"], loss_on_combined, POSES)
+    assert_bit_equal(result, expected.gradients)
 
 
 @pytest.mark.parametrize("accumulator", ["stream", "recompute"])
-def test_a_coarse_tolerance_skips_more_and_errs_by_no_more(accumulator: str, double: Place) -> None:
-    specimen = spread(double, 4, extent=0.01)
+def test_a_larger_tolerance_skips_more_poses_within_its_error(accumulator: str, double: TensorFactory) -> None:
+    case = spread_predictions(double, 4, extent=0.01)
     backwards = []
-    expected = train_by_full_graph(spread(double, 4, extent=0.01), COMBINATIONS["min"], of_combined, POSES).gradients
+    reference = spread_predictions(double, 4, extent=0.01)
+    expected = train_full_graph(reference, COMBINATIONS["min"], loss_on_combined, POSES).gradients
     for tolerance in (0.0, 1e-6, 1e-2):
-        scorer = gradhooks.MultiPose(specimen.model, "min", accumulator=accumulator, tolerance=tolerance)
-        found = trained(specimen, scorer)
+        scorer = gradhooks.MultiPose(case.model, "min", accumulator=accumulator, tolerance=tolerance)
+        result = trained(case, scorer)
         backwards.append(scorer.report.backwards)
-        assert_same_gradients(found, expected, tolerance=max(1e-12, 3 * POSES * tolerance))
+        assert_same_gradients(result, expected, tolerance=max(1e-12, 3 * POSES * tolerance))
     assert backwards[0] > backwards[1] > backwards[2] >= 1
 
 
-# -- what the report says -------------------------------------------------------------------------------------------
+# -- the report -------------------------------------------------------------------------------------------
 
 
-def reported(accumulator: str, loss: Any, place: Place, combination: str = "min") -> gradhooks.Report:
-    specimen = spread(place, 5)
-    scorer = gradhooks.MultiPose(specimen.model, combination, accumulator=accumulator)
-    trained(specimen, scorer, loss)
+def reported(accumulator: str, loss: Any, factory: TensorFactory, combination: str = "min") -> gradhooks.Report:
+    case = spread_predictions(factory, 5)
+    scorer = gradhooks.MultiPose(case.model, combination, accumulator=accumulator)
+    trained(case, scorer, loss)
     assert scorer.report.poses == POSES
-    assert scorer.report.retained == 0
+    assert scorer.report.graphs_kept == 0
+    assert scorer.report.chunks == POSES
     return scorer.report
 
 
@@ -162,8 +167,8 @@ def of_ten_poses(prediction: gradhooks.MultiPosePrediction) -> Tensor:
     return prediction.per_pose[::10].square().sum()
 
 
-def test_the_report_of_a_recomputed_group(double: Place) -> None:
-    report = reported("recompute", of_combined, double)
+def test_the_report_of_a_recomputed_group(double: TensorFactory) -> None:
+    report = reported("recompute", loss_on_combined, double)
     assert report.backwards == report.recomputed
     assert report.backwards + report.skipped == POSES
     report = reported("recompute", of_ten_poses, double)
@@ -171,8 +176,8 @@ def test_the_report_of_a_recomputed_group(double: Place) -> None:
     assert report.accumulator == "recompute"
 
 
-def test_the_report_of_a_streamed_group(double: Place) -> None:
-    report = reported("stream", of_combined, double)
+def test_the_report_of_a_streamed_group(double: TensorFactory) -> None:
+    report = reported("stream", loss_on_combined, double)
     assert report.recomputed == 0
     assert report.backwards + report.skipped == POSES
     streamed = report.backwards
@@ -182,71 +187,28 @@ def test_the_report_of_a_streamed_group(double: Place) -> None:
     assert report.accumulator == "stream"
 
 
-def test_the_report_of_a_stored_group(double: Place) -> None:
-    for loss in (of_combined, of_ten_poses):
+def test_the_report_of_a_stored_group(double: TensorFactory) -> None:
+    for loss in (loss_on_combined, of_ten_poses):
         report = reported("store", loss, double)
         assert (report.backwards, report.recomputed, report.skipped) == (POSES, 0, 0)
         assert report.accumulator == "store"
 
 
-def test_the_report_of_auto_says_who_did_it_and_why(double: Place) -> None:
-    report = reported("auto", of_combined, double)
+def test_the_report_of_auto_names_the_accumulator_and_the_reason(double: TensorFactory) -> None:
+    report = reported("auto", loss_on_combined, double)
     assert report.accumulator == "recompute"
-    assert report.reason == "nothing is known yet of how many poses matter"
-    report = reported("auto", of_combined, double, combination="mean")
+    assert report.reason == "no earlier group shows how many poses matter"
+    report = reported("auto", loss_on_combined, double, combination="mean")
     assert report.accumulator == "stream"
-    assert report.reason == "every pose weighs the same"
+    assert report.reason == "all poses have the same weight"
 
 
-def test_the_report_before_the_backward(double: Place) -> None:
-    specimen = spread(double, 5)
-    scorer = gradhooks.MultiPose(specimen.model, "min", accumulator="recompute")
+def test_the_report_before_the_backward(double: TensorFactory) -> None:
+    case = spread_predictions(double, 5)
+    scorer = gradhooks.MultiPose(case.model, "min", accumulator="recompute")
     assert scorer.report == gradhooks.Report()
-    scorer(specimen.make_poses(POSES))
+    scorer(case.make_poses(POSES))
     assert (scorer.report.poses, scorer.report.backwards, scorer.report.skipped) == (POSES, 0, 0)
     with torch.no_grad():
-        scorer(specimen.make_poses(7))
+        scorer(case.make_poses(7))
     assert (scorer.report.poses, scorer.report.backwards) == (7, 0)
-
-
-# -- parameters of poses that do not matter -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("accumulator", ["store", "stream", "recompute", "auto"])
-@pytest.mark.parametrize("special", [(0,), (4,), (2, 5), (0, 7)], ids=str)
-def test_a_parameter_of_poses_that_do_not_matter_gets_zeros(
-    special: tuple[int, ...], accumulator: str, double: Place
-) -> None:
-    specimen = branched_by_negligible_poses(double, special=special, offset=9.0)
-    specimen.model.to(double.device, double.dtype)
-    of_combined(gradhooks.MultiPose(specimen.model, "min", accumulator=accumulator)(specimen.make_poses(8))).backward()
-    gradients = gradients_of(leaves_of(specimen, None))
-    for name in ("special.0.weight", "special.0.bias", "special.2.weight", "special.2.bias"):
-        gradient = gradients[f"model {name}"]
-        assert gradient is not None
-        assert not gradient.any()
-    assert gradients["model unused.weight"] is None
-    usual = gradients["model usual.weight"]
-    assert usual is not None
-    assert usual.any()
-
-
-def test_an_unused_parameter_is_not_looked_for_for_ever(double: Place) -> None:
-    """To look costs a forward of each pose that was skipped."""
-    specimen = branched_by_negligible_poses(double, special=(), offset=9.0)
-    specimen.model.to(double.device, double.dtype)
-    calls = 0
-
-    def counted(model: nn.Module, pose: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return gradhooks.options.call_model(model, pose)
-
-    scorer = gradhooks.MultiPose(specimen.model, "min", accumulator="recompute", call=counted)
-    counts = []
-    for _ in range(UNUSED_AFTER + 2):
-        calls = 0
-        of_combined(scorer(specimen.make_poses(8))).backward()
-        counts.append(calls - scorer.report.recomputed)
-    searched = 8 + 8 - scorer.report.recomputed
-    assert counts == [searched] * UNUSED_AFTER + [8, 8]

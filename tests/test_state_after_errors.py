@@ -7,19 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from model_state import differing, numbers, structure, untouched
-from model_zoo import Place, Specimen, build
+from model_state import changed_names, module_structure, tensor_values, unchanged
+from model_zoo import ModelCase, TensorFactory, build
 from torch import Tensor, nn
 from training_reference import (
     ACCUMULATORS,
     COMBINATIONS,
+    CONCRETE_ACCUMULATORS,
     Gradients,
     assert_same_gradients,
     gradients_of,
-    leaves_of,
-    of_both,
-    train_by_full_graph,
-    train_by_group,
+    loss_on_both,
+    train_full_graph,
+    train_multi_pose,
+    trained_leaves,
 )
 
 import gradhooks
@@ -39,21 +40,19 @@ STATEFUL_MODELS = [
     "shared_encoder_output",
     "sparse_embedding",
 ]
-# On a first group "auto" delegates to "recompute": test_auto.py.
-FIRST_GROUP_ACCUMULATORS = ["store", "stream", "recompute"]
 
 
 class Interruption(Exception):  # noqa: N818  # the tests raise it on purpose
     pass
 
 
-def fail_at(specimen: Specimen, failing_call: int, fault: BaseException) -> Callable[[nn.Module, Any], Tensor]:
+def fail_at(case: ModelCase, failing_call: int, fault: BaseException) -> Callable[[nn.Module, Any], Tensor]:
     """Return a `call` that raises in its call number `failing_call`, after the model has run."""
     calls = 0
 
     def call(model: nn.Module, pose: Any) -> Tensor:
         nonlocal calls
-        prediction = specimen.call(model, pose)
+        prediction = case.call(model, pose)
         calls += 1
         if calls == failing_call + 1:
             raise fault
@@ -62,105 +61,105 @@ def fail_at(specimen: Specimen, failing_call: int, fault: BaseException) -> Call
     return call
 
 
-def set_some_gradients(specimen: Specimen) -> None:
+def set_some_gradients(case: ModelCase) -> None:
     """Give every other leaf a gradient."""
-    for index, leaf in enumerate(leaves_of(specimen, None).values()):
+    for index, leaf in enumerate(trained_leaves(case, None).values()):
         leaf.grad = torch.ones_like(leaf) if index % 2 else None
 
 
-def clear_gradients(specimen: Specimen) -> None:
-    for leaf in leaves_of(specimen, None).values():
+def clear_gradients(case: ModelCase) -> None:
+    for leaf in trained_leaves(case, None).values():
         leaf.grad = None
 
 
 @functools.cache
-def full_graph_gradients(name: str, place: Place) -> Gradients:
-    return train_by_full_graph(build(name, place), COMBINATIONS["boltzmann"], of_both, 5).gradients
+def full_graph_gradients(name: str, factory: TensorFactory) -> Gradients:
+    return train_full_graph(build(name, factory), COMBINATIONS["boltzmann"], loss_on_both, 5).gradients
 
 
-@pytest.mark.parametrize("accumulator", FIRST_GROUP_ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", CONCRETE_ACCUMULATORS)
 @pytest.mark.parametrize("name", STATEFUL_MODELS)
-def test_an_exception_at_any_pose_changes_nothing(name: str, accumulator: str, double: Place) -> None:
-    specimen = build(name, double)
-    set_some_gradients(specimen)
+def test_an_exception_at_any_pose_changes_nothing(name: str, accumulator: str, double: TensorFactory) -> None:
+    case = build(name, double)
+    set_some_gradients(case)
     for fault in (Interruption("stop"), KeyboardInterrupt()):
         for failing_pose in (0, 1, 4):
             scorer = gradhooks.MultiPose(
-                specimen.model, "boltzmann", accumulator=accumulator, call=fail_at(specimen, failing_pose, fault)
+                case.model, "boltzmann", accumulator=accumulator, call=fail_at(case, failing_pose, fault)
             )
-            poses = specimen.make_poses(5)
-            with untouched(specimen.model), pytest.raises(type(fault)):
+            poses = case.make_poses(5)
+            with unchanged(case.model), pytest.raises(type(fault)):
                 scorer(poses)
     # The model that failed six times trains as a new one.
-    clear_gradients(specimen)
-    result = train_by_group(specimen, COMBINATIONS["boltzmann"], of_both, 5, accumulator)
+    clear_gradients(case)
+    result = train_multi_pose(case, COMBINATIONS["boltzmann"], loss_on_both, 5, accumulator)
     assert_same_gradients(result.gradients, full_graph_gradients(name, double))
 
 
 @pytest.mark.parametrize("accumulator", ["recompute", "stream"])
 @pytest.mark.parametrize("name", STATEFUL_MODELS)
-def test_an_exception_in_the_outer_backward_changes_nothing(name: str, accumulator: str, double: Place) -> None:
-    specimen = build(name, double)
-    set_some_gradients(specimen)
-    call = specimen.call
+def test_an_exception_in_the_outer_backward_changes_nothing(name: str, accumulator: str, double: TensorFactory) -> None:
+    case = build(name, double)
+    set_some_gradients(case)
+    call = case.call
     scorer = gradhooks.MultiPose(
-        specimen.model,
+        case.model,
         "mean",
         accumulator=accumulator,
         call=lambda *arguments: call(*arguments),  # noqa: PLW0108  # `call` changes
     )
     for failing_call in (0, 2):
-        call = specimen.call
-        combined, predictions = scorer(specimen.make_poses(5))
-        call = fail_at(specimen, failing_call, Interruption("stop"))
+        call = case.call
+        combined, predictions = scorer(case.make_poses(5))
+        call = fail_at(case, failing_call, Interruption("stop"))
         # The loss on the poses makes stream recompute, too.
-        with untouched(specimen.model), pytest.raises(Interruption):
+        with unchanged(case.model), pytest.raises(Interruption):
             (combined.sum() + predictions.square().sum()).backward()
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_an_exception_in_the_combination_or_the_loss_changes_nothing(accumulator: str, double: Place) -> None:
-    specimen = build("plain_mlp", double)
+def test_an_exception_in_the_combination_or_the_loss_changes_nothing(accumulator: str, double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
 
     def interrupt(_: Tensor) -> Tensor:
         raise Interruption("stop")
 
-    with untouched(specimen.model), pytest.raises(Interruption):
-        gradhooks.MultiPose(specimen.model, interrupt, accumulator=accumulator)(specimen.make_poses(3))
-    combined, _ = gradhooks.MultiPose(specimen.model, "mean", accumulator=accumulator)(specimen.make_poses(3))
+    with unchanged(case.model), pytest.raises(Interruption):
+        gradhooks.MultiPose(case.model, interrupt, accumulator=accumulator)(case.make_poses(3))
+    combined, _ = gradhooks.MultiPose(case.model, "mean", accumulator=accumulator)(case.make_poses(3))
     combined.register_hook(interrupt)
-    with untouched(specimen.model), pytest.raises(Interruption):
+    with unchanged(case.model), pytest.raises(Interruption):
         combined.sum().backward()
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("name", STATEFUL_MODELS)
-def test_a_prediction_without_backward_leaves_nothing(name: str, accumulator: str, double: Place) -> None:
-    specimen = build(name, double)
-    set_some_gradients(specimen)
-    leaves = leaves_of(specimen, None)
-    structure_before, gradients_before = structure(specimen.model), gradients_of(leaves)
-    scorer = gradhooks.MultiPose(specimen.model, "boltzmann", accumulator=accumulator, call=specimen.call)
-    combined, predictions = scorer(specimen.make_poses(5))
+def test_a_prediction_without_backward_leaves_nothing(name: str, accumulator: str, double: TensorFactory) -> None:
+    case = build(name, double)
+    set_some_gradients(case)
+    leaves = trained_leaves(case, None)
+    structure_before, gradients_before = module_structure(case.model), gradients_of(leaves)
+    scorer = gradhooks.MultiPose(case.model, "boltzmann", accumulator=accumulator, call=case.call)
+    combined, predictions = scorer(case.make_poses(5))
     references = [weakref.ref(combined), weakref.ref(predictions)]
     del combined, predictions
     assert [reference() for reference in references] == [None, None]
-    assert structure(specimen.model) == structure_before
-    assert differing(gradients_before, gradients_of(leaves)) == []
+    assert module_structure(case.model) == structure_before
+    assert changed_names(gradients_before, gradients_of(leaves)) == []
 
 
-@pytest.mark.parametrize("accumulator", FIRST_GROUP_ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", CONCRETE_ACCUMULATORS)
 @pytest.mark.parametrize("name", STATEFUL_MODELS)
 def test_the_outer_backward_changes_neither_buffers_nor_random_state(
-    name: str, accumulator: str, double: Place
+    name: str, accumulator: str, double: TensorFactory
 ) -> None:
-    specimen = build(name, double)
-    scorer = gradhooks.MultiPose(specimen.model, "boltzmann", accumulator=accumulator, call=specimen.call)
-    prediction = scorer(specimen.make_poses(5))
+    case = build(name, double)
+    scorer = gradhooks.MultiPose(case.model, "boltzmann", accumulator=accumulator, call=case.call)
+    prediction = scorer(case.make_poses(5))
     torch.randn(3)
-    for buffer in specimen.model.buffers():
+    for buffer in case.model.buffers():
         buffer.data.add_(1)
-    before = numbers(specimen.model)
-    of_both(prediction).backward()
-    changed = differing(before, numbers(specimen.model))
+    before = tensor_values(case.model)
+    loss_on_both(prediction).backward()
+    changed = changed_names(before, tensor_values(case.model))
     assert [name for name in changed if not name.endswith(".grad")] == []

@@ -7,95 +7,94 @@ from typing import Any
 
 import pytest
 import torch
-from model_state import hooks_of, same_structure
-from model_zoo import ZOO, Place, Specimen, build
+from model_state import hook_counts, structure_unchanged
+from model_zoo import ZOO, ModelCase, TensorFactory, build
+from seeding import manual_seed
 from torch import Tensor, nn
 from training_reference import (
     ACCUMULATORS,
     COMBINATIONS,
+    CONCRETE_ACCUMULATORS,
     Gradients,
-    Trained,
+    TrainingResult,
     assert_same_gradients,
     gradients_of,
-    of_both,
-    of_combined,
-    train_by_full_graph,
-    train_by_group,
+    loss_on_both,
+    loss_on_combined,
+    train_full_graph,
+    train_multi_pose,
 )
 
 import gradhooks
 
-# On a first group "auto" delegates to one of them: test_auto.py.
-FIRST_GROUP_ACCUMULATORS = ["store", "stream", "recompute"]
-
 
 @functools.cache
-def full_graph_gradients(name: str, place: Place, combination: str = "min", count: int = 4) -> Gradients:
-    return train_by_full_graph(build(name, place), COMBINATIONS[combination], of_both, count).gradients
+def full_graph_gradients(name: str, factory: TensorFactory, combination: str = "min", count: int = 4) -> Gradients:
+    return train_full_graph(build(name, factory), COMBINATIONS[combination], loss_on_both, count).gradients
 
 
-@pytest.mark.parametrize("accumulator", FIRST_GROUP_ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", CONCRETE_ACCUMULATORS)
 @pytest.mark.parametrize("name", ZOO)
-def test_a_step_changes_values_only(name: str, accumulator: str, double: Place) -> None:
-    specimen = build(name, double)
-    with same_structure(specimen.model):
-        train_by_group(specimen, COMBINATIONS["boltzmann"], of_both, 4, accumulator)
+def test_a_step_changes_values_only(name: str, accumulator: str, double: TensorFactory) -> None:
+    case = build(name, double)
+    with structure_unchanged(case.model):
+        train_multi_pose(case, COMBINATIONS["boltzmann"], loss_on_both, 4, accumulator)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_batch_norm_counts_each_pose_once(accumulator: str, double: Place) -> None:
-    specimen = build("batch_norm_in_training", double)
-    train_by_group(specimen, COMBINATIONS["boltzmann"], of_both, 5, accumulator)
-    assert specimen.model.get_buffer("body.1.num_batches_tracked").item() == 5
+def test_batch_norm_counts_each_pose_once(accumulator: str, double: TensorFactory) -> None:
+    case = build("batch_norm_in_training", double)
+    train_multi_pose(case, COMBINATIONS["boltzmann"], loss_on_both, 5, accumulator)
+    assert case.model.get_buffer("body.1.num_batches_tracked").item() == 5
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_existing_gradients_are_added_to_in_place(accumulator: str, double: Place) -> None:
-    specimen = build("plain_mlp", double)
-    for parameter in specimen.model.parameters():
+def test_existing_gradients_are_added_to_in_place(accumulator: str, double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
+    for parameter in case.model.parameters():
         parameter.grad = torch.full_like(parameter, 7.0)
-    before = [parameter.grad for parameter in specimen.model.parameters()]
-    result = train_by_group(specimen, COMBINATIONS["min"], of_both, 5, accumulator)
+    before = [parameter.grad for parameter in case.model.parameters()]
+    result = train_multi_pose(case, COMBINATIONS["min"], loss_on_both, 5, accumulator)
     for name, gradient in full_graph_gradients("plain_mlp", double, count=5).items():
         assert gradient is not None
         torch.testing.assert_close(result.gradients[name], gradient + 7, rtol=1e-12, atol=1e-12)
-    assert [id(parameter.grad) for parameter in specimen.model.parameters()] == [id(gradient) for gradient in before]
+    assert [id(parameter.grad) for parameter in case.model.parameters()] == [id(gradient) for gradient in before]
 
 
 @pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-@pytest.mark.parametrize("accumulator", FIRST_GROUP_ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", CONCRETE_ACCUMULATORS)
 @pytest.mark.parametrize("name", ["plain_mlp", "batch_norm_in_training", "dropout", "vector_output", "lstm"])
-def test_prediction_without_gradients(name: str, accumulator: str, grad_mode: Any, double: Place) -> None:
-    specimen, plain = build(name, double), build(name, double)
-    scorer = gradhooks.MultiPose(specimen.model, "mean", accumulator=accumulator, call=specimen.call)
-    with grad_mode(), same_structure(specimen.model):
-        torch.manual_seed(3)
-        combined, predictions = scorer(specimen.make_poses(4))
+def test_prediction_without_gradients(name: str, accumulator: str, grad_mode: Any, double: TensorFactory) -> None:
+    case, plain = build(name, double), build(name, double)
+    scorer = gradhooks.MultiPose(case.model, "mean", accumulator=accumulator, call=case.call)
+    with grad_mode(), structure_unchanged(case.model):
+        manual_seed(3)
+        combined, predictions = scorer(case.make_poses(4))
         after = torch.get_rng_state()
-        torch.manual_seed(3)
+        manual_seed(3)
         expected = torch.stack([plain.call(plain.model, pose) for pose in plain.make_poses(4)])
     torch.testing.assert_close(predictions, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(combined, expected.mean(0), rtol=1e-12, atol=1e-12)
     assert not combined.requires_grad
     assert not predictions.requires_grad
-    assert all(parameter.grad is None for parameter in specimen.model.parameters())
+    assert all(parameter.grad is None for parameter in case.model.parameters())
     assert torch.equal(after, torch.get_rng_state())
     for buffer_name, buffer in plain.model.named_buffers():
-        assert torch.equal(specimen.model.get_buffer(buffer_name), buffer)
+        assert torch.equal(case.model.get_buffer(buffer_name), buffer)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("name", ["plain_mlp", "batch_norm_in_training", "lstm", "tied_weights"])
-def test_copies_and_pickles_of_a_trained_model_are_plain(name: str, accumulator: str, double: Place) -> None:
-    specimen = build(name, double)
-    keys = list(specimen.model.state_dict())
-    train_by_group(specimen, COMBINATIONS["min"], of_both, 4, accumulator)
-    reference = Specimen(copy.deepcopy(specimen.model), specimen.make_poses)
-    expected = train_by_full_graph(reference, COMBINATIONS["min"], of_both, 4)
-    for copied in (copy.deepcopy(specimen.model), pickle.loads(pickle.dumps(specimen.model))):  # noqa: S301  # our own
+def test_copies_and_pickles_of_a_trained_model_are_plain(name: str, accumulator: str, double: TensorFactory) -> None:
+    case = build(name, double)
+    keys = list(case.model.state_dict())
+    train_multi_pose(case, COMBINATIONS["min"], loss_on_both, 4, accumulator)
+    reference = ModelCase(copy.deepcopy(case.model), case.make_poses)
+    expected = train_full_graph(reference, COMBINATIONS["min"], loss_on_both, 4)
+    for copied in (copy.deepcopy(case.model), pickle.loads(pickle.dumps(case.model))):  # noqa: S301  # our own
         assert list(copied.state_dict()) == keys
-        assert all(hooks_of(parameter) == (0, 0) for parameter in copied.parameters())
-        result = train_by_group(Specimen(copied, specimen.make_poses), COMBINATIONS["min"], of_both, 4, accumulator)
+        assert all(hook_counts(parameter) == (0, 0) for parameter in copied.parameters())
+        result = train_multi_pose(ModelCase(copied, case.make_poses), COMBINATIONS["min"], loss_on_both, 4, accumulator)
         assert_same_gradients(result.gradients, expected.gradients)
 
 
@@ -113,7 +112,7 @@ class SavesItself(nn.Module):
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_model_saved_in_the_middle_of_a_group(accumulator: str, double: Place) -> None:
+def test_a_model_saved_in_the_middle_of_a_group(accumulator: str, double: TensorFactory) -> None:
     model = SavesItself().to(double.device, double.dtype)
     combined, _ = gradhooks.MultiPose(model, "mean", accumulator=accumulator)(list(double.randn(4, 4)))
     combined.sum().backward()
@@ -125,25 +124,27 @@ def test_a_model_saved_in_the_middle_of_a_group(accumulator: str, double: Place)
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("name", ["plain_mlp", "shared_encoder_output", "lstm"])
-def test_poses_are_unchanged(name: str, accumulator: str, double: Place) -> None:
-    specimen = build(name, double)
-    poses = specimen.make_poses(4)
+def test_poses_are_unchanged(name: str, accumulator: str, double: TensorFactory) -> None:
+    case = build(name, double)
+    poses = case.make_poses(4)
     tensors = [tensor for pose in poses for tensor in (pose if isinstance(pose, tuple) else (pose,))]
-    before = [(tensor.detach().clone(), tensor._version, tensor.requires_grad, hooks_of(tensor)) for tensor in tensors]
-    prediction = gradhooks.MultiPose(specimen.model, "min", accumulator=accumulator, call=specimen.call)(poses)
-    of_both(prediction).backward()
+    before = [
+        (tensor.detach().clone(), tensor._version, tensor.requires_grad, hook_counts(tensor)) for tensor in tensors
+    ]
+    prediction = gradhooks.MultiPose(case.model, "min", accumulator=accumulator, call=case.call)(poses)
+    loss_on_both(prediction).backward()
     for tensor, (value, version, requires_grad, hooks) in zip(tensors, before, strict=True):
         assert torch.equal(tensor, value)
-        assert (tensor._version, tensor.requires_grad, hooks_of(tensor)) == (version, requires_grad, hooks)
+        assert (tensor._version, tensor.requires_grad, hook_counts(tensor)) == (version, requires_grad, hooks)
         assert not tensor.is_leaf or tensor.grad is None
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_modes_of_autograd_are_untouched(accumulator: str, double: Place) -> None:
-    specimen = build("plain_mlp", double)
+def test_modes_of_autograd_are_untouched(accumulator: str, double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
     with torch.autograd.set_detect_anomaly(False), torch.autocast("cpu", enabled=False):
         before = _modes()
-        train_by_group(specimen, COMBINATIONS["min"], of_both, 4, accumulator)
+        train_multi_pose(case, COMBINATIONS["min"], loss_on_both, 4, accumulator)
         assert _modes() == before
 
 
@@ -160,33 +161,33 @@ def _modes() -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
-def test_anomaly_detection(accumulator: str, double: Place) -> None:
+def test_anomaly_detection(accumulator: str, double: TensorFactory) -> None:
     with torch.autograd.set_detect_anomaly(True):
-        result = train_by_group(build("plain_mlp", double), COMBINATIONS["min"], of_both, 4, accumulator)
+        result = train_multi_pose(build("plain_mlp", double), COMBINATIONS["min"], loss_on_both, 4, accumulator)
     assert_same_gradients(result.gradients, full_graph_gradients("plain_mlp", double))
 
 
-@pytest.mark.parametrize("accumulator", FIRST_GROUP_ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", CONCRETE_ACCUMULATORS)
 @pytest.mark.parametrize("name", ["plain_mlp", "lstm", "transformer_encoder", "vector_output"])
-def test_the_second_run_uses_the_autocast_of_the_first(name: str, accumulator: str, single: Place) -> None:
+def test_the_second_run_uses_the_autocast_of_the_first(name: str, accumulator: str, single: TensorFactory) -> None:
     result = _forward_under_autocast(name, accumulator, single)
     expected = _forward_under_autocast(name, None, single)
     # The full graph adds the gradients of the poses in bfloat16, behind one cast of each weight.
     assert_same_gradients(result.gradients, expected.gradients, tolerance=0.02)
 
 
-def _forward_under_autocast(name: str, accumulator: str | None, place: Place) -> Trained:
+def _forward_under_autocast(name: str, accumulator: str | None, factory: TensorFactory) -> TrainingResult:
     """Train with a bfloat16 forward and a backward outside of autocast."""
-    specimen = build(name, place)
+    case = build(name, factory)
 
     def loss(prediction: gradhooks.MultiPosePrediction) -> Tensor:
-        torch.set_autocast_enabled(place.device.type, False)
-        return of_combined(prediction)
+        torch.set_autocast_enabled(factory.device.type, False)
+        return loss_on_combined(prediction)
 
-    with torch.autocast(place.device.type, dtype=torch.bfloat16):
+    with torch.autocast(factory.device.type, dtype=torch.bfloat16):
         if accumulator is None:
-            return train_by_full_graph(specimen, COMBINATIONS["boltzmann"], loss, 4)
-        return train_by_group(specimen, COMBINATIONS["boltzmann"], loss, 4, accumulator)
+            return train_full_graph(case, COMBINATIONS["boltzmann"], loss, 4)
+        return train_multi_pose(case, COMBINATIONS["boltzmann"], loss, 4, accumulator)
 
 
 class ForcesOfLaterPoses(nn.Module):
@@ -206,7 +207,7 @@ class ForcesOfLaterPoses(nn.Module):
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_leaf_first_created_by_a_later_pose(accumulator: str, double: Place) -> None:
+def test_a_leaf_first_created_by_a_later_pose(accumulator: str, double: TensorFactory) -> None:
     model = ForcesOfLaterPoses().to(double.device, double.dtype)
     plain, poses = copy.deepcopy(model), [(double.randn(5, 4), index > 1) for index in range(4)]
     torch.stack([plain(*pose) for pose in poses]).mean().backward()

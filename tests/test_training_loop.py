@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from backward_cases import FIRST_GROUP_ACCUMULATORS, BackwardCase, assert_gradients_of_full_graph, case_label
-from model_state import untouched
-from model_zoo import Place
+from backward_cases import BackwardCase, assert_gradients_of_full_graph
+from model_state import unchanged
+from model_zoo import TensorFactory
 from torch import Tensor, nn
-from training_reference import ACCUMULATORS, of_both, of_combined
+from training_reference import ACCUMULATORS, CONCRETE_ACCUMULATORS, case_label, loss_on_both, loss_on_combined
 
 
-def test_an_optimizer_in_the_backward(double: Place) -> None:
+def test_an_optimizer_in_the_backward(double: TensorFactory) -> None:
     def train(accumulator: str | None) -> dict[str, Tensor]:
         case = BackwardCase("plain_mlp", "boltzmann learnable", accumulator, double)
         steps: list[int] = []
@@ -21,7 +21,7 @@ def test_an_optimizer_in_the_backward(double: Place) -> None:
             leaf.register_post_accumulate_grad_hook(_step_hook(torch.optim.SGD([leaf], lr=0.1, momentum=0.9), steps))
         for count in (5, 3, 4):
             steps.clear()
-            of_both(case.predict(count)).backward()
+            loss_on_both(case.predict(count)).backward()
             assert len(steps) == len(case.leaves)
         assert all(leaf.grad is None for leaf in case.leaves.values())
         return {name: leaf.detach().clone() for name, leaf in case.leaves.items()}
@@ -43,7 +43,7 @@ def _step_hook(optimizer: torch.optim.Optimizer, steps: list[int]) -> Callable[[
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
-def test_a_training_loop(optimizer: Any, set_to_none: bool, double: Place) -> None:
+def test_a_training_loop(optimizer: Any, set_to_none: bool, double: TensorFactory) -> None:
     def train(accumulator: str | None) -> tuple[list[float], list[float]]:
         losses, norms = [], []
         case = BackwardCase("shared_encoder_output", "boltzmann learnable", accumulator, double)
@@ -51,7 +51,7 @@ def test_a_training_loop(optimizer: Any, set_to_none: bool, double: Place) -> No
         stepping = optimizer(leaves, lr=0.01)
         for step in range(4):
             for count in (3, 4):
-                loss = of_both(case.predict(count + step % 2)) / 2
+                loss = loss_on_both(case.predict(count + step % 2)) / 2
                 loss.backward()
                 losses.append(loss.item())
             norms.append(nn.utils.clip_grad_norm_(leaves, 0.1).item())
@@ -67,19 +67,19 @@ def test_a_training_loop(optimizer: Any, set_to_none: bool, double: Place) -> No
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_step_between_forward_and_backward_is_refused(accumulator: str, double: Place) -> None:
+def test_a_step_between_forward_and_backward_is_refused(accumulator: str, double: TensorFactory) -> None:
     case = BackwardCase("plain_mlp", "boltzmann", accumulator, double)
     prediction = case.predict()
     with torch.no_grad():
-        case.specimen.model.get_parameter("0.bias").add_(1.0)
-    with untouched(case.specimen.model), pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        of_both(prediction).backward()
+        case.model_case.model.get_parameter("0.bias").add_(1.0)
+    with unchanged(case.model_case.model), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss_on_both(prediction).backward()
     case = BackwardCase("shared_encoder_output", "boltzmann", accumulator, double)
     prediction = case.predict()
     with torch.no_grad():
         case.leaves["encoder 2.weight"].mul_(1.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        of_both(prediction).backward()
+        loss_on_both(prediction).backward()
 
 
 # -- contexts and modes ---------------------------------------------------------------------------------------------
@@ -116,10 +116,10 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager[object]]] = {
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 @pytest.mark.parametrize("around_backward", [False, True], ids=["forward", "both"])
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_contexts_of_autograd(context: str, around_backward: bool, double: Place) -> None:
+def test_contexts_of_autograd(context: str, around_backward: bool, double: TensorFactory) -> None:
     def train(case: BackwardCase) -> None:
         with CONTEXTS[context]():
-            loss = of_both(case.predict(5))
+            loss = loss_on_both(case.predict(5))
             if around_backward:
                 loss.backward()
         if not around_backward:
@@ -129,22 +129,22 @@ def test_contexts_of_autograd(context: str, around_backward: bool, double: Place
 
 
 @pytest.mark.parametrize("name", ["dropout", "batch_norm_in_training", "spectral_norm_by_parametrization"])
-def test_evaluation_mode(name: str, double: Place) -> None:
+def test_evaluation_mode(name: str, double: TensorFactory) -> None:
     def train(case: BackwardCase) -> None:
-        case.specimen.model.eval()
+        case.model_case.model.eval()
         if case.scorer is not None:
             case.scorer.eval()
-        of_both(case.predict(5)).backward()
-        assert not any(module.training for module in case.specimen.model.modules())
+        loss_on_both(case.predict(5)).backward()
+        assert not any(module.training for module in case.model_case.model.modules())
 
-    assert_gradients_of_full_graph(train, name, "boltzmann", double, FIRST_GROUP_ACCUMULATORS)
+    assert_gradients_of_full_graph(train, name, "boltzmann", double, CONCRETE_ACCUMULATORS)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_prediction_without_grad_mode(accumulator: str, mode: Callable[[], Any], double: Place) -> None:
+def test_prediction_without_grad_mode(accumulator: str, mode: Callable[[], Any], double: TensorFactory) -> None:
     case = BackwardCase("shared_encoder_output", "boltzmann learnable", accumulator, double)
-    with untouched(case.specimen.model), mode():
+    with unchanged(case.model_case.model), mode():
         combined, predictions = case.predict(5)
     assert not combined.requires_grad
     assert not predictions.requires_grad
@@ -156,12 +156,12 @@ def test_prediction_without_grad_mode(accumulator: str, mode: Callable[[], Any],
     torch.testing.assert_close(predictions.clone(), expected.per_pose, rtol=1e-12, atol=1e-12)
 
 
-def test_a_frozen_model_trains_the_combination(double: Place) -> None:
+def test_a_frozen_model_trains_the_combination(double: TensorFactory) -> None:
     def train(case: BackwardCase) -> None:
-        case.specimen.model.requires_grad_(False)
+        case.model_case.model.requires_grad_(False)
         prediction = case.predict(5)
         assert prediction.combined.requires_grad
         assert not prediction.per_pose.requires_grad
-        of_combined(prediction).backward()
+        loss_on_combined(prediction).backward()
 
     assert_gradients_of_full_graph(train, "plain_mlp", "boltzmann learnable", double)

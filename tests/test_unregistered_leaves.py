@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from backward_cases import FIRST_GROUP_ACCUMULATORS
-from model_state import untouched
-from model_zoo import Place, mlp
+from model_state import unchanged
+from model_zoo import TensorFactory, mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from training_reference import ACCUMULATORS, of_both
+from training_reference import ACCUMULATORS, CONCRETE_ACCUMULATORS, loss_on_both
 
 from gradhooks import MultiPose
 from gradhooks.errors import PredictionError, UnregisteredTensorError
@@ -43,40 +42,42 @@ class UsesUnregistered(nn.Module):
 
 
 @pytest.fixture(params=[True, False], ids=["parameter", "tensor"])
-def unregistered(request: pytest.FixtureRequest, double: Place) -> Iterator[Tensor]:
+def unregistered(request: pytest.FixtureRequest, double: TensorFactory) -> Iterator[Tensor]:
     leaf: Tensor = nn.Parameter(double.randn(4)) if request.param else double.randn(4).requires_grad_()
     yield leaf
     assert leaf.grad is None, "its gradient was changed"
 
 
 @pytest.mark.parametrize("storage", ["closure", "list", "attribute"])
-@pytest.mark.parametrize("accumulator", FIRST_GROUP_ACCUMULATORS)
-def test_an_unregistered_leaf(storage: str, accumulator: str, unregistered: Tensor, double: Place) -> None:
+@pytest.mark.parametrize("accumulator", CONCRETE_ACCUMULATORS)
+def test_an_unregistered_leaf(storage: str, accumulator: str, unregistered: Tensor, double: TensorFactory) -> None:
     poses = [(double.randn(4), index) for index in range(4)]
     for first in (0, 1, 3):
         model = UsesUnregistered(unregistered, storage, first).to(double.device, double.dtype)
-        with untouched(model), pytest.raises(UnregisteredTensorError, match=r"of shape \(4,\).*[Rr]egister"):
+        with unchanged(model), pytest.raises(UnregisteredTensorError, match=r"of shape \(4,\).*[Rr]egister"):
             train(model, poses, accumulator)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_an_unregistered_leaf_in_a_reentrant_checkpoint(accumulator: str, unregistered: Tensor, double: Place) -> None:
+def test_an_unregistered_leaf_in_a_reentrant_checkpoint(
+    accumulator: str, unregistered: Tensor, double: TensorFactory
+) -> None:
     model = UsesUnregistered(unregistered, "closure", in_checkpoint=True).to(double.device, double.dtype)
     poses = [(double.randn(4), index) for index in range(4)]
-    with untouched(model), pytest.raises(UnregisteredTensorError, match=r"of shape \(4,\)"):
+    with unchanged(model), pytest.raises(UnregisteredTensorError, match=r"of shape \(4,\)"):
         train(model, poses, accumulator)
 
 
 def train(model: nn.Module, poses: Any, accumulator: str) -> None:
-    of_both(MultiPose(model, "boltzmann", accumulator=accumulator)(poses)).backward()
+    loss_on_both(MultiPose(model, "boltzmann", accumulator=accumulator)(poses)).backward()
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_parameter_of_another_module_in_call(accumulator: str, double: Place) -> None:
+def test_a_parameter_of_another_module_in_call(accumulator: str, double: TensorFactory) -> None:
     model, readout = (mlp(*widths).to(double.device, double.dtype) for widths in ((4, 6), (6, 1)))
     scorer = MultiPose(model, accumulator=accumulator, call=lambda model, pose: readout(model(pose)))
     poses = list(double.randn(3, 4))
-    with untouched(model), untouched(readout), pytest.raises(UnregisteredTensorError, match=r"\(1, 6\)"):
+    with unchanged(model), unchanged(readout), pytest.raises(UnregisteredTensorError, match=r"\(1, 6\)"):
         scorer(poses)
 
 
@@ -91,13 +92,13 @@ class Opaque:
 
 @pytest.mark.parametrize("index", [0, 2], ids=["the first pose", "the last pose"])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_leaf_in_an_opaque_pose(index: int, accumulator: str, double: Place) -> None:
+def test_a_leaf_in_an_opaque_pose(index: int, accumulator: str, double: TensorFactory) -> None:
     model = mlp(4, 6, 1).to(double.device, double.dtype)
     poses = [Opaque(double.randn(4)) for _ in range(3)]
     poses[index].positions.requires_grad_()
     scorer = MultiPose(model, "boltzmann", accumulator=accumulator, call=lambda model, pose: model(pose.positions))
-    with untouched(model), pytest.raises(UnregisteredTensorError, match=r"of shape \(4,\)"):
-        of_both(scorer(poses)).backward()
+    with unchanged(model), pytest.raises(UnregisteredTensorError, match=r"of shape \(4,\)"):
+        loss_on_both(scorer(poses)).backward()
     assert poses[index].positions.grad is None
 
 
@@ -122,8 +123,8 @@ class CallsBackward(nn.Module):
 
 @pytest.mark.parametrize("first", [0, 2], ids=["from the first pose", "from the last"])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_model_that_calls_backward(first: int, accumulator: str, double: Place) -> None:
+def test_a_model_that_calls_backward(first: int, accumulator: str, double: TensorFactory) -> None:
     model = CallsBackward(first).to(double.device, double.dtype)
     poses = [(double.randn(4), index) for index in range(3)]
-    with untouched(model), pytest.raises(PredictionError, match=r"calls backward\(\)"):
+    with unchanged(model), pytest.raises(PredictionError, match=r"calls backward\(\)"):
         train(model, poses, accumulator)

@@ -5,18 +5,18 @@ import math
 
 import pytest
 import torch
-from backward_cases import case_label
-from model_zoo import Place, build
+from model_zoo import TensorFactory, build
 from stream_combinations import TEMPERATURE, Declare, Thermal, declare_thermal, gradhooks_warnings
 from torch import Tensor
 from training_reference import (
     LOSSES,
     Gradients,
     assert_same_gradients,
+    case_label,
     gradients_of,
-    leaves_of,
-    of_combined,
-    train_by_full_graph,
+    loss_on_combined,
+    train_full_graph,
+    trained_leaves,
 )
 
 import gradhooks
@@ -25,8 +25,8 @@ from gradhooks.errors import CombinationError
 
 
 @functools.cache
-def thermal_gradients(name: str, loss: str, count: int, place: Place) -> Gradients:
-    return train_by_full_graph(build(name, place), lambda: Thermal(declare_thermal), LOSSES[loss], count).gradients
+def thermal_gradients(name: str, loss: str, count: int, factory: TensorFactory) -> Gradients:
+    return train_full_graph(build(name, factory), lambda: Thermal(declare_thermal), LOSSES[loss], count).gradients
 
 
 def log_weight_of_high_poses(value: float) -> Declare:
@@ -73,39 +73,39 @@ WRONG: dict[str, Declare] = {
 
 @pytest.mark.parametrize("name", ["plain_mlp", "used_by_some_poses", "tied_weights"])
 @pytest.mark.parametrize("mistake", WRONG)
-def test_a_wrong_declaration(mistake: str, name: str, double: Place) -> None:
+def test_a_wrong_declaration(mistake: str, name: str, double: TensorFactory) -> None:
     for loss in ("combined", "both"):
-        specimen = build(name, double)
-        scorer = gradhooks.MultiPose(specimen.model, Thermal(WRONG[mistake]), accumulator="stream")
+        case = build(name, double)
+        scorer = gradhooks.MultiPose(case.model, Thermal(WRONG[mistake]), accumulator="stream")
         with gradhooks_warnings() as forward_messages:
-            prediction = scorer(specimen.make_poses(6))
+            prediction = scorer(case.make_poses(6))
         assert forward_messages == [], loss
         with gradhooks_warnings() as messages:
             LOSSES[loss](prediction).backward()
         with case_label(loss):
-            assert_same_gradients(gradients_of(leaves_of(specimen, None)), thermal_gradients(name, loss, 6, double))
+            assert_same_gradients(gradients_of(trained_leaves(case, None)), thermal_gradients(name, loss, 6, double))
         (message,) = messages
         assert message.startswith("combination Thermal: its stream_weights do not explain"), loss
         assert scorer.report.recomputed > 0, loss
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e-7, 1e-10, 1e-13, 1e-16])
-def test_a_mistake_of_any_size(size: float, double: Place) -> None:
+def test_a_mistake_of_any_size(size: float, double: TensorFactory) -> None:
     # Below the rounding error of the fit it needs no second run.
-    specimen = build("plain_mlp", double)
+    case = build("plain_mlp", double)
     wrong = Thermal(lambda y: StreamWeights(-y / TEMPERATURE + size * torch.sin(9 * y), y / TEMPERATURE))
     with gradhooks_warnings() as messages:
-        of_combined(gradhooks.MultiPose(specimen.model, wrong, accumulator="stream")(specimen.make_poses(7))).backward()
+        loss_on_combined(gradhooks.MultiPose(case.model, wrong, accumulator="stream")(case.make_poses(7))).backward()
     assert_same_gradients(
-        gradients_of(leaves_of(specimen, None)), thermal_gradients("plain_mlp", "combined", 7, double)
+        gradients_of(trained_leaves(case, None)), thermal_gradients("plain_mlp", "combined", 7, double)
     )
     assert bool(messages) == (size > 1e-12)
 
 
-def test_one_warning_for_each_backward(double: Place) -> None:
-    specimen = build("plain_mlp", double)
-    scorer = gradhooks.MultiPose(specimen.model, Thermal(WRONG["sign"]), accumulator="stream")
-    first, second = (scorer(specimen.make_poses(count)).combined.sum() for count in (5, 6))
+def test_one_warning_for_each_backward(double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
+    scorer = gradhooks.MultiPose(case.model, Thermal(WRONG["sign"]), accumulator="stream")
+    first, second = (scorer(case.make_poses(count)).combined.sum() for count in (5, 6))
     with gradhooks_warnings() as messages:
         first.backward(retain_graph=True)
     assert len(messages) == 1
@@ -119,34 +119,34 @@ def test_one_warning_for_each_backward(double: Place) -> None:
     assert "of 6 poses" in messages[0]
 
 
-def test_the_warning_counts_the_poses(double: Place) -> None:
+def test_the_warning_counts_the_poses(double: TensorFactory) -> None:
     # The other 39 determine the fit, so that only the wrong one has a residual.
-    specimen = build("plain_mlp", double)
+    case = build("plain_mlp", double)
     poses = list(double.randn(40, 4))
     with torch.no_grad():
-        highest = max(specimen.model(pose).item() for pose in poses)
+        highest = max(case.model(pose).item() for pose in poses)
 
     def declare(y: Tensor) -> StreamWeights:
         return StreamWeights(torch.where(y >= highest, -math.inf, -y / TEMPERATURE), y / TEMPERATURE)
 
-    scorer = gradhooks.MultiPose(specimen.model, Thermal(declare), accumulator="stream")
+    scorer = gradhooks.MultiPose(case.model, Thermal(declare), accumulator="stream")
     with gradhooks_warnings() as messages:
-        of_combined(scorer(poses)).backward()
+        loss_on_combined(scorer(poses)).backward()
     (message,) = messages
     assert "coefficients of 1 of 40 poses" in message
     assert scorer.report.recomputed == 1
 
 
 @pytest.mark.parametrize("mistake", WRONG)
-def test_other_accumulators_do_not_depend_on_a_declaration(mistake: str, double: Place) -> None:
+def test_other_accumulators_do_not_depend_on_a_declaration(mistake: str, double: TensorFactory) -> None:
     for accumulator in ("auto", "recompute", "store"):
-        specimen = build("plain_mlp", double)
-        scorer = gradhooks.MultiPose(specimen.model, Thermal(WRONG[mistake]), accumulator=accumulator)
+        case = build("plain_mlp", double)
+        scorer = gradhooks.MultiPose(case.model, Thermal(WRONG[mistake]), accumulator=accumulator)
         with gradhooks_warnings() as messages:
-            of_combined(scorer(specimen.make_poses(6))).backward()
+            loss_on_combined(scorer(case.make_poses(6))).backward()
         with case_label(accumulator):
             assert_same_gradients(
-                gradients_of(leaves_of(specimen, None)), thermal_gradients("plain_mlp", "combined", 6, double)
+                gradients_of(trained_leaves(case, None)), thermal_gradients("plain_mlp", "combined", 6, double)
             )
         assert len(messages) == (scorer.report.accumulator == "stream"), accumulator
 
@@ -161,36 +161,36 @@ def test_other_accumulators_do_not_depend_on_a_declaration(mistake: str, double:
     ],
     ids=["no axis", "too many", "too many features", "too many axes"],
 )
-def test_a_declaration_of_the_wrong_shape_is_refused(declare: Declare, shown: str, double: Place) -> None:
-    specimen = build("plain_mlp", double)
-    scorer = gradhooks.MultiPose(specimen.model, Thermal(declare), accumulator="stream")
+def test_a_declaration_of_the_wrong_shape_is_refused(declare: Declare, shown: str, double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
+    scorer = gradhooks.MultiPose(case.model, Thermal(declare), accumulator="stream")
     with pytest.raises(CombinationError, match=rf"combination Thermal: .* {shown}"):
-        scorer(specimen.make_poses(3))
+        scorer(case.make_poses(3))
 
 
-def test_a_changing_number_of_features_is_refused(double: Place) -> None:
-    specimen = build("plain_mlp", double)
+def test_a_changing_number_of_features_is_refused(double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
     calls: list[int] = []
 
     def declare(y: Tensor) -> StreamWeights:
         calls.append(len(y))
         return StreamWeights(-y, y.unsqueeze(1).expand(-1, min(len(calls), 2)))
 
-    scorer = gradhooks.MultiPose(specimen.model, Thermal(declare), accumulator="stream")
+    scorer = gradhooks.MultiPose(case.model, Thermal(declare), accumulator="stream")
     with pytest.raises(CombinationError, match="combination Thermal"):
-        scorer(specimen.make_poses(3))
+        scorer(case.make_poses(3))
 
 
-def test_a_declaration_for_some_poses_only_is_refused(double: Place) -> None:
-    specimen = build("plain_mlp", double)
+def test_a_declaration_for_some_poses_only_is_refused(double: TensorFactory) -> None:
+    case = build("plain_mlp", double)
     calls: list[int] = []
 
     def declare(y: Tensor) -> StreamWeights | None:
         calls.append(len(y))
         return declare_thermal(y) if len(calls) < 3 else None
 
-    scorer = gradhooks.MultiPose(specimen.model, Thermal(declare), accumulator="stream")
+    scorer = gradhooks.MultiPose(case.model, Thermal(declare), accumulator="stream")
     with pytest.raises(
         CombinationError, match=r"combination Thermal: .* Declare the same number of features for every pose"
     ):
-        scorer(specimen.make_poses(4))
+        scorer(case.make_poses(4))

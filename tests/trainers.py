@@ -17,7 +17,7 @@ from gradhooks.testing import full_graph
 # Marks of a test module that uses trainers. The warnings are Lightning's: about a dependency, and about loaders that
 # are short, have no worker, or are missing.
 OF_TRAINERS = [
-    pytest.mark.usefixtures("_trainers_forget"),
+    pytest.mark.usefixtures("_reset_trainer_state"),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The .* does not have many workers"),
     pytest.mark.filterwarnings("ignore:The number of training batches"),

@@ -1,11 +1,15 @@
-"""Trains a specimen by gradhooks and by the full graph, and compares all that it left behind."""
+"""Train a model of the zoo with gradhooks and with the full graph, and compare everything that training changes."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from model_zoo import Specimen
+from model_zoo import ModelCase
+from plugin_combinations import AttentionPooling, LearnedSoftMinimum
+from seeding import manual_seed
 from torch import Tensor, nn
 
 import gradhooks
@@ -16,33 +20,7 @@ Loss = Callable[[gradhooks.MultiPosePrediction], Tensor]
 MakeCombination = Callable[[], Any]
 
 
-class AttentionPooling(nn.Module):
-    """What a third party may bring: trained weights, and no declaration for a stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.tensor([0.7, -0.3]))
-
-    def forward(self, predictions: Tensor) -> Tensor:
-        scores = self.query[0] * predictions + self.query[1] * predictions.square()
-        return (torch.softmax(scores, 0) * predictions).sum(0)
-
-
-class LearnedSoftMinimum(gradhooks.Combination):
-    """A third party's subclass of `Combination`, which declares its weights and has a parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steepness = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-
-    def forward(self, predictions: Tensor) -> Tensor:
-        return -torch.logsumexp(-self.steepness * predictions.double(), 0).to(predictions.dtype) / self.steepness
-
-    def stream_weights(self, predictions: Tensor) -> gradhooks.StreamWeights:
-        return gradhooks.StreamWeights(log_weights=-self.steepness.detach() * predictions)
-
-
-def summed(predictions: Tensor) -> Tensor:
+def sum_predictions(predictions: Tensor) -> Tensor:
     return predictions.sum(0)
 
 
@@ -57,45 +35,61 @@ COMBINATIONS: dict[str, MakeCombination] = {
     "boltzmann learnable": lambda: gradhooks.combinations.Boltzmann(0.9, learnable=True),
     "attention": AttentionPooling,
     "learned soft minimum": LearnedSoftMinimum,
-    "function": lambda: summed,
+    "function": lambda: sum_predictions,
 }
 
 ACCUMULATORS = ["store", "stream", "recompute", "auto"]
+CONCRETE_ACCUMULATORS = ["store", "stream", "recompute"]
+"""Those that "auto" chooses from."""
 
 
-def of_combined(prediction: gradhooks.MultiPosePrediction) -> Tensor:
+def loss_on_combined(prediction: gradhooks.MultiPosePrediction) -> Tensor:
     return (prediction.combined - 0.3).square().sum()
 
 
-def of_poses(prediction: gradhooks.MultiPosePrediction) -> Tensor:
+def loss_on_poses(prediction: gradhooks.MultiPosePrediction) -> Tensor:
     return prediction.per_pose.tanh().square().sum()
 
 
-def of_both(prediction: gradhooks.MultiPosePrediction) -> Tensor:
-    return of_combined(prediction) + 0.5 * of_poses(prediction)
+def loss_on_both(prediction: gradhooks.MultiPosePrediction) -> Tensor:
+    return loss_on_combined(prediction) + 0.5 * loss_on_poses(prediction)
 
 
-def of_one_pose(prediction: gradhooks.MultiPosePrediction) -> Tensor:
+def loss_on_last_pose(prediction: gradhooks.MultiPosePrediction) -> Tensor:
     return prediction.per_pose[-1].square().sum()
 
 
-LOSSES: dict[str, Loss] = {"combined": of_combined, "poses": of_poses, "both": of_both, "one pose": of_one_pose}
+LOSSES: dict[str, Loss] = {
+    "combined": loss_on_combined,
+    "poses": loss_on_poses,
+    "both": loss_on_both,
+    "one pose": loss_on_last_pose,
+}
 
 
 @dataclass(frozen=True)
-class Trained:
-    """All that one training step leaves behind."""
+class TrainingResult:
+    """What one training step changes.
+
+    Attributes:
+        prediction: The combined prediction and those of the poses.
+        gradients: Of all leaves, by name.
+        buffers: Of the model, by name.
+        random_state: Of PyTorch's default CPU generator.
+        accumulator: What the report says did the work; empty for the full graph.
+    """
 
     prediction: tuple[Tensor, Tensor]
     gradients: Gradients
     buffers: dict[str, Tensor]
     random_state: Tensor
+    accumulator: str = ""
 
 
-def leaves_of(specimen: Specimen, combination: Any) -> dict[str, Tensor]:
-    """Everything that is trained, by name."""
-    leaves: dict[str, Tensor] = {f"model {name}": leaf for name, leaf in specimen.model.named_parameters()}
-    leaves.update(specimen.outside)
+def trained_leaves(case: ModelCase, combination: Any) -> dict[str, Tensor]:
+    """Return every leaf that is trained, by name."""
+    leaves: dict[str, Tensor] = {f"model {name}": leaf for name, leaf in case.model.named_parameters()}
+    leaves.update(case.outside)
     if isinstance(combination, nn.Module):
         leaves.update({f"combination {name}": leaf for name, leaf in combination.named_parameters()})
     return leaves
@@ -105,19 +99,18 @@ def gradients_of(leaves: dict[str, Tensor]) -> Gradients:
     return {name: None if leaf.grad is None else leaf.grad.detach().clone() for name, leaf in leaves.items()}
 
 
-def train_by_full_graph(
-    specimen: Specimen, make_combination: MakeCombination, loss: Loss, count: int, *, seed: int = 3
-) -> Trained:
-    combination = moved(make_combination(), specimen)
-    poses = specimen.make_poses(count)
-    torch.manual_seed(seed)
-    call = specimen.plain_call or specimen.call
-    prediction = full_graph(specimen.model, poses, combination, call=call)
-    return _trained(specimen, combination, prediction, loss)
+def train_full_graph(
+    case: ModelCase, make_combination: MakeCombination, loss: Loss, count: int, *, seed: int = 3
+) -> TrainingResult:
+    combination = move_to_device(make_combination(), case)
+    poses = case.make_poses(count)
+    manual_seed(seed)
+    prediction = full_graph(case.model, poses, combination, call=case.plain_call or case.call)
+    return _after_backward(case, combination, prediction, loss)
 
 
-def train_by_group(
-    specimen: Specimen,
+def train_multi_pose(
+    case: ModelCase,
     make_combination: MakeCombination,
     loss: Loss,
     count: int,
@@ -125,51 +118,61 @@ def train_by_group(
     *,
     seed: int = 3,
     **options: Any,
-) -> Trained:
-    combination = moved(make_combination(), specimen)
-    poses = specimen.make_poses(count)
-    scorer = gradhooks.MultiPose(
-        specimen.model, combination, accumulator=accumulator, **{"call": specimen.call, **options}
-    )
-    torch.manual_seed(seed)
-    return _trained(specimen, combination, scorer(poses), loss)
+) -> TrainingResult:
+    combination = move_to_device(make_combination(), case)
+    poses = case.make_poses(count)
+    scorer = gradhooks.MultiPose(case.model, combination, accumulator=accumulator, **{"call": case.call, **options})
+    manual_seed(seed)
+    result = _after_backward(case, combination, scorer(poses), loss)
+    return dataclasses.replace(result, accumulator=scorer.report.accumulator)
 
 
-def moved(combination: Any, specimen: Specimen) -> Any:
-    """The combination on the specimen's device."""
-    device = next(iter([*specimen.model.parameters(), *specimen.outside.values()])).device
+def move_to_device(combination: Any, case: ModelCase) -> Any:
+    """Return the combination on the device of the case."""
+    device = next(iter([*case.model.parameters(), *case.outside.values()])).device
     return combination.to(device) if isinstance(combination, nn.Module) else combination
 
 
-def _trained(specimen: Specimen, combination: Any, prediction: gradhooks.MultiPosePrediction, loss: Loss) -> Trained:
+def _after_backward(
+    case: ModelCase, combination: Any, prediction: gradhooks.MultiPosePrediction, loss: Loss
+) -> TrainingResult:
     loss(prediction).backward()
-    return Trained(
+    return TrainingResult(
         prediction=(prediction.combined.detach().clone(), prediction.per_pose.detach().clone()),
-        gradients=gradients_of(leaves_of(specimen, combination)),
-        buffers={name: buffer.clone() for name, buffer in specimen.model.named_buffers()},
+        gradients=gradients_of(trained_leaves(case, combination)),
+        buffers={name: buffer.clone() for name, buffer in case.model.named_buffers()},
         random_state=torch.get_rng_state(),
     )
 
 
-def distances(found: Gradients, expected: Gradients, noise: float = 1e-4) -> dict[str, float]:
-    """Each gradient's distance from the expected one, relative to its size.
+@contextmanager
+def case_label(*labels: object) -> Iterator[None]:
+    """Name the case of a loop in the message of an error."""
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"[{' - '.join(map(str, labels))}] {type(error).__name__}: {error}") from error
 
-    A gradient below `noise` times the largest of the model (the bias before a normalisation) is no better known than
-    the large ones, and counts as if it were that large. Below `NOTHING` it counts as zero.
+
+def relative_errors(result: Gradients, expected: Gradients, noise: float = 1e-4) -> dict[str, float]:
+    """Return the distance of each gradient from the expected one, relative to the size of the expected one.
+
+    The rounding error of a gradient smaller than `noise` times the largest of the model (the bias before a
+    normalisation) is that of the large ones, so it is divided by that size. Below `NEGLIGIBLE_NORM` it counts as zero.
     """
     largest = max((_size(gradient) for gradient in expected.values() if gradient is not None), default=0.0)
     return {
-        name: _distance(found[name], gradient, floor=max(noise * largest, NOTHING))
+        name: _distance(result[name], gradient, floor=max(noise * largest, NEGLIGIBLE_NORM))
         for name, gradient in expected.items()
         if gradient is not None
     }
 
 
-def _distance(found: Tensor | None, expected: Tensor, floor: float) -> float:
-    assert found is not None
+def _distance(result: Tensor | None, expected: Tensor, floor: float) -> float:
+    assert result is not None
     if not bool(torch.isfinite(_dense(expected)).all()):
-        return 0.0 if torch.equal(_dense(found).isnan(), _dense(expected).isnan()) else float("inf")
-    difference = _size(_dense(found) - _dense(expected))
+        return 0.0 if torch.equal(_dense(result).isnan(), _dense(expected).isnan()) else float("inf")
+    difference = _size(_dense(result) - _dense(expected))
     return 0.0 if difference == 0 else difference / max(_size(expected), floor)
 
 
@@ -182,13 +185,13 @@ def _size(gradient: Tensor) -> float:
     return float(torch.linalg.vector_norm(_dense(gradient)))
 
 
-# What is so small comes of poses that do not matter: all numbers of the zoo are of order 1.
-NOTHING = 1e-9
+NEGLIGIBLE_NORM = 1e-9
+"""Smaller gradients come from poses with a negligible coefficient: all numbers of the zoo are of order 1."""
 
 
-def assert_same_form(found: Gradients, expected: Gradients) -> None:
-    """The same gradients are there, of the same shape, dtype, layout and strides."""
-    assert {name: _form(gradient) for name, gradient in found.items()} == {
+def assert_same_layout(result: Gradients, expected: Gradients) -> None:
+    """Assert that the same leaves have gradients, of the same shape, dtype, layout, device and strides."""
+    assert {name: _form(gradient) for name, gradient in result.items()} == {
         name: _form(gradient) for name, gradient in expected.items()
     }
 
@@ -200,37 +203,39 @@ def _form(gradient: Tensor | None) -> Any:
 
 
 def _strides(gradient: Tensor) -> Any:
-    # How one walks along an axis of length 1 means nothing.
+    # The stride of an axis of length 1 is arbitrary.
     if gradient.is_sparse:
         return None
     return [stride for stride, length in zip(gradient.stride(), gradient.shape, strict=True) if length > 1]
 
 
-def assert_same_gradients(found: Gradients, expected: Gradients, tolerance: float = 1e-12) -> None:
-    """Equal in form, and in value to `tolerance` relative to the size of each."""
-    assert_same_form(found, expected)
-    too_far = {name: distance for name, distance in distances(found, expected).items() if not distance <= tolerance}
-    assert not too_far, f"gradients further than {tolerance} from the full graph's: {too_far}"
+def assert_same_gradients(result: Gradients, expected: Gradients, tolerance: float = 1e-12) -> None:
+    """Assert equal layout, and equal values to `tolerance` relative to the size of each gradient."""
+    assert_same_layout(result, expected)
+    too_far = {
+        name: distance for name, distance in relative_errors(result, expected).items() if not distance <= tolerance
+    }
+    assert not too_far, f"gradients differ from the full graph's by more than {tolerance}: {too_far}"
 
 
-def assert_bit_equal(found: Gradients, expected: Gradients) -> None:
-    assert_same_form(found, expected)
-    differing = [
-        name for name, gradient in expected.items() if gradient is not None and not _equal(found[name], gradient)
+def assert_bit_equal(result: Gradients, expected: Gradients) -> None:
+    assert_same_layout(result, expected)
+    different = [
+        name for name, gradient in expected.items() if gradient is not None and not _equal(result[name], gradient)
     ]
-    assert not differing, f"gradients that differ in some bit: {differing}"
+    assert not different, f"gradients that are not bit-equal: {different}"
 
 
-def _equal(found: Tensor | None, expected: Tensor) -> bool:
-    return found is not None and torch.equal(_dense(found), _dense(expected))
+def _equal(result: Tensor | None, expected: Tensor) -> bool:
+    return result is not None and torch.equal(_dense(result), _dense(expected))
 
 
-def assert_same_training(found: Trained, expected: Trained, tolerance: float = 1e-12) -> None:
-    """Predictions, gradients, buffers and random state are the full graph's."""
-    for of_group, of_full_graph in zip(found.prediction, expected.prediction, strict=True):
-        torch.testing.assert_close(of_group, of_full_graph, rtol=tolerance, atol=tolerance)
-    assert_same_gradients(found.gradients, expected.gradients, tolerance)
-    assert found.buffers.keys() == expected.buffers.keys()
+def assert_same_training(result: TrainingResult, expected: TrainingResult, tolerance: float = 1e-12) -> None:
+    """Assert equal predictions and gradients to `tolerance`, and equal buffers and random state."""
+    for result_tensor, expected_tensor in zip(result.prediction, expected.prediction, strict=True):
+        torch.testing.assert_close(result_tensor, expected_tensor, rtol=tolerance, atol=tolerance)
+    assert_same_gradients(result.gradients, expected.gradients, tolerance)
+    assert result.buffers.keys() == expected.buffers.keys()
     for name, buffer in expected.buffers.items():
-        assert torch.equal(found.buffers[name], buffer), name
-    assert torch.equal(found.random_state, expected.random_state), "global random state"
+        assert torch.equal(result.buffers[name], buffer), name
+    assert torch.equal(result.random_state, expected.random_state), "global random state"

@@ -1,4 +1,4 @@
-"""Models named by the edge case that each is, with the poses that they eat."""
+"""Small models, each named by the edge case that it represents, with their poses."""
 
 from model_zoo import (
     checkpointed,
@@ -6,19 +6,19 @@ from model_zoo import (
     graphs,
     inputs,
     layers,
-    reparametrised,
+    parametrized,
     shared_tensors,
     stateful,
     wrapped,
 )
-from model_zoo.specimen import MOST_POSES, ZOO, Place, Species, Specimen, build, mlp
+from model_zoo.model_case import MOST_POSES, ZOO, ModelCase, TensorFactory, ZooEntry, build, mlp
 
 __all__ = [
     "MOST_POSES",
     "ZOO",
-    "Place",
-    "Species",
-    "Specimen",
+    "ModelCase",
+    "TensorFactory",
+    "ZooEntry",
     "build",
     "checkpointed",
     "derivatives",
@@ -26,7 +26,7 @@ __all__ = [
     "inputs",
     "layers",
     "mlp",
-    "reparametrised",
+    "parametrized",
     "shared_tensors",
     "stateful",
     "wrapped",

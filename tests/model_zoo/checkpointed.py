@@ -1,9 +1,9 @@
-"""Models that run parts of themselves a second time in their backward."""
+"""Models with activation checkpoints, whose backward runs parts of the model again."""
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model_zoo.specimen import MOST_POSES, Place, Specimen, mlp, some_of, species
+from model_zoo.model_case import MOST_POSES, ModelCase, TensorFactory, mlp, model_case, rows_of
 
 
 class Checkpointed(nn.Module):
@@ -19,28 +19,28 @@ class Checkpointed(nn.Module):
         return checkpoint(self.third, hidden, use_reentrant=self.reentrant)
 
 
-@species()
-def checkpoint_reentrant(place: Place) -> Specimen:
-    return Specimen(Checkpointed(reentrant=True), some_of(place.randn(MOST_POSES, 4)))
+@model_case()
+def checkpoint_reentrant(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Checkpointed(reentrant=True), rows_of(factory.randn(MOST_POSES, 4)))
 
 
-@species()
-def checkpoint_not_reentrant(place: Place) -> Specimen:
-    return Specimen(Checkpointed(reentrant=False), some_of(place.randn(MOST_POSES, 4)))
+@model_case()
+def checkpoint_not_reentrant(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Checkpointed(reentrant=False), rows_of(factory.randn(MOST_POSES, 4)))
 
 
-@species(same_in_every_dtype=False)
-def checkpoint_reentrant_with_dropout(place: Place) -> Specimen:
-    return Specimen(Checkpointed(reentrant=True, dropout=0.5), some_of(place.randn(MOST_POSES, 4)))
+@model_case(same_in_every_dtype=False)
+def checkpoint_reentrant_with_dropout(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Checkpointed(reentrant=True, dropout=0.5), rows_of(factory.randn(MOST_POSES, 4)))
 
 
-@species(same_in_every_dtype=False)
-def checkpoint_not_reentrant_with_dropout(place: Place) -> Specimen:
-    return Specimen(Checkpointed(reentrant=False, dropout=0.5), some_of(place.randn(MOST_POSES, 4)))
+@model_case(same_in_every_dtype=False)
+def checkpoint_not_reentrant_with_dropout(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Checkpointed(reentrant=False, dropout=0.5), rows_of(factory.randn(MOST_POSES, 4)))
 
 
 class TiedCheckpoints(nn.Module):
-    """The same weight in two reentrant checkpoints gets its gradient in two pieces."""
+    """Uses one weight in several reentrant checkpoints, which deliver its gradient in several pieces."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,9 +54,9 @@ class TiedCheckpoints(nn.Module):
         return hidden.sum()
 
 
-@species(bit_for_bit=False)
-def tied_in_reentrant_checkpoints(place: Place) -> Specimen:
-    return Specimen(TiedCheckpoints(), some_of(place.randn(MOST_POSES, 4)))
+@model_case(bit_for_bit=False)
+def tied_in_reentrant_checkpoints(factory: TensorFactory) -> ModelCase:
+    return ModelCase(TiedCheckpoints(), rows_of(factory.randn(MOST_POSES, 4)))
 
 
 class Nested(nn.Module):
@@ -68,37 +68,37 @@ class Nested(nn.Module):
         return checkpoint(self.outer, pose, use_reentrant=False)
 
 
-@species()
-def nested_checkpoints(place: Place) -> Specimen:
-    return Specimen(Nested(), some_of(place.randn(MOST_POSES, 4)))
+@model_case()
+def nested_checkpoints(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Nested(), rows_of(factory.randn(MOST_POSES, 4)))
 
 
 class WholeReentrant(nn.Module):
-    """All of it in one reentrant checkpoint, whose input must require grad: it marks a copy, or the pose itself."""
+    """Runs in one reentrant checkpoint, whose input must require grad: a copy of the pose, or the pose itself."""
 
-    def __init__(self, *, marks_the_pose: bool) -> None:
+    def __init__(self, *, sets_requires_grad_on_the_pose: bool) -> None:
         super().__init__()
-        self.marks_the_pose = marks_the_pose
+        self.sets_requires_grad_on_the_pose = sets_requires_grad_on_the_pose
         self.net = mlp(4, 6, 1)
 
     def forward(self, pose: Tensor) -> Tensor:
-        if not self.marks_the_pose:
+        if not self.sets_requires_grad_on_the_pose:
             pose = pose.detach()
         return checkpoint(self.net, pose.requires_grad_(), use_reentrant=True)
 
 
-@species()
-def whole_model_in_reentrant_checkpoint(place: Place) -> Specimen:
-    return Specimen(WholeReentrant(marks_the_pose=False), some_of(place.randn(MOST_POSES, 4)))
+@model_case()
+def whole_model_in_reentrant_checkpoint(factory: TensorFactory) -> ModelCase:
+    return ModelCase(WholeReentrant(sets_requires_grad_on_the_pose=False), rows_of(factory.randn(MOST_POSES, 4)))
 
 
-@species()
-def whole_model_in_reentrant_checkpoint_that_marks_the_pose(place: Place) -> Specimen:
-    return Specimen(WholeReentrant(marks_the_pose=True), some_of(place.randn(MOST_POSES, 4)))
+@model_case()
+def reentrant_checkpoint_that_sets_requires_grad_on_the_pose(factory: TensorFactory) -> ModelCase:
+    return ModelCase(WholeReentrant(sets_requires_grad_on_the_pose=True), rows_of(factory.randn(MOST_POSES, 4)))
 
 
 class BranchInCheckpoint(nn.Module):
-    """Only high poses use the branch, whose parameters no walk through the graph can see."""
+    """Only high poses use one branch, and a walk through the graph does not reach its parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,9 @@ class BranchInCheckpoint(nn.Module):
         return checkpoint(self.high, hidden, use_reentrant=True) + 9 if high else self.low(hidden)
 
 
-@species()
-def used_by_high_poses_in_reentrant_checkpoint(place: Place) -> Specimen:
-    inputs = place.randn(MOST_POSES, 4)
-    return Specimen(BranchInCheckpoint(), lambda count: [(row.clone(), i == 3) for i, row in enumerate(inputs[:count])])
+@model_case()
+def used_by_high_poses_in_reentrant_checkpoint(factory: TensorFactory) -> ModelCase:
+    inputs = factory.randn(MOST_POSES, 4)
+    return ModelCase(
+        BranchInCheckpoint(), lambda count: [(row.clone(), i == 3) for i, row in enumerate(inputs[:count])]
+    )

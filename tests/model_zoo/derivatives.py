@@ -1,4 +1,4 @@
-"""Models that differentiate in their forward, and layers that change gradients."""
+"""Models that call autograd in their forward, and hooks that change gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model_zoo.specimen import MOST_POSES, Place, Specimen, some_of, species
+from model_zoo.model_case import MOST_POSES, ModelCase, TensorFactory, model_case, rows_of
 
 
 class EnergyAndForces(nn.Module):
-    """Predicts from an energy and its derivative by the positions."""
+    """Predicts from an energy and its derivative with respect to the positions."""
 
     def __init__(self, prepare: Callable[[Tensor], Tensor], *, vector: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
@@ -21,63 +21,63 @@ class EnergyAndForces(nn.Module):
     def forward(self, positions: Tensor) -> Tensor:
         positions = self.prepare(positions)
         energy = self.energy(positions).sum()
-        (slope,) = torch.autograd.grad(energy, positions, create_graph=True)
+        (gradient,) = torch.autograd.grad(energy, positions, create_graph=True)
         if self.vector:
-            return torch.cat([energy.view(1), -slope.flatten()])
-        return energy + slope.square().sum()
+            return torch.cat([energy.view(1), -gradient.flatten()])
+        return energy + gradient.square().sum()
 
 
-def _as_it_comes(positions: Tensor) -> Tensor:
+def _unchanged(positions: Tensor) -> Tensor:
     return positions
 
 
-def _marked_copy(positions: Tensor) -> Tensor:
+def _copy_that_requires_grad(positions: Tensor) -> Tensor:
     return positions.detach().requires_grad_()
 
 
-def _marked_pose(positions: Tensor) -> Tensor:
+def set_requires_grad(positions: Tensor) -> Tensor:
     return positions.requires_grad_()
 
 
-def _derived(positions: Tensor) -> Tensor:
+def _scaled(positions: Tensor) -> Tensor:
     return positions * 1.5
 
 
-def _learnable_positions(model: nn.Module, place: Place) -> Specimen:
-    leaves = [place.randn(2, 3).requires_grad_() for _ in range(MOST_POSES)]
-    return Specimen(
+def _learnable_positions(model: nn.Module, factory: TensorFactory) -> ModelCase:
+    leaves = [factory.randn(2, 3).requires_grad_() for _ in range(MOST_POSES)]
+    return ModelCase(
         model, lambda count: leaves[:count], outside={f"positions {i}": leaf for i, leaf in enumerate(leaves)}
     )
 
 
-@species(bit_for_bit=False)
-def forces_of_a_pose_that_requires_grad(place: Place) -> Specimen:
-    return _learnable_positions(EnergyAndForces(_as_it_comes), place)
+@model_case(bit_for_bit=False)
+def forces_of_a_pose_that_requires_grad(factory: TensorFactory) -> ModelCase:
+    return _learnable_positions(EnergyAndForces(_unchanged), factory)
 
 
-@species(bit_for_bit=False)
-def forces_by_something_derived_of_the_pose(place: Place) -> Specimen:
-    return _learnable_positions(EnergyAndForces(_derived), place)
+@model_case(bit_for_bit=False)
+def forces_by_a_function_of_the_pose(factory: TensorFactory) -> ModelCase:
+    return _learnable_positions(EnergyAndForces(_scaled), factory)
 
 
-@species(bit_for_bit=False)
-def forces_as_vector_output(place: Place) -> Specimen:
-    return _learnable_positions(EnergyAndForces(_as_it_comes, vector=True), place)
+@model_case(bit_for_bit=False)
+def forces_as_vector_output(factory: TensorFactory) -> ModelCase:
+    return _learnable_positions(EnergyAndForces(_unchanged, vector=True), factory)
 
 
-@species(bit_for_bit=False)
-def forces_by_a_copy_that_the_model_marks(place: Place) -> Specimen:
-    return Specimen(EnergyAndForces(_marked_copy), some_of(place.randn(MOST_POSES, 2, 3)))
+@model_case(bit_for_bit=False)
+def forces_by_a_copy_of_the_pose(factory: TensorFactory) -> ModelCase:
+    return ModelCase(EnergyAndForces(_copy_that_requires_grad), rows_of(factory.randn(MOST_POSES, 2, 3)))
 
 
-@species(bit_for_bit=False)
-def forces_by_the_pose_that_the_model_marks(place: Place) -> Specimen:
-    return Specimen(EnergyAndForces(_marked_pose), some_of(place.randn(MOST_POSES, 2, 3)))
+@model_case(bit_for_bit=False)
+def forces_with_requires_grad_set_on_the_pose(factory: TensorFactory) -> ModelCase:
+    return ModelCase(EnergyAndForces(set_requires_grad), rows_of(factory.randn(MOST_POSES, 2, 3)))
 
 
-@species(bit_for_bit=False, same_in_every_dtype=False)
-def forces_with_dropout(place: Place) -> Specimen:
-    return Specimen(EnergyAndForces(_marked_copy, dropout=0.5), some_of(place.randn(MOST_POSES, 2, 3)))
+@model_case(bit_for_bit=False, same_in_every_dtype=False)
+def forces_with_dropout(factory: TensorFactory) -> ModelCase:
+    return ModelCase(EnergyAndForces(_copy_that_requires_grad, dropout=0.5), rows_of(factory.randn(MOST_POSES, 2, 3)))
 
 
 class InnerStep(nn.Module):
@@ -90,17 +90,17 @@ class InnerStep(nn.Module):
 
     def forward(self, pose: Tensor) -> Tensor:
         with torch.enable_grad():
-            (slope,) = torch.autograd.grad((self.weight @ pose - 1).square(), self.weight, create_graph=True)
-        return (self.weight - self.rate * slope) @ pose.flip(0)
+            (gradient,) = torch.autograd.grad((self.weight @ pose - 1).square(), self.weight, create_graph=True)
+        return (self.weight - self.rate * gradient) @ pose.flip(0)
 
 
-@species(bit_for_bit=False)
-def gradient_step_inside(place: Place) -> Specimen:
-    return Specimen(InnerStep(), some_of(place.randn(MOST_POSES, 4)))
+@model_case(bit_for_bit=False)
+def gradient_step_in_forward(factory: TensorFactory) -> ModelCase:
+    return ModelCase(InnerStep(), rows_of(factory.randn(MOST_POSES, 4)))
 
 
 class Hooked(nn.Module):
-    """Changes gradients on their way, by hooks on a module and on a tensor."""
+    """Changes gradients by hooks on a module and on a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,9 +126,9 @@ def _shifted(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     return (inputs[0] + 1,)
 
 
-@species()
-def hooks_in_the_model(place: Place) -> Specimen:
-    leaves = [place.randn(4).requires_grad_() for _ in range(MOST_POSES)]
-    return Specimen(
+@model_case()
+def hooks_in_the_model(factory: TensorFactory) -> ModelCase:
+    leaves = [factory.randn(4).requires_grad_() for _ in range(MOST_POSES)]
+    return ModelCase(
         Hooked(), lambda count: leaves[:count], outside={f"pose {i}": leaf for i, leaf in enumerate(leaves)}
     )

@@ -1,4 +1,4 @@
-"""Poses that carry gradients, in whatever wrapping."""
+"""Poses that require grad, also nested in containers."""
 
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model_zoo.specimen import MOST_POSES, Place, Specimen, mlp, some_of, species
+from model_zoo.model_case import MOST_POSES, ModelCase, TensorFactory, mlp, model_case, rows_of
 
 
 class Scorer(nn.Module):
@@ -21,57 +21,57 @@ class Scorer(nn.Module):
         return self.net(torch.cat([pocket, ligand]))
 
 
-def _encoded(place: Place) -> tuple[dict[str, Tensor], Any]:
-    """A pocket encoder outside the model, and what encodes a fresh pocket."""
-    encoder, pocket = mlp(5, 6, 4).to(place.device, place.dtype), place.randn(5)
+def _encoded(factory: TensorFactory) -> tuple[dict[str, Tensor], Any]:
+    """Return the leaves of a pocket encoder outside the model, and a function that encodes the pocket anew."""
+    encoder, pocket = mlp(5, 6, 4).to(factory.device, factory.dtype), factory.randn(5)
     outside: dict[str, Tensor] = {f"encoder {name}": leaf for name, leaf in encoder.named_parameters()}
     return outside, lambda: encoder(pocket)
 
 
-@species()
-def shared_encoder_output(place: Place) -> Specimen:
-    ligands = place.randn(MOST_POSES, 4)
-    outside, encode = _encoded(place)
+@model_case()
+def shared_encoder_output(factory: TensorFactory) -> ModelCase:
+    ligands = factory.randn(MOST_POSES, 4)
+    outside, encode = _encoded(factory)
 
     def poses(count: int) -> list[Any]:
         pocket = encode()
         return [(pocket, ligand) for ligand in ligands[:count]]
 
-    return Specimen(Scorer(), poses, outside)
+    return ModelCase(Scorer(), poses, outside)
 
 
-@species()
-def shared_encoder_output_and_frozen_model(place: Place) -> Specimen:
-    specimen = shared_encoder_output(place)
-    specimen.model.requires_grad_(False)
-    return specimen
+@model_case()
+def shared_encoder_output_and_frozen_model(factory: TensorFactory) -> ModelCase:
+    case = shared_encoder_output(factory)
+    case.model.requires_grad_(False)
+    return case
 
 
-@species()
-def own_encoder_output(place: Place) -> Specimen:
-    ligands = place.randn(MOST_POSES, 5)
-    encoder = mlp(5, 6, 4).to(place.device, place.dtype)
+@model_case()
+def encoder_output_per_pose(factory: TensorFactory) -> ModelCase:
+    ligands = factory.randn(MOST_POSES, 5)
+    encoder = mlp(5, 6, 4).to(factory.device, factory.dtype)
     outside: dict[str, Tensor] = {f"encoder {name}": leaf for name, leaf in encoder.named_parameters()}
-    return Specimen(mlp(4, 6, 1), lambda count: [encoder(ligand) for ligand in ligands[:count]], outside)
+    return ModelCase(mlp(4, 6, 1), lambda count: [encoder(ligand) for ligand in ligands[:count]], outside)
 
 
-@species()
-def learnable_inputs(place: Place) -> Specimen:
-    leaves = [place.randn(4).requires_grad_() for _ in range(MOST_POSES)]
+@model_case()
+def learnable_inputs(factory: TensorFactory) -> ModelCase:
+    leaves = [factory.randn(4).requires_grad_() for _ in range(MOST_POSES)]
     outside = {f"pose {i}": leaf for i, leaf in enumerate(leaves)}
-    return Specimen(mlp(4, 6, 1), lambda count: leaves[:count], outside)
+    return ModelCase(mlp(4, 6, 1), lambda count: leaves[:count], outside)
 
 
-@species()
-def learnable_input_of_some_poses(place: Place) -> Specimen:
-    leaf, inputs = place.randn(4).requires_grad_(), place.randn(MOST_POSES, 4)
-    return Specimen(
+@model_case()
+def learnable_input_of_some_poses(factory: TensorFactory) -> ModelCase:
+    leaf, inputs = factory.randn(4).requires_grad_(), factory.randn(MOST_POSES, 4)
+    return ModelCase(
         mlp(4, 6, 1), lambda count: [leaf if i == 1 else row for i, row in enumerate(inputs[:count])], {"pose 1": leaf}
     )
 
 
 class Unused(nn.Module):
-    """Takes an input that it does not use."""
+    """Ignores one of its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,14 +82,14 @@ class Unused(nn.Module):
         return self.net(pose)
 
 
-@species()
-def unused_learnable_input(place: Place) -> Specimen:
-    leaf, inputs = place.randn(4).requires_grad_(), place.randn(MOST_POSES, 4)
-    return Specimen(Unused(), lambda count: [(row, leaf) for row in inputs[:count]], {"ignored": leaf})
+@model_case()
+def unused_learnable_input(factory: TensorFactory) -> ModelCase:
+    leaf, inputs = factory.randn(4).requires_grad_(), factory.randn(MOST_POSES, 4)
+    return ModelCase(Unused(), lambda count: [(row, leaf) for row in inputs[:count]], {"ignored": leaf})
 
 
 class Unpacking(nn.Module):
-    """Finds pocket and ligand wherever they are."""
+    """Reads pocket and ligand from nested containers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,29 +113,29 @@ class LigandRecord:
 Pair = namedtuple("Pair", ["left", "right"])  # noqa: PYI024  # users have them too
 
 
-@species()
-def nested_in_dict_tuple_and_namedtuple(place: Place) -> Specimen:
-    return _nested(place, lambda pocket, ligand: {"complex": Pair({"pocket": pocket}, Ligand(ligand, "a"))})
+@model_case()
+def nested_in_dict_tuple_and_namedtuple(factory: TensorFactory) -> ModelCase:
+    return _nested(factory, lambda pocket, ligand: {"complex": Pair({"pocket": pocket}, Ligand(ligand, "a"))})
 
 
-@species()
-def nested_in_dataclass_and_list(place: Place) -> Specimen:
+@model_case()
+def nested_in_dataclass_and_list(factory: TensorFactory) -> ModelCase:
     def wrap(pocket: Tensor, ligand: Tensor) -> Any:
         return OrderedDict(complex=[{"pocket": pocket, "charge": 1}, LigandRecord(ligand, "a")])
 
-    return _nested(place, wrap)
+    return _nested(factory, wrap)
 
 
-def _nested(place: Place, wrap: Any) -> Specimen:
-    ligands = [place.randn(4).requires_grad_() for _ in range(MOST_POSES)]
-    outside, encode = _encoded(place)
+def _nested(factory: TensorFactory, wrap: Any) -> ModelCase:
+    ligands = [factory.randn(4).requires_grad_() for _ in range(MOST_POSES)]
+    outside, encode = _encoded(factory)
 
     def poses(count: int) -> list[Any]:
         pocket = encode()
         return [wrap(pocket, ligand) for ligand in ligands[:count]]
 
     outside.update({f"ligand {i}": ligand for i, ligand in enumerate(ligands)})
-    return Specimen(Unpacking(), poses, outside)
+    return ModelCase(Unpacking(), poses, outside)
 
 
 class Verbose(nn.Module):
@@ -147,8 +147,8 @@ class Verbose(nn.Module):
         return {"logits": self.net(pose), "attention": None}
 
 
-@species()
-def output_chosen_by_call(place: Place) -> Specimen:
-    return Specimen(
-        Verbose(), some_of(place.randn(MOST_POSES, 4)), call=lambda model, pose: model(pose)["logits"].squeeze()
+@model_case()
+def output_chosen_by_call(factory: TensorFactory) -> ModelCase:
+    return ModelCase(
+        Verbose(), rows_of(factory.randn(MOST_POSES, 4)), call=lambda model, pose: model(pose)["logits"].squeeze()
     )

@@ -1,19 +1,19 @@
-"""Architectures by their layers."""
+"""Ordinary architectures, and outputs of several shapes."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # its usual name
 
-from model_zoo.specimen import MOST_POSES, Place, Specimen, mlp, some_of, species
+from model_zoo.model_case import MOST_POSES, ModelCase, TensorFactory, mlp, model_case, rows_of
 
 
-@species()
-def plain_mlp(place: Place) -> Specimen:
-    return Specimen(mlp(4, 8, 1), some_of(place.randn(MOST_POSES, 4)))
+@model_case()
+def plain_mlp(factory: TensorFactory) -> ModelCase:
+    return ModelCase(mlp(4, 8, 1), rows_of(factory.randn(MOST_POSES, 4)))
 
 
 class Summed(nn.Module):
-    """Makes the prediction a number without axes."""
+    """Reduces the output to a scalar without axes."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -23,19 +23,19 @@ class Summed(nn.Module):
         return self.inner(pose).sum()
 
 
-@species()
-def scalar_output(place: Place) -> Specimen:
-    return Specimen(Summed(mlp(4, 8, 3)), some_of(place.randn(MOST_POSES, 4)))
+@model_case()
+def scalar_output(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Summed(mlp(4, 8, 3)), rows_of(factory.randn(MOST_POSES, 4)))
 
 
-@species()
-def vector_output(place: Place) -> Specimen:
-    return Specimen(mlp(4, 8, 3), some_of(place.randn(MOST_POSES, 4)))
+@model_case()
+def vector_output(factory: TensorFactory) -> ModelCase:
+    return ModelCase(mlp(4, 8, 3), rows_of(factory.randn(MOST_POSES, 4)))
 
 
-@species()
-def matrix_output(place: Place) -> Specimen:
-    return Specimen(mlp(4, 8, 3), some_of(place.randn(MOST_POSES, 2, 4)))
+@model_case()
+def matrix_output(factory: TensorFactory) -> ModelCase:
+    return ModelCase(mlp(4, 8, 3), rows_of(factory.randn(MOST_POSES, 2, 4)))
 
 
 class ConvNet(nn.Module):
@@ -50,20 +50,20 @@ class ConvNet(nn.Module):
         return self.head(self.body(image.unsqueeze(0)).mean((2, 3))).squeeze(0)
 
 
-@species()
-def batch_norm_in_training(place: Place) -> Specimen:
-    return Specimen(ConvNet(nn.BatchNorm2d), some_of(place.randn(MOST_POSES, 2, 6, 6)))
+@model_case()
+def batch_norm_in_training(factory: TensorFactory) -> ModelCase:
+    return ModelCase(ConvNet(nn.BatchNorm2d), rows_of(factory.randn(MOST_POSES, 2, 6, 6)))
 
 
-@species()
-def batch_norm_in_evaluation(place: Place) -> Specimen:
-    return Specimen(ConvNet(nn.BatchNorm2d).eval(), some_of(place.randn(MOST_POSES, 2, 6, 6)))
+@model_case()
+def batch_norm_in_evaluation(factory: TensorFactory) -> ModelCase:
+    return ModelCase(ConvNet(nn.BatchNorm2d).eval(), rows_of(factory.randn(MOST_POSES, 2, 6, 6)))
 
 
-@species()
-def channels_last(place: Place) -> Specimen:
+@model_case()
+def channels_last(factory: TensorFactory) -> ModelCase:
     model = ConvNet(nn.Identity).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Specimen(model, some_of(place.randn(MOST_POSES, 2, 6, 6)))
+    return ModelCase(model, rows_of(factory.randn(MOST_POSES, 2, 6, 6)))
 
 
 class Recurrent(nn.Module):
@@ -76,20 +76,20 @@ class Recurrent(nn.Module):
         return self.head(self.cell(sequence)[0][-1])
 
 
-@species(bit_for_bit=False)
-def lstm(place: Place) -> Specimen:
-    return Specimen(Recurrent(nn.LSTM(3, 4), 4), some_of(place.randn(MOST_POSES, 5, 3)))
+@model_case(bit_for_bit=False)
+def lstm(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Recurrent(nn.LSTM(3, 4), 4), rows_of(factory.randn(MOST_POSES, 5, 3)))
 
 
-@species(bit_for_bit=False)
-def gru_of_two_directions_and_layers(place: Place) -> Specimen:
+@model_case(bit_for_bit=False)
+def gru_of_two_directions_and_layers(factory: TensorFactory) -> ModelCase:
     model = Recurrent(nn.GRU(3, 4, num_layers=2, bidirectional=True), 8)
-    return Specimen(model, some_of(place.randn(MOST_POSES, 5, 3)))
+    return ModelCase(model, rows_of(factory.randn(MOST_POSES, 5, 3)))
 
 
-@species(bit_for_bit=False, same_in_every_dtype=False)
-def lstm_with_dropout(place: Place) -> Specimen:
-    return Specimen(Recurrent(nn.LSTM(3, 4, num_layers=2, dropout=0.5), 4), some_of(place.randn(MOST_POSES, 5, 3)))
+@model_case(bit_for_bit=False, same_in_every_dtype=False)
+def lstm_with_dropout(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Recurrent(nn.LSTM(3, 4, num_layers=2, dropout=0.5), 4), rows_of(factory.randn(MOST_POSES, 5, 3)))
 
 
 class Encoder(nn.Module):
@@ -102,14 +102,14 @@ class Encoder(nn.Module):
         return self.head(self.layer(tokens.unsqueeze(0)).mean(1)).squeeze(0)
 
 
-@species()
-def transformer_encoder(place: Place) -> Specimen:
-    return Specimen(Encoder(), some_of(place.randn(MOST_POSES, 5, 8)))
+@model_case()
+def transformer_encoder(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Encoder(), rows_of(factory.randn(MOST_POSES, 5, 8)))
 
 
-@species(bit_for_bit=False)  # without a graph, PyTorch takes a fused kernel here
-def transformer_encoder_in_evaluation(place: Place) -> Specimen:
-    return Specimen(Encoder().eval(), some_of(place.randn(MOST_POSES, 5, 8)))
+@model_case(bit_for_bit=False)  # without a graph, PyTorch uses a fused kernel here
+def transformer_encoder_in_evaluation(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Encoder().eval(), rows_of(factory.randn(MOST_POSES, 5, 8)))
 
 
 class Attention(nn.Module):
@@ -122,9 +122,9 @@ class Attention(nn.Module):
         return self.head(self.attention(tokens, tokens, tokens)[0].mean(0))
 
 
-@species()
-def multi_head_attention(place: Place) -> Specimen:
-    return Specimen(Attention(), some_of(place.randn(MOST_POSES, 5, 8)))
+@model_case()
+def multi_head_attention(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Attention(), rows_of(factory.randn(MOST_POSES, 5, 8)))
 
 
 class WordBag(nn.Module):
@@ -137,18 +137,18 @@ class WordBag(nn.Module):
         return self.head(self.embedding(words).tanh().mean(0))
 
 
-@species()
-def dense_embedding(place: Place) -> Specimen:
-    return Specimen(WordBag(sparse=False), some_of(place.integers(11, MOST_POSES, 5)))
+@model_case()
+def dense_embedding(factory: TensorFactory) -> ModelCase:
+    return ModelCase(WordBag(sparse=False), rows_of(factory.randint(11, MOST_POSES, 5)))
 
 
-@species()
-def sparse_embedding(place: Place) -> Specimen:
-    return Specimen(WordBag(sparse=True), some_of(place.integers(11, MOST_POSES, 5)))
+@model_case()
+def sparse_embedding(factory: TensorFactory) -> ModelCase:
+    return ModelCase(WordBag(sparse=True), rows_of(factory.randint(11, MOST_POSES, 5)))
 
 
 class SparseAndDense(nn.Module):
-    """The embedding's weight gets a sparse gradient here and a dense one there."""
+    """The embedding's weight gets a sparse gradient by its lookup and a dense one by its use as a matrix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,9 +158,9 @@ class SparseAndDense(nn.Module):
         return self.embedding(words).tanh().sum() + (words[0] % 2) * self.embedding.weight.square().mean()
 
 
-@species(bit_for_bit=False)
-def sparse_and_dense_embedding(place: Place) -> Specimen:
-    return Specimen(SparseAndDense(), some_of(place.integers(11, MOST_POSES, 5)))
+@model_case(bit_for_bit=False)
+def sparse_and_dense_embedding(factory: TensorFactory) -> ModelCase:
+    return ModelCase(SparseAndDense(), rows_of(factory.randint(11, MOST_POSES, 5)))
 
 
 class InPlace(nn.Module):
@@ -178,9 +178,9 @@ class InPlace(nn.Module):
         return self.second(hidden).clamp_(-3, 3)
 
 
-@species(bit_for_bit=False)
-def in_place_operations(place: Place) -> Specimen:
-    return Specimen(InPlace(), some_of(place.randn(MOST_POSES, 4)))
+@model_case(bit_for_bit=False)
+def in_place_operations(factory: TensorFactory) -> ModelCase:
+    return ModelCase(InPlace(), rows_of(factory.randn(MOST_POSES, 4)))
 
 
 class Waves(nn.Module):
@@ -193,6 +193,6 @@ class Waves(nn.Module):
         return self.head((self.mix @ pose.to(self.mix.dtype)).abs().square())
 
 
-@species()
-def complex_parameters(place: Place) -> Specimen:
-    return Specimen(Waves(), some_of(place.randn(MOST_POSES, 4)))
+@model_case()
+def complex_parameters(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Waves(), rows_of(factory.randn(MOST_POSES, 4)))

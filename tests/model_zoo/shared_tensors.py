@@ -1,4 +1,4 @@
-"""Parameters that are used twice, seldom, or never."""
+"""Parameters that are used several times, by some poses only, or never."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # its usual name
 
-from model_zoo.specimen import MOST_POSES, Place, Specimen, mlp, some_of, species
+from model_zoo.model_case import MOST_POSES, ModelCase, TensorFactory, mlp, model_case, rows_of
 
 
 class Tied(nn.Module):
-    """One parameter under two names, and one module under two names."""
+    """Has one parameter under two names, and one module under two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,17 +25,17 @@ class Tied(nn.Module):
         return self.head(self.again(hidden).tanh() @ self.encode.weight.t())
 
 
-@species(bit_for_bit=False)
-def tied_weights(place: Place) -> Specimen:
-    return Specimen(Tied(), some_of(place.randn(MOST_POSES, 4)))
+@model_case(bit_for_bit=False)
+def tied_weights(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Tied(), rows_of(factory.randn(MOST_POSES, 4)))
 
 
-@species()
-def frozen_parameters(place: Place) -> Specimen:
+@model_case()
+def frozen_parameters(factory: TensorFactory) -> ModelCase:
     model = mlp(4, 6, 6, 1)
     model[0].requires_grad_(False)
     model[2].bias.requires_grad_(False)
-    return Specimen(model, some_of(place.randn(MOST_POSES, 4)))
+    return ModelCase(model, rows_of(factory.randn(MOST_POSES, 4)))
 
 
 class Branched(nn.Module):
@@ -50,45 +50,45 @@ class Branched(nn.Module):
         return prediction + self.special(pose) if special else prediction
 
 
-@species()
-def unused_parameters(place: Place) -> Specimen:
-    return Specimen(Branched(), some_of(place.randn(MOST_POSES, 4)))
+@model_case()
+def unused_parameters(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Branched(), rows_of(factory.randn(MOST_POSES, 4)))
 
 
-@species()
-def used_by_some_poses(place: Place) -> Specimen:
-    inputs = place.randn(MOST_POSES, 4)
-    return Specimen(Branched(), lambda count: [(row.clone(), i % 3 == 1) for i, row in enumerate(inputs[:count])])
+@model_case()
+def used_by_some_poses(factory: TensorFactory) -> ModelCase:
+    inputs = factory.randn(MOST_POSES, 4)
+    return ModelCase(Branched(), lambda count: [(row.clone(), i % 3 == 1) for i, row in enumerate(inputs[:count])])
 
 
-def branched_by_negligible_poses(place: Place, *, special: tuple[int, ...], offset: float) -> Specimen:
-    """Poses whose numbers are in `special` use the special branch, and lie `offset` above the rest."""
-    inputs = place.randn(MOST_POSES, 4) * 0.1
+def branch_for_some_poses(factory: TensorFactory, *, special: tuple[int, ...], offset: float) -> ModelCase:
+    """Build poses of which those with an index in `special` use another branch and are `offset` higher."""
+    inputs = factory.randn(MOST_POSES, 4) * 0.1
 
     def poses(count: int) -> list[Any]:
         chosen = [(row.clone(), i in special) for i, row in enumerate(inputs[:count])]
         return [(row, is_special, offset * is_special) for row, is_special in chosen]
 
-    return Specimen(Branched(), poses)
+    return ModelCase(Branched(), poses)
 
 
-@species()
-def used_by_high_poses_first(place: Place) -> Specimen:
-    return branched_by_negligible_poses(place, special=(0,), offset=9.0)
+@model_case()
+def used_by_high_poses_first(factory: TensorFactory) -> ModelCase:
+    return branch_for_some_poses(factory, special=(0,), offset=9.0)
 
 
-@species()
-def used_by_high_poses_last(place: Place) -> Specimen:
-    return branched_by_negligible_poses(place, special=(3, 4), offset=9.0)
+@model_case()
+def used_by_high_poses_last(factory: TensorFactory) -> ModelCase:
+    return branch_for_some_poses(factory, special=(3, 4), offset=9.0)
 
 
-@species()
-def used_by_low_poses_only(place: Place) -> Specimen:
-    return branched_by_negligible_poses(place, special=(2,), offset=-9.0)
+@model_case()
+def used_by_low_poses_only(factory: TensorFactory) -> ModelCase:
+    return branch_for_some_poses(factory, special=(2,), offset=-9.0)
 
 
 class ConstantPoses(nn.Module):
-    """Some predictions do not depend on any parameter."""
+    """Returns some predictions that depend on no parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,18 +98,18 @@ class ConstantPoses(nn.Module):
         return pose[:1] if constant else self.usual(pose)
 
 
-@species()
-def constant_predictions_first(place: Place) -> Specimen:
-    inputs = place.randn(MOST_POSES, 4)
-    return Specimen(
+@model_case()
+def constant_predictions_first(factory: TensorFactory) -> ModelCase:
+    inputs = factory.randn(MOST_POSES, 4)
+    return ModelCase(
         ConstantPoses(), lambda count: [(row.clone(), i < count // 2) for i, row in enumerate(inputs[:count])]
     )
 
 
-@species()
-def constant_predictions_last(place: Place) -> Specimen:
-    inputs = place.randn(MOST_POSES, 4)
-    return Specimen(ConstantPoses(), lambda count: [(row.clone(), i > 0) for i, row in enumerate(inputs[:count])])
+@model_case()
+def constant_predictions_last(factory: TensorFactory) -> ModelCase:
+    inputs = factory.randn(MOST_POSES, 4)
+    return ModelCase(ConstantPoses(), lambda count: [(row.clone(), i > 0) for i, row in enumerate(inputs[:count])])
 
 
 class Listed(nn.Module):
@@ -124,13 +124,13 @@ class Listed(nn.Module):
         return (self.named["gain"] * pose + self.named["shift"]).sum()
 
 
-@species()
-def parameter_containers(place: Place) -> Specimen:
-    return Specimen(Listed(), some_of(place.randn(MOST_POSES, 4)))
+@model_case()
+def parameter_containers(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Listed(), rows_of(factory.randn(MOST_POSES, 4)))
 
 
 class Expanded(nn.Module):
-    """Its gradients arrive as expanded tensors, which share one number."""
+    """Its gradients are expanded tensors, whose elements share memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,15 +141,15 @@ class Expanded(nn.Module):
         return self.bias.sum() * pose.sum() + self.weight.expand(5, 3, 4).sum() + F.linear(pose, self.weight).sum()
 
 
-@species(bit_for_bit=False)
-def expanded_gradients(place: Place) -> Specimen:
-    return Specimen(Expanded(), some_of(place.randn(MOST_POSES, 4)))
+@model_case(bit_for_bit=False)
+def expanded_gradients(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Expanded(), rows_of(factory.randn(MOST_POSES, 4)))
 
 
-class OneBuffer(torch.autograd.Function):
-    """A layer that writes each gradient into the same memory, as some kernels do."""
+class ReusedBuffer(torch.autograd.Function):
+    """Writes each gradient into the same memory, as some kernels do."""
 
-    memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # noqa: RUF012  # an attribute of the class on purpose
+    memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # noqa: RUF012  # shared by all calls on purpose
 
     @staticmethod
     def forward(ctx: Any, pose: Tensor, weight: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class OneBuffer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
         (pose,) = ctx.saved_tensors
-        buffer = OneBuffer.memory.setdefault((pose.dtype, pose.device), torch.empty_like(pose))
+        buffer = ReusedBuffer.memory.setdefault((pose.dtype, pose.device), torch.empty_like(pose))
         return None, buffer.copy_(gradient * pose)
 
 
@@ -169,9 +169,9 @@ class Reusing(nn.Module):
         self.weight = nn.Parameter(torch.randn(4))
 
     def forward(self, pose: Tensor) -> Tensor:
-        return OneBuffer.apply(pose, self.weight)
+        return ReusedBuffer.apply(pose, self.weight)
 
 
-# No species: through the full graph such a layer is wrong with more than one pose (the engine adds up lazily).
-def reused_gradient_memory(place: Place) -> Specimen:
-    return Specimen(Reusing(), some_of(place.randn(MOST_POSES, 4)))
+# Not in ZOO: with several poses the full graph itself is wrong, because autograd adds the gradients up later.
+def reused_gradient_memory(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Reusing(), rows_of(factory.randn(MOST_POSES, 4)))

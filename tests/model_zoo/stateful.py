@@ -1,15 +1,15 @@
-"""Models that remember or draw."""
+"""Models with buffers that change, or random numbers."""
 
 import torch
 from torch import Tensor, nn
 
-from model_zoo.specimen import MOST_POSES, Place, Specimen, mlp, some_of, species
+from model_zoo.model_case import MOST_POSES, ModelCase, TensorFactory, mlp, model_case, rows_of
 
 
-@species(same_in_every_dtype=False)
-def dropout(place: Place) -> Specimen:
+@model_case(same_in_every_dtype=False)
+def dropout(factory: TensorFactory) -> ModelCase:
     model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Tanh(), nn.Linear(16, 1))
-    return Specimen(model, some_of(place.randn(MOST_POSES, 4)))
+    return ModelCase(model, rows_of(factory.randn(MOST_POSES, 4)))
 
 
 class Noisy(nn.Module):
@@ -21,13 +21,13 @@ class Noisy(nn.Module):
         return self.net(pose + 0.1 * torch.randn_like(pose)) * torch.rand((), device=pose.device, dtype=pose.dtype)
 
 
-@species(same_in_every_dtype=False)
-def random_numbers_of_its_own(place: Place) -> Specimen:
-    return Specimen(Noisy(), some_of(place.randn(MOST_POSES, 4)))
+@model_case(same_in_every_dtype=False)
+def random_numbers_in_forward(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Noisy(), rows_of(factory.randn(MOST_POSES, 4)))
 
 
 class Counting(nn.Module):
-    """Reads what it has counted, as a schedule would."""
+    """Depends on the number of its forwards, as a schedule would."""
 
     calls: Tensor
 
@@ -41,13 +41,13 @@ class Counting(nn.Module):
         return self.net(pose) / self.calls.item()
 
 
-@species()
-def counting_buffer(place: Place) -> Specimen:
-    return Specimen(Counting(), some_of(place.randn(MOST_POSES, 4)))
+@model_case()
+def counting_buffer(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Counting(), rows_of(factory.randn(MOST_POSES, 4)))
 
 
 class MovingAverage(nn.Module):
-    """Puts another tensor in its buffer's place at each call, and depends on the poses before."""
+    """Replaces its buffer at each call, and depends on the poses before."""
 
     average: Tensor
 
@@ -61,13 +61,13 @@ class MovingAverage(nn.Module):
         return self.net(pose - self.average)
 
 
-@species()
-def buffer_that_is_replaced(place: Place) -> Specimen:
-    return Specimen(MovingAverage(), some_of(place.randn(MOST_POSES, 4)))
+@model_case()
+def buffer_that_is_replaced(factory: TensorFactory) -> ModelCase:
+    return ModelCase(MovingAverage(), rows_of(factory.randn(MOST_POSES, 4)))
 
 
 class Standardised(nn.Module):
-    """Writes its buffer in place, and reads a copy of it."""
+    """Changes its buffer in place, and reads a copy of it."""
 
     scale: Tensor
 
@@ -81,6 +81,6 @@ class Standardised(nn.Module):
         return self.net(pose * self.scale.clone())
 
 
-@species()
-def buffer_written_in_place(place: Place) -> Specimen:
-    return Specimen(Standardised(), some_of(place.randn(MOST_POSES, 4)))
+@model_case()
+def buffer_written_in_place(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Standardised(), rows_of(factory.randn(MOST_POSES, 4)))

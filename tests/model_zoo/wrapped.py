@@ -1,4 +1,4 @@
-"""Models inside something else."""
+"""TorchScript, and a MultiPose inside the model."""
 
 import warnings
 
@@ -6,19 +6,19 @@ import torch
 from torch import Tensor, nn
 
 import gradhooks
-from model_zoo.specimen import MOST_POSES, Place, Specimen, mlp, some_of, species
+from model_zoo.model_case import MOST_POSES, ModelCase, TensorFactory, mlp, model_case, rows_of
 
 
-@species()
-def torch_script(place: Place) -> Specimen:
+@model_case()
+def torch_script(factory: TensorFactory) -> ModelCase:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and in use
+        warnings.simplefilter("ignore")  # deprecated, but still used
         model = torch.jit.script(mlp(4, 6, 1))
-    return Specimen(model, some_of(place.randn(MOST_POSES, 4)))
+    return ModelCase(model, rows_of(factory.randn(MOST_POSES, 4)))
 
 
 class Ensemble(nn.Module):
-    """Itself scores a group for each pose."""
+    """Scores a group for each pose, with a MultiPose of its own."""
 
     def __init__(self, accumulator: str) -> None:
         super().__init__()
@@ -35,11 +35,11 @@ def _in_one_graph(model: nn.Module, poses: Tensor) -> Tensor:
     return model.head(gradhooks.combinations.Boltzmann()(predictions))
 
 
-@species(bit_for_bit=False)
-def multi_pose_inside_by_stream(place: Place) -> Specimen:
-    return Specimen(Ensemble("stream"), some_of(place.randn(MOST_POSES, 3, 4)), plain_call=_in_one_graph)
+@model_case(bit_for_bit=False)
+def multi_pose_inside_by_stream(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Ensemble("stream"), rows_of(factory.randn(MOST_POSES, 3, 4)), plain_call=_in_one_graph)
 
 
-@species(bit_for_bit=False)
-def multi_pose_inside_by_recompute(place: Place) -> Specimen:
-    return Specimen(Ensemble("recompute"), some_of(place.randn(MOST_POSES, 3, 4)), plain_call=_in_one_graph)
+@model_case(bit_for_bit=False)
+def multi_pose_inside_by_recompute(factory: TensorFactory) -> ModelCase:
+    return ModelCase(Ensemble("recompute"), rows_of(factory.randn(MOST_POSES, 3, 4)), plain_call=_in_one_graph)

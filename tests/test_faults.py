@@ -1,4 +1,4 @@
-"""A fault at any pose and in any phase leaves the model as it was, and the next group right."""
+"""An exception at any pose and in any phase leaves the model unchanged, and the next group is exact."""
 
 import copy
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeding import manual_seed
 from torch import Tensor, nn
 
 import gradhooks
@@ -17,7 +18,7 @@ ACCUMULATORS = ["store", "stream", "recompute", "auto"]
 
 
 class Model(nn.Module):
-    """Draws random numbers, counts its forwards, keeps statistics, and fails when told to."""
+    """Draws random numbers, counts its forwards, keeps statistics, and fails at a given forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class Model(nn.Module):
 
 @dataclass
 class State:
-    """Everything that a fault must leave alone."""
+    """Everything that a fault must not change."""
 
     tensors: list[Tensor]
     gradients: list[Tensor | None]
@@ -64,15 +65,15 @@ class State:
 
     def assert_equal(self, other: "State") -> None:
         assert all(map(torch.equal, self.tensors, other.tensors))
-        for mine, theirs in zip(self.gradients, other.gradients, strict=True):
-            assert (mine is None) == (theirs is None)
-            assert mine is None or theirs is None or torch.equal(mine, theirs)
+        for own, others in zip(self.gradients, other.gradients, strict=True):
+            assert (own is None) == (others is None)
+            assert own is None or others is None or torch.equal(own, others)
         assert (self.hooks, self.modes, self.parameters) == (other.hooks, other.modes, other.parameters)
         assert torch.equal(self.random, other.random)
 
 
 def make_model(preset: bool = True) -> Model:
-    torch.manual_seed(1)
+    manual_seed(1)
     model = Model().double()
     if preset:
         for leaf in model.parameters():
@@ -81,7 +82,7 @@ def make_model(preset: bool = True) -> Model:
 
 
 def copy_with_gradients(model: Model) -> Model:
-    reference = copy.deepcopy(model)  # which leaves gradients behind
+    reference = copy.deepcopy(model)  # without gradients
     for leaf, original in zip(reference.parameters(), model.parameters(), strict=True):
         leaf.grad = None if original.grad is None else original.grad.clone()
     return reference
@@ -95,14 +96,14 @@ def make_poses() -> list[Tensor]:
 def assert_next_group_is_exact(scorer: gradhooks.MultiPose, model: Model) -> None:
     model.fails_at_run = None
     reference = copy_with_gradients(model)
-    torch.manual_seed(9)
+    manual_seed(9)
     full_graph(reference, make_poses(), scorer.combination).combined.sum().backward()
-    torch.manual_seed(9)
+    manual_seed(9)
     scorer(make_poses()).combined.sum().backward()
-    for (name, leaf), wanted in zip(model.named_parameters(), reference.parameters(), strict=True):
+    for (name, leaf), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert leaf.grad is not None
         torch.testing.assert_close(
-            leaf.grad, wanted.grad, rtol=1e-10, atol=1e-12, msg=lambda text, n=name: f"{n} {text}"
+            leaf.grad, expected.grad, rtol=1e-10, atol=1e-12, msg=lambda text, n=name: f"{n} {text}"
         )
 
 
@@ -129,14 +130,14 @@ def test_fault_in_the_forward_of_a_pose(accumulator: str, pose: int, fault: str)
 
 @pytest.mark.parametrize("pose", range(POSES))
 @pytest.mark.parametrize("accumulator", ["recompute", "stream"])
-def test_fault_in_a_replay_during_the_outer_backward(accumulator: str, pose: int) -> None:
-    """Afterwards the same backward can be tried again: nothing was delivered, nothing was lost."""
+def test_fault_in_a_second_run_during_the_outer_backward(accumulator: str, pose: int) -> None:
+    """Afterwards the same backward can run again, and is exact."""
     model = make_model()
     scorer = gradhooks.MultiPose(model, "mean", accumulator=accumulator)
     reference = copy_with_gradients(model)
-    torch.manual_seed(9)
+    manual_seed(9)
     full_graph(reference, make_poses(), scorer.combination).per_pose.square().sum().backward()
-    torch.manual_seed(9)
+    manual_seed(9)
     loss = scorer(make_poses()).per_pose.square().sum()
     before = State.of(model)
     model.fails_at_run = POSES + pose
@@ -145,8 +146,8 @@ def test_fault_in_a_replay_during_the_outer_backward(accumulator: str, pose: int
     before.assert_equal(State.of(model))
     model.fails_at_run = None
     loss.backward()
-    for leaf, wanted in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(leaf.grad, wanted.grad, rtol=1e-10, atol=1e-12)
+    for leaf, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-10, atol=1e-12)
     assert_next_group_is_exact(scorer, model)
 
 
@@ -154,19 +155,19 @@ def test_fault_in_a_replay_during_the_outer_backward(accumulator: str, pose: int
 @pytest.mark.parametrize("pose", range(POSES))
 def test_fault_in_the_progress_callback(accumulator: str, pose: int) -> None:
     model = make_model()
-    told: list[int] = []
+    calls: list[int] = []
 
     def progress(done: int, total: int) -> None:
         assert total == POSES
-        told.append(done)
-        if len(told) == pose + 1:
+        calls.append(done)
+        if len(calls) == pose + 1:
             raise KeyboardInterrupt
 
     scorer = gradhooks.MultiPose(model, "min", accumulator=accumulator, progress=progress)
     before = State.of(model)
     with pytest.raises(KeyboardInterrupt):
         scorer(make_poses())
-    assert told == list(range(1, pose + 2))
+    assert calls == list(range(1, pose + 2))
     before.assert_equal(State.of(model))
     scorer.progress = False
     assert_next_group_is_exact(scorer, model)
@@ -185,11 +186,11 @@ def test_fault_in_a_users_hook_at_delivery(accumulator: str) -> None:
         scorer(make_poses()).combined.sum().backward()
     handle.remove()
     model.zero_grad()
-    assert_next_group_is_exact(scorer, make_fresh(scorer))
+    assert_next_group_is_exact(scorer, without_gradients(scorer))
 
 
-def make_fresh(scorer: gradhooks.MultiPose) -> Model:
-    """The wrapped model without gradients: how far a delivery got before the user's fault is autograd's business."""
+def without_gradients(scorer: gradhooks.MultiPose) -> Model:
+    """Return the model without gradients: which of them autograd delivered before the fault is undefined."""
     model = scorer.model
     assert isinstance(model, Model)
     model.zero_grad()

@@ -1,4 +1,4 @@
-"""Random numbers from elsewhere: a second run that differs is refused, or made equal on request."""
+"""Random generators other than PyTorch's default: a differing second run is refused; `generators=` makes it equal."""
 
 import random
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def poses() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_replay_that_differs_is_refused(source: str) -> None:
+def test_a_second_run_that_differs_is_refused(source: str) -> None:
     draw, _ = SOURCES[source]
     model = Noisy(draw)
     combined = gradhooks.MultiPose(model, "boltzmann", accumulator="recompute")(poses()).combined
@@ -50,7 +50,7 @@ def test_a_replay_that_differs_is_refused(source: str) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_named_generators_are_replayed(source: str) -> None:
+def test_generators_are_restored_for_the_second_run(source: str) -> None:
     draw, generator = SOURCES[source]
     model = Noisy(draw)
     scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", generators=[generator])
@@ -69,12 +69,12 @@ def test_named_generators_are_replayed(source: str) -> None:
 
 
 @pytest.mark.parametrize("accumulator", ["store", "stream"])
-def test_accumulators_that_run_once_need_no_replay(accumulator: str) -> None:
+def test_accumulators_without_second_run_need_no_generators(accumulator: str) -> None:
     model = Noisy(random.random)
     gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator)(poses()).combined.sum().backward()
     assert model.linear.weight.grad is not None
 
 
-def test_what_is_no_generator_is_refused() -> None:
+def test_an_object_that_is_not_a_generator_is_refused() -> None:
     with pytest.raises(TypeError, match="generators takes generators"):
         gradhooks.MultiPose(nn.Linear(4, 1), generators=[3])(poses())

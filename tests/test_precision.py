@@ -1,9 +1,10 @@
-"""Half precision: nothing underflows, nothing overflows unseen, sums are wide."""
+"""Half precision: gradients do not underflow, overflows reach `.grad`, sums are float32."""
 
 import copy
 
 import pytest
 import torch
+from seeding import manual_seed
 from torch import Tensor, nn
 
 import gradhooks
@@ -12,8 +13,8 @@ from gradhooks.testing import full_graph
 ACCUMULATORS = ["store", "stream", "recompute", "auto"]
 
 
-class Faint(nn.Module):
-    """Its first layer's gradients are so small that float16 has hardly a number for them."""
+class SmallGradients(nn.Module):
+    """The gradients of its first layer are near the smallest numbers of float16."""
 
     def __init__(self, factor: float = 1e-3) -> None:
         super().__init__()
@@ -26,8 +27,8 @@ class Faint(nn.Module):
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_float16_gradients_do_not_underflow(accumulator: str, device: torch.device) -> None:
-    torch.manual_seed(0)
-    model = Faint().to(device)
+    manual_seed(0)
+    model = SmallGradients().to(device)
     poses = [torch.randn(8, device=device) * 1e-2 for _ in range(200)]
     reference = copy.deepcopy(model)
     full_graph(reference, poses, gradhooks.combinations.Mean()).combined.sum().backward()
@@ -37,16 +38,16 @@ def test_float16_gradients_do_not_underflow(accumulator: str, device: torch.devi
         combined = gradhooks.MultiPose(model, "mean", accumulator=accumulator)(poses).combined
     scaler.scale(combined.sum()).backward()
     scaler.unscale_(optimizer)
-    for leaf, wanted in zip(model.parameters(), reference.parameters(), strict=True):
+    for leaf, expected in zip(model.parameters(), reference.parameters(), strict=True):
         assert leaf.grad is not None
         assert (leaf.grad != 0).all()
-        torch.testing.assert_close(leaf.grad, wanted.grad, rtol=5e-3, atol=1e-8)
+        torch.testing.assert_close(leaf.grad, expected.grad, rtol=5e-3, atol=1e-8)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_an_overflow_reaches_grad_and_the_scaler_skips_the_step(accumulator: str) -> None:
-    torch.manual_seed(0)
-    model = Faint(factor=1e3)
+    manual_seed(0)
+    model = SmallGradients(factor=1e3)
     before = copy.deepcopy(model.state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
@@ -65,23 +66,25 @@ def test_an_overflow_reaches_grad_and_the_scaler_skips_the_step(accumulator: str
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_scale_that_overflows_is_given_up(accumulator: str) -> None:
-    """The scale against underflow must not itself make infinities where the plain backward has none."""
-    torch.manual_seed(0)
-    model = Faint(factor=300.0).half()
+def test_a_scale_that_overflows_is_not_used(accumulator: str) -> None:
+    """The scale against underflow must not itself cause infinities where the plain backward has none."""
+    manual_seed(0)
+    model = SmallGradients(factor=300.0).half()
     poses = [torch.randn(8).half() for _ in range(5)]
     reference = copy.deepcopy(model).float()
     full_graph(reference, [pose.float() for pose in poses], gradhooks.combinations.Mean()).combined.sum().backward()
     gradhooks.MultiPose(model, "mean", accumulator=accumulator)(poses).combined.sum().backward()
-    for leaf, wanted in zip(model.parameters(), reference.parameters(), strict=True):
+    for leaf, expected in zip(model.parameters(), reference.parameters(), strict=True):
         assert leaf.grad is not None
         assert leaf.grad.isfinite().all()
-        torch.testing.assert_close(leaf.grad.float(), wanted.grad, rtol=2e-2, atol=1e-2)
+        torch.testing.assert_close(leaf.grad.float(), expected.grad, rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("accumulator", ["store", "stream", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sums_of_narrow_parameters_are_wide(accumulator: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_sums_of_half_precision_gradients_are_float32(
+    accumulator: str, dtype: torch.dtype, device: torch.device
+) -> None:
     model = nn.Linear(1, 1, bias=False, dtype=dtype, device=device)
     poses = [torch.full((1,), 1e-3, dtype=dtype, device=device) for _ in range(1000)]
     (1000 * gradhooks.MultiPose(model, "mean", accumulator=accumulator)(poses).combined).sum().backward()
@@ -91,7 +94,7 @@ def test_sums_of_narrow_parameters_are_wide(accumulator: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
-def test_a_sharp_maximum_of_large_narrow_predictions_is_finite(dtype: torch.dtype, accumulator: str) -> None:
+def test_a_maximum_of_large_half_precision_predictions_is_finite(dtype: torch.dtype, accumulator: str) -> None:
     model = nn.Linear(1, 1, bias=False, dtype=dtype)
     nn.init.constant_(model.weight, -70.0)
     poses = [torch.tensor([value], dtype=dtype) for value in (1.0, 1.01, 0.99)]
@@ -105,7 +108,7 @@ def test_a_sharp_maximum_of_large_narrow_predictions_is_finite(dtype: torch.dtyp
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("where", ["around the forward", "around everything", "inside the model"])
 def test_bfloat16_autocast(accumulator: str, where: str) -> None:
-    torch.manual_seed(0)
+    manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
     poses = [torch.randn(8) for _ in range(6)]
 
@@ -129,5 +132,5 @@ def test_bfloat16_autocast(accumulator: str, where: str) -> None:
     reference = copy.deepcopy(model)
     run(reference)
     run(gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator, call=call))
-    for leaf, wanted in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(leaf.grad, wanted.grad, rtol=3e-2, atol=2e-2)
+    for leaf, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(leaf.grad, expected.grad, rtol=3e-2, atol=2e-2)
