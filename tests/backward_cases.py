@@ -67,6 +67,9 @@ def assert_gradients_of_full_graph(
 ) -> dict[str, BackwardCase]:
     """Assert that `train` leaves the gradients of the full graph with each accumulator.
 
+    On a first group, "auto" delegates to one of the others (`test_auto.py`), so that it may be left out of
+    `accumulators` unless `train` runs several groups or backwards.
+
     Returns:
         The trained cases by accumulator; the full graph by "full graph".
     """

@@ -106,3 +106,11 @@ def test_each_group_has_its_own_report(accumulator: str, double: TensorFactory) 
     loss_on_combined(first).backward()
     assert (first_report.poses, first_report.backwards) == (5, 5)
     assert (second_report.poses, second_report.backwards) == (3, 3)
+
+
+def test_different_gradients_are_reported_with_the_accumulator(double: TensorFactory) -> None:
+    def train(case: BackwardCase) -> None:
+        (loss_on_both(case.predict()) * (2 if case.accumulator == "stream" else 1)).backward()
+
+    with pytest.raises(AssertionError, match=r"\[stream\]"):
+        assert_gradients_of_full_graph(train, "plain_mlp", "min of scale 1", double)
