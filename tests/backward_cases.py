@@ -40,19 +40,21 @@ class BackwardCase:
 
     def __init__(self, name: str, combination: str, accumulator: str | None, place: TensorFactory) -> None:
         self.accumulator = accumulator
-        self.case: ModelCase = build(name, place)
+        self.model_case: ModelCase = build(name, place)
         self.combination = COMBINATIONS[combination]()
-        self.leaves = trained_leaves(self.case, self.combination)
+        self.leaves = trained_leaves(self.model_case, self.combination)
         self.scorer: MultiPose | None = None
         if accumulator is not None:
-            self.scorer = MultiPose(self.case.model, self.combination, accumulator=accumulator, call=self.case.call)
+            self.scorer = MultiPose(
+                self.model_case.model, self.combination, accumulator=accumulator, call=self.model_case.call
+            )
 
     def predict(self, count: int = 5, first: int = 0) -> MultiPosePrediction:
         """Return the prediction of `count` poses from the pose `first` on."""
-        poses = self.case.make_poses(first + count)[first:]
+        poses = self.model_case.make_poses(first + count)[first:]
         if self.scorer is not None:
             return self.scorer(poses)
-        return full_graph(self.case.model, poses, self.combination, call=self.case.call)
+        return full_graph(self.model_case.model, poses, self.combination, call=self.model_case.call)
 
     @property
     def gradients(self) -> Gradients:

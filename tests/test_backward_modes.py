@@ -80,7 +80,7 @@ class TestOneGroup:
             predictions.sum().backward()
             with (
                 case_label(accumulator),
-                unchanged(case.specimen.model),
+                unchanged(case.model_case.model),
                 pytest.raises(RuntimeError, match="backward through the graph a second"),
             ):
                 combined.sum().backward()

@@ -81,8 +81,8 @@ class TestSeveralGroups:
 
     def test_in_one_loss_with_a_plain_forward(self, name: str, combination: str, double: TensorFactory) -> None:
         def train(case: BackwardCase) -> None:
-            (pose,) = case.case.make_poses(1)
-            plain = case.case.call(case.case.model, pose)
+            (pose,) = case.model_case.make_poses(1)
+            plain = case.model_case.call(case.model_case.model, pose)
             (plain.square().sum() + loss_on_both(case.predict(4))).backward()
 
         assert_gradients_of_full_graph(train, name, combination, double)

@@ -71,8 +71,8 @@ def test_a_step_between_forward_and_backward_is_refused(accumulator: str, double
     case = BackwardCase("plain_mlp", "boltzmann", accumulator, double)
     prediction = case.predict()
     with torch.no_grad():
-        case.specimen.model.get_parameter("0.bias").add_(1.0)
-    with unchanged(case.specimen.model), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        case.model_case.model.get_parameter("0.bias").add_(1.0)
+    with unchanged(case.model_case.model), pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss_on_both(prediction).backward()
     case = BackwardCase("shared_encoder_output", "boltzmann", accumulator, double)
     prediction = case.predict()
@@ -131,11 +131,11 @@ def test_contexts_of_autograd(context: str, around_backward: bool, double: Tenso
 @pytest.mark.parametrize("name", ["dropout", "batch_norm_in_training", "spectral_norm_by_parametrization"])
 def test_evaluation_mode(name: str, double: TensorFactory) -> None:
     def train(case: BackwardCase) -> None:
-        case.specimen.model.eval()
+        case.model_case.model.eval()
         if case.scorer is not None:
             case.scorer.eval()
         loss_on_both(case.predict(5)).backward()
-        assert not any(module.training for module in case.specimen.model.modules())
+        assert not any(module.training for module in case.model_case.model.modules())
 
     assert_gradients_of_full_graph(train, name, "boltzmann", double, FIRST_GROUP_ACCUMULATORS)
 
@@ -144,7 +144,7 @@ def test_evaluation_mode(name: str, double: TensorFactory) -> None:
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_prediction_without_grad_mode(accumulator: str, mode: Callable[[], Any], double: TensorFactory) -> None:
     case = BackwardCase("shared_encoder_output", "boltzmann learnable", accumulator, double)
-    with unchanged(case.specimen.model), mode():
+    with unchanged(case.model_case.model), mode():
         combined, predictions = case.predict(5)
     assert not combined.requires_grad
     assert not predictions.requires_grad
@@ -158,7 +158,7 @@ def test_prediction_without_grad_mode(accumulator: str, mode: Callable[[], Any],
 
 def test_a_frozen_model_trains_the_combination(double: TensorFactory) -> None:
     def train(case: BackwardCase) -> None:
-        case.specimen.model.requires_grad_(False)
+        case.model_case.model.requires_grad_(False)
         prediction = case.predict(5)
         assert prediction.combined.requires_grad
         assert not prediction.per_pose.requires_grad
