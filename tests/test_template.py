@@ -88,7 +88,7 @@ def output(python: Path) -> list[str]:
     program = """
 import torch, gradhooks
 from gradhooks.cli import main
-main(["plugins"])
+main(["plugins", "--check"])
 print("----")
 main(["check", "cautious"])
 print("----")
