@@ -33,7 +33,9 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def _without_times(text: str) -> str:
-    return re.sub(r"[\d.]+ *\| *[\d.]+ [numµ]?s *\|", "", text)
+    """Remove times and their ratios, and the padding that depends on their widths."""
+    text = re.sub(r"[\d.]+ *\| *[\d.]+ [numµ]?s *\|", "", text)
+    return re.sub(r" +", " ", re.sub(r"-{2,}", "-", text))
 
 
 def _fail(*_: object) -> NoReturn:
