@@ -26,8 +26,15 @@ hypothesis.settings.load_profile("gradhooks")
 DEVICE = torch.device(os.environ.get("GRADHOOKS_TEST_DEVICE", "cpu"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of processes of `-n auto`: one more than cores, since tests of several ranks wait for them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + 1
+
+
 def pytest_configure() -> None:
-    torch.set_num_threads(1)  # pytest-xdist starts one process per core
+    torch.set_num_threads(1)  # pytest-xdist uses the cores by several processes
 
 
 def pytest_collection_finish() -> None:
