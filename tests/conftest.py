@@ -16,6 +16,8 @@ import torch
 # pytest shows the values in a failed assertion of these helpers, as it does for tests.
 pytest.register_assert_rewrite("training_reference", "model_state", "trainers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+if sys.platform == "linux":  # gloo otherwise looks up the name of the machine, which can take longer than its timeout
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 from model_zoo import TensorFactory  # noqa: E402
 from seeding import manual_seed  # noqa: E402
