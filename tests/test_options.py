@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import gradhooks
 from gradhooks import options as options_module
@@ -206,3 +206,18 @@ def test_progress_without_tqdm_says_what_to_install(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ModuleNotFoundError, match="pip install tqdm, or pass a function"):
         make_scorer(progress=True)
     make_scorer(progress=print)
+
+
+def test_a_model_finds_the_attributes_of_its_parameters() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, pose: Tensor) -> Tensor:
+            prediction: Tensor = super().forward(pose) * self.weight.scale  # type: ignore[operator]
+            return prediction
+
+    model = Scaled(3, 1)
+    model.weight.scale = 2.0  # type: ignore[assignment]
+    for accumulator in ("store", "stream", "recompute"):
+        model.zero_grad()
+        gradhooks.MultiPose(model, accumulator=accumulator)(torch.ones(4, 3)).combined.sum().backward()
+        assert model.weight.grad is not None
+        torch.testing.assert_close(model.weight.grad, torch.full((1, 3), 2.0))
