@@ -17,7 +17,7 @@ from gradhooks.entry_points import BUILT_IN, distribution_of, version_of
 from gradhooks.errors import GradhooksError, PluginError
 from gradhooks.registry import Registry, required_options, unknown_name
 from gradhooks.testing.check_derivatives import declares_stream
-from gradhooks.testing.runner import results
+from gradhooks.testing.runner import create_example, results
 
 Subparsers = Any  # argparse's own type is private
 Cells = tuple[str, ...]
@@ -77,12 +77,12 @@ def _clash(name: str, point: EntryPoint, points: Sequence[EntryPoint]) -> str:
 def _checked(plugins: Registry[Any], name: str) -> Cells:
     """Load a plugin; return whether it streams, and `ok`, the options it needs or what is wrong."""
     try:
-        required = required_options(plugins.load(name))
-        options = _example_options(plugins, name)
+        factory = plugins.load(name)
+        required = required_options(factory)
         state = f"needs options: {', '.join(required)}" if required else "ok"
-        if any(option not in options for option in required):
+        if not set(required) <= set(getattr(factory, "example_options", {})):
             return "?", state
-        plugin = plugins.create(name, **options)
+        plugin = create_example(plugins, name)
         streams = "-" if plugins is registry.accumulators else "yes" if declares_stream(plugin) else "no"
     except KeyboardInterrupt:
         raise
@@ -90,11 +90,6 @@ def _checked(plugins: Registry[Any], name: str) -> Cells:
         message = str(error) if isinstance(error, GradhooksError) else f"{type(error).__name__}: {error}"
         return "?", " ".join(message.split())
     return streams, state
-
-
-def _example_options(plugins: Registry[Any], name: str) -> dict[str, Any]:
-    """Return the options with which a plugin class asks to be checked."""
-    return dict(getattr(plugins.load(name), "example_options", {}))
 
 
 def _add_check(subparsers: Subparsers) -> None:
@@ -108,7 +103,7 @@ def _add_check(subparsers: Subparsers) -> None:
 def _run_check(options: argparse.Namespace) -> int:
     try:
         plugins, name = _registry_of(options.name)
-        outcomes = list(results(plugins.create(name, **_example_options(plugins, name))))
+        outcomes = list(results(create_example(plugins, name)))
     except (GradhooksError, ValueError) as error:
         _print(str(error))
         return 2
