@@ -1,4 +1,4 @@
-"""PosePredictions: the one `autograd.Function`, from the real parameters to the predictions of a group."""
+"""PosePredictions: the one `autograd.Function`, from the real parameters to the predictions of intercepted poses."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from gradhooks.numerics import at_least_float32
 
 
 class PosePredictions(torch.autograd.Function):
-    """Attaches the predictions of a group to the real leaves, and delivers their total gradient in the backward.
+    """Attaches the predictions of intercepted poses to the real leaves, and delivers their total gradient in the backward.
 
     The predictions are returned twice: one tensor goes to the combination, the other to the user, so that the two parts
     of each coefficient arrive separately.
@@ -50,7 +50,7 @@ class PosePredictions(torch.autograd.Function):
             ctx.context = ctx.accumulation = None  # frees the poses, although the user may keep the loss
         typed = (
             None if gradient is None else gradient.to(leaf.dtype)
-            for gradient, leaf in zip(gradients, context.shadows.real, strict=True)
+            for gradient, leaf in zip(gradients, context.leaves.real, strict=True)
         )
         return (None, None, None, *typed)
 
@@ -64,13 +64,13 @@ def _total_gradients(
         return accumulation.gradients(saved, coefficients, last=last)
     local = coefficients.of_rows(partition.rows)
     return partition.sum_gradients(
-        lambda: accumulation.gradients(saved, local, last=last), coefficients.total, context.shadows.leaves
+        lambda: accumulation.gradients(saved, local, last=last), coefficients.total, context.leaves.shadows
     )
 
 
 def attach_to_graph(context: ForwardContext, accumulation: Accumulation, predictions: Tensor) -> tuple[Tensor, Tensor]:
     """Return the predictions as part of autograd's graph: in float32 or wider for the combination, and for the user."""
-    attached = PosePredictions.apply(context, accumulation, predictions, *context.shadows.real)
+    attached = PosePredictions.apply(context, accumulation, predictions, *context.leaves.real)
     for_combination, for_user = attached
     return for_combination, for_user
 

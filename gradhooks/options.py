@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Call = Callable[[nn.Module, Any], Tensor]
-ChunkSize = int | Literal["auto"]
+ChunkSize = int | None
 Collate = Callable[[list[Any]], Any]
 Progress = bool | Callable[[int, int], object]
 Nonfinite = Literal["propagate", "raise", "drop"]
@@ -74,8 +74,8 @@ class Options:
         DistributedError: This process is not in `process_group`.
     """
 
-    memory: str | float = 0
-    chunk_size: ChunkSize = 1
+    memory: str | float = "1GiB"
+    chunk_size: ChunkSize = None
     collate: Collate | None = None
     call: Call = call_model
     tolerance: float | None = None
@@ -184,14 +184,14 @@ def refuse_unknown_options(options: Mapping[str, object], known: Iterable[str]) 
 
 
 def _chunk_size(value: Any) -> ChunkSize:
-    if value == "auto":
-        return "auto"
+    if value is None:
+        return None
     try:
         size = operator.index(value)
     except TypeError:
         size = 0
     if size < 1 or isinstance(value, bool):
-        raise ValueError(f"chunk_size must be at least 1, or 'auto', got {value!r}")
+        raise ValueError(f"chunk_size must be at least 1, or None to take as many poses as fit in memory=, got {value!r}")
     return size
 
 

@@ -10,16 +10,15 @@ from typing_extensions import Unpack
 
 from gradhooks import registry
 from gradhooks.accumulators.base import Accumulator
-from gradhooks.accumulators.sharded_recompute import begin_sharded
-from gradhooks.autograd_function import attach_to_graph
 from gradhooks.combination import BoundCombination
 from gradhooks.distributed.collectives import Collectives
 from gradhooks.distributed.sharded_model import ShardedModel
 from gradhooks.distributed.validation import refuse_sharded_parameters, refuse_synchronized_modules
-from gradhooks.engine.forward import predict, run_forward
-from gradhooks.engine.group_setup import make_context
+from gradhooks.engine.batch_setup import read_batch
 from gradhooks.engine.learned import Learned
+from gradhooks.engine.model_parts import ModelPartsCache
 from gradhooks.engine.report import Report
+from gradhooks.forward_pass import run_batch
 from gradhooks.options import OPTION_NAMES, OptionAttributes, Options, OptionTypes, refuse_unknown_options
 from gradhooks.prediction import MultiPosePrediction, combine
 from gradhooks.state_dict import key_modifiers, use_keys_of_bare_model
@@ -28,7 +27,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
-    """Runs groups of poses through a model, in chunks, and combines their predictions.
+    """Runs groups of poses through a model, in chunks, and combines the predictions of each group.
 
     `loss.backward()` fills `.grad` with the gradient of the full graph, which contains the graphs of all poses, with
     about the memory of one pose.
@@ -36,15 +35,15 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
     Args:
         model: Any module. It is neither copied nor changed.
         combination: A registered name, or an object: a `Combination`, or any callable from predictions of shape
-            `(N, *prediction)` to a tensor.
+            `(N, *prediction)` to a tensor. With None, `combined` is `per_pose`, for losses on the predictions.
         accumulator: A registered name or an `Accumulator`.
-        memory: How much the graphs may take that are kept for the outer backward, so that their poses need no second
-            run: bytes, a string such as `"2GiB"`, or a fraction of the free memory when a group begins. Used by "auto"
-            and "recompute".
-        chunk_size: How many poses go through the model at once. `"auto"` uses as many as fit in half of the free
-            memory, and half as many after running out of memory: the group starts again, and later groups use the
-            smaller size.
-        collate: Makes the model's input from a list of poses, with one row per pose; needed to chunk a list.
+        memory: What a step may need beyond the model, its `.grad` and the step of one pose: bytes, a string such as
+            `"2GiB"`, or a fraction of what is free on the model's device when the first batch comes. Poses whose graphs
+            fit run as in plain PyTorch, and only the rest is intercepted. 0 is the least.
+        chunk_size: How many poses go through the model at once. By default as many as fit in `memory`, and one at a
+            time where a prediction depends on the other poses of its chunk (batch normalization in training).
+        collate: Makes the model's input from a list of poses, with one row per pose; needed to run several poses of a
+            list at once.
         call: `call(model, pose)` returns the prediction of a pose. By default a tuple is passed as `model(*pose)`, a
             mapping as `model(**pose)`, anything else as `model(pose)`.
         tolerance: Poses with a coefficient of at most this size relative to the largest get no backward. None is the
@@ -62,7 +61,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
 
     Attributes:
         model: The bare model.
-        report: The `Report` of the last group.
+        report: The `Report` of the last batch.
 
     Raises:
         TypeError: An option does not exist, or has the wrong type.
@@ -81,7 +80,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
     def __init__(
         self,
         model: ModelT,
-        combination: str | Callable[[Tensor], Tensor] = "mean",
+        combination: str | Callable[[Tensor], Tensor] | None = "mean",
         *,
         accumulator: str | Accumulator = "auto",
         **options: Unpack[OptionTypes],
@@ -94,6 +93,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         self.combination = combination
         self._set_options(Options(**options), registry.accumulators.resolve(accumulator))  # type: ignore[arg-type]
         self._learned = Learned()
+        self._parts = ModelPartsCache()
         self.report = Report()
         use_keys_of_bare_model(self)
 
@@ -123,7 +123,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         # Hides nn.Module.__getattr__, which makes every attribute valid: a misspelt one is an error.
         __getattr__: None  # type: ignore[assignment, misc]
 
-        def __call__(self, poses: Any, **arguments: Any) -> MultiPosePrediction: ...
+        def __call__(self, poses: Any, groups: Any = None, **arguments: Any) -> MultiPosePrediction: ...
 
     else:
 
@@ -144,7 +144,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         if name in OPTION_NAMES or name == "accumulator":
             object.__setattr__(self, name, value)
         elif name == "combination":
-            combination = registry.combinations.resolve(value)
+            combination = None if value is None else registry.combinations.resolve(value)
             self.__dict__.pop(name, None)  # a callable that is not a module is a plain attribute, a module a child
             self._modules.pop(name, None)
             super().__setattr__(name, combination)
@@ -177,52 +177,59 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         changed = options.changed_from_default() - {"memory", "chunk_size"}
         return ", ".join([*shown, *(f"{name}={getattr(options, name)!r}" for name in sorted(changed))])
 
-    def forward(self, poses: Any, **arguments: Any) -> MultiPosePrediction:
-        """Predict a group.
+    def forward(self, poses: Any, groups: Any = None, **arguments: Any) -> MultiPosePrediction:
+        """Predict a group, or a batch of groups.
 
         Args:
             poses: An iterable of poses, or a tensor or mapping of tensors with the poses along axis 0, of which the
-                model gets slices, and for which it returns a row per pose.
+                model gets slices, and for which it returns a row per pose. Or `Groups`, which contain both.
+            groups: The group of each pose: integers from 0 to B - 1, shape `(M,)`, in any order. Without it all poses
+                are one group.
             **arguments: Passed to the combination: masks, weights of the poses, known energies. A tensor with `N` rows
                 has one row per pose; with a `process_group`, per pose of all ranks, in their order.
 
         Returns:
-            `combined` and `per_pose`, both part of autograd's graph.
+            `combined`, shape `(B, *prediction)` or, for one group, `(*prediction)`, and `per_pose`, shape
+            `(M, *prediction)`, both part of autograd's graph.
 
         Raises:
-            PosesError: The group is empty, or not a group.
+            PosesError: There are no poses, they have no usable form, or the group numbers do not fit them.
             PredictionError: The model's output is not a floating-point tensor of one shape for all poses, is not finite
                 although it must be, or does not require grad although the model has trainable parameters.
             UnregisteredTensorError: A prediction depends on a leaf whose gradient cannot be intercepted.
             DistributedError: The model contains a data-parallel wrapper, or is sharded in a way that cannot be served,
                 or another rank of the `process_group` failed.
-            ConcurrentUseError: Another thread runs a group through the model.
+            ConcurrentUseError: Another thread runs poses through the model.
         """
         # A compiler could only break the graph at every step of what follows. A compiled model inside stays compiled.
         run = _run_outside_compiler if torch.compiler.is_compiling() else MultiPose._run
-        return run(self, poses, arguments)
+        return run(self, poses, groups, arguments)
 
-    def _run(self, poses: Any, arguments: dict[str, Any]) -> MultiPosePrediction:
-        refuse_synchronized_modules(self.model)
+    def _run(self, poses: Any, groups: Any, arguments: dict[str, Any]) -> MultiPosePrediction:
         accumulator, options = self.accumulator, self.options
+        refuse_synchronized_modules(self.model)
         sharded = ShardedModel(self.model)
         if sharded:
-            collectives = Collectives(options.process_group)
             refuse_sharded_parameters(
-                sharded, collectives, accumulator.name, supports_sharded=accumulator.supports_sharded
+                sharded,
+                Collectives(options.process_group),
+                accumulator.name,
+                supports_sharded=accumulator.supports_sharded,
             )
-        context = make_context(
-            self.model, options, self.combination, poses, arguments, sharded=sharded, learned=self._learned
+        batch = read_batch(
+            self.model,
+            options,
+            self.combination,
+            poses,
+            groups,
+            arguments,
+            sharded=sharded,
+            learned=self._learned,
+            cache=self._parts,
         )
-        self.report = context.report
-        if not (torch.is_grad_enabled() and context.shadows.real):
-            context.report.accumulator = accumulator.name
-            context.report.reason = "no gradient is computed: grad mode is off, or nothing requires grad"
-            predictions = predict(context)
-            return combine(context.combination, predictions, predictions, options.nonfinite)
-        first_run = run_forward(context, begin_sharded if sharded else accumulator.begin)
-        for_combination, for_user = attach_to_graph(context, *first_run)
-        return combine(context.combination, for_combination, for_user, options.nonfinite)
+        self.report = batch.report
+        predictions = run_batch(batch, accumulator)
+        return combine(batch.combination, *predictions, options.nonfinite)
 
 
 # The signature that help() and editors show at run time; type checkers read `Unpack[OptionTypes]`.
@@ -232,5 +239,7 @@ MultiPose.__init__.__signature__ = inspect.Signature(_parameters)  # type: ignor
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
-def _run_outside_compiler(scorer: MultiPose[Any], poses: Any, arguments: dict[str, Any]) -> MultiPosePrediction:
-    return scorer._run(poses, arguments)
+def _run_outside_compiler(
+    scorer: MultiPose[Any], poses: Any, groups: Any, arguments: dict[str, Any]
+) -> MultiPosePrediction:
+    return scorer._run(poses, groups, arguments)

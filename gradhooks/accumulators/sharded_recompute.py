@@ -13,21 +13,12 @@ from gradhooks.engine.drift import refuse_drift
 from gradhooks.engine.gradient_sums import Gradients
 from gradhooks.engine.parameter_hooks import RunningSums
 from gradhooks.engine.pose_engine import PoseEngine
-from gradhooks.errors import DistributedError
 
 
 def begin_sharded(engine: PoseEngine, predictions: Tensor) -> Accumulation:
     """Begin a group whose parameters are sharded over ranks, in place of "auto" or "recompute".
-
-    Raises:
-        DistributedError: The option `memory` is set.
     """
     del predictions
-    if engine.options.memory:
-        raise DistributedError(
-            f"memory={engine.options.memory!r} keeps graphs for the outer backward, and no graph outlives the sharded "
-            "parameters that it was built with; leave memory= out for a sharded model"
-        )
     set_accumulator(engine, "recompute", "the parameters are sharded over ranks, so nothing can replace them")
     return ShardedAccumulation(engine)
 
@@ -53,7 +44,7 @@ class ShardedAccumulation(Accumulation):
         del last  # nothing is saved that could be overwritten
         (predictions,) = saved
         context = self._engine.context
-        sharded = context.sharded
+        sharded = context.batch.sharded
         jobs = self._jobs(coefficients, self._engine.skip_threshold(predictions.dtype))
         with (
             context.rerunning(),
@@ -64,7 +55,7 @@ class ShardedAccumulation(Accumulation):
             second: list[Tensor] = []
             with sharded.all_or_none("backward"), sharded.without_synchronization():
                 for number, (chunk, cotangents) in enumerate(jobs, 1):
-                    context.state.restore(chunk.before)
+                    context.batch.parts.state.restore(chunk.before)
                     live = context.run(context.poses, chunk)
                     second.append(live.detach())
                     if number < len(jobs):
@@ -80,7 +71,7 @@ class ShardedAccumulation(Accumulation):
         size = reduce(coefficients.total.detach().abs(), "n ... -> n", "max")
         significant = significant_poses(coefficients, threshold)
         needed = [chunk for chunk in engine.chunks if significant[chunk.start : chunk.stop].any()]
-        with engine.context.sharded.all_or_none("backward", 1) as message:
+        with engine.context.batch.sharded.all_or_none("backward", 1) as message:
             message.sent = [max(1, len(needed))]
         count = int(message.received[0][0])
         # A rank with fewer chunks adds the largest of its other chunks, then repeats one with zero cotangents.

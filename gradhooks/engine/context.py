@@ -1,93 +1,106 @@
-"""ForwardContext: the parts of one group, from its forward to its outer backward."""
+"""ForwardContext: the intercepted poses of a batch, from its forward to its outer backward."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gradhooks.combination import BoundCombination
 from gradhooks.distributed.pose_parallel import PosePartition
-from gradhooks.distributed.sharded_model import ShardedModel
 from gradhooks.engine.accumulation import Chunk
-from gradhooks.engine.autocast import AutocastState
-from gradhooks.engine.chunk_sizes import ChunkSizes
+from gradhooks.engine.batch import Batch
 from gradhooks.engine.leaf_validation import LeafValidator
-from gradhooks.engine.learned import Learned
-from gradhooks.engine.model_state import ModelState
+from gradhooks.engine.leaves import Leaves
 from gradhooks.engine.pose_inputs import Poses
-from gradhooks.engine.pose_runner import PoseRunner
-from gradhooks.engine.report import Report
 from gradhooks.engine.shadow_parameters import ShadowParameters
 from gradhooks.engine.training_flags import TrainingFlags, with_training_flags
-from gradhooks.options import Options
 
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """The parts of one group. None of them is replaced; what changes during the group belongs to one part each.
+    """Poses that run on shadow parameters. No part is replaced; what changes belongs to one part each.
 
     Attributes:
-        model: The bare model.
-        options: The options of this group.
-        combination: The combination with the arguments of this call.
+        batch: The batch.
+        first: The row of the first of these poses among the predictions of the batch.
         poses: The poses of this process; tensors that require grad are replaced by detached aliases.
-        partition: Which of the poses of all ranks these are.
-        sharded: How the parameters are sharded, if they are.
-        shadows: The leaves at which the backward of each pose ends.
-        state: Snapshots of buffers and random state.
-        autocast: The autocast settings of the forward.
+        partition: Which of the intercepted poses of all ranks these are.
+        shadows: The shadows of the parameters.
+        leaves: The tensors at which the backward of each pose ends.
         flags: The training flags of the forward, which the user may have changed when the backward runs.
-        runner: Runs the model.
         validator: Runs the model and refuses leaves without a shadow.
-        chunk_sizes: How many poses run at once.
-        learned: What earlier groups have shown.
-        report: What was done with the poses.
     """
 
-    model: nn.Module
-    options: Options
-    combination: BoundCombination
+    batch: Batch
+    first: int
     poses: Poses
     partition: PosePartition
-    sharded: ShardedModel
     shadows: ShadowParameters
-    state: ModelState
-    autocast: AutocastState
+    leaves: Leaves
     flags: TrainingFlags
-    runner: PoseRunner
     validator: LeafValidator
-    chunk_sizes: ChunkSizes
-    learned: Learned
-    report: Report
 
     def run(self, poses: Poses, chunk: Chunk) -> Tensor:
         """Return the predictions of a chunk of `poses` with their graph."""
-        if self.sharded:  # every backward ends at the real parameters, so any leaf will do
-            return self.runner.run(poses, chunk.start, chunk.stop)
+        if self.batch.sharded:  # every backward ends at the real parameters, so any leaf will do
+            return self.batch.runner.run(poses, chunk.start, chunk.stop)
         return self.validator.run(poses, chunk)
 
     def backward(self, predictions: Tensor, cotangents: Tensor, *, retain_graph: bool = False) -> None:
         """Run a backward from `predictions` to the leaves, with cotangents of the same shape."""
         if cotangents.dtype != predictions.dtype or cotangents.device != predictions.device:
             cotangents = cotangents.to(predictions, non_blocking=True)
-        hooks = self.shadows.hooks
+        hooks = self.leaves.hooks
         hooks.intercepting = True
         try:
-            with self.autocast.disabled():
+            with self.batch.autocast.disabled():
                 torch.autograd.backward(predictions, cotangents, retain_graph=retain_graph)
         finally:
             hooks.intercepting = False
 
     @contextmanager
+    def on_shadows(self) -> Iterator[None]:
+        """Run the block with the shadows in the model; after an error no hook and no gradient stays on them."""
+        with self.shadows:
+            try:
+                yield
+            except BaseException:
+                self.leaves.hooks.clear()
+                raise
+
+    @contextmanager
     def rerunning(self) -> Iterator[None]:
         """Run the block as the forward ran: shadows, grad mode, autocast, training flags. Then restore everything."""
         with (
-            self.shadows,
-            self.state.preserved(),
+            self.on_shadows(),
+            self.batch.parts.state.preserved(),
             with_training_flags(self.flags),
             torch.enable_grad(),
-            self.autocast.restored(),
+            self.batch.autocast.restored(),
         ):
             yield
+
+
+def intercept(batch: Batch, start: int, stop: int) -> ForwardContext:
+    """Return the context in which the poses `start .. stop - 1` of a batch are intercepted."""
+    shadows = ShadowParameters(None) if batch.sharded else batch.parts.shadows
+    leaves = Leaves(shadows)
+    if batch.sharded and batch.parts.trainable:
+        # Without shadows, this leaf makes the predictions part of autograd's graph.
+        leaves.shadow_input(torch.zeros((), requires_grad=True))
+        # Where parameters are sharded nothing reveals whether the model marks its inputs, so it always gets aliases.
+        batch.runner.detach_inputs(leaves)
+    is_whole = start == 0 and stop == len(batch.poses)
+    poses = (batch.poses if is_whole else batch.poses.narrow(start, stop)).map_tensors(leaves.shadow_input)
+    partition = batch.partition if is_whole else PosePartition(batch.partition.collectives, [stop - start])
+    return ForwardContext(
+        batch=batch,
+        first=partition.first + start,
+        poses=poses,
+        partition=partition,
+        shadows=shadows,
+        leaves=leaves,
+        flags=batch.parts.flags,
+        validator=LeafValidator(batch.model, batch.runner, leaves, batch.parts.state),
+    )

@@ -27,7 +27,7 @@ def refuse_drift(
     # Half of the digits: kernels that add in varying order lose a few digits, a model that draws other random numbers
     # loses all. Packed poses have other neighbours in their chunk; that changes only the last digits, unless the
     # prediction really depends on them.
-    coarsest = max(torch.finfo(dtype).eps for dtype in (predictions.dtype, *context.autocast.dtypes))
+    coarsest = max(torch.finfo(dtype).eps for dtype in (predictions.dtype, *context.batch.autocast.dtypes))
     allowed = coarsest**0.75 if packed else torch.finfo(predictions.dtype).eps ** 0.5
     drifted = (drifts > allowed * predictions.abs().nan_to_num(0, 0, 0).max()).tolist()
     if any(drifted):

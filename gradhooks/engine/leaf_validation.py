@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from gradhooks.engine.accumulation import Chunk
 from gradhooks.engine.graph_leaves import accumulation_nodes, leaves_inside_checkpoint, other_leaves, reached_leaves
+from gradhooks.engine.leaves import Leaves
 from gradhooks.engine.model_state import ModelState
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.pose_runner import PoseRunner
-from gradhooks.engine.shadow_parameters import ShadowParameters
 from gradhooks.errors import PredictionError, UnregisteredTensorError
 
 
@@ -22,14 +22,14 @@ class LeafValidator:
     Args:
         model: The bare model, for names in messages.
         runner: Runs the model.
-        shadows: The leaves of the group.
+        leaves: The leaves that have shadows.
         state: Restores the model state around additional runs.
     """
 
-    def __init__(self, model: nn.Module, runner: PoseRunner, shadows: ShadowParameters, state: ModelState) -> None:
+    def __init__(self, model: nn.Module, runner: PoseRunner, leaves: Leaves, state: ModelState) -> None:
         self._model = model
         self._runner = runner
-        self._shadows = shadows
+        self._leaves = leaves
         self._state = state
         self._inspected_checkpoints = False
         self._shadow_nodes: set[Any] = set()
@@ -42,13 +42,13 @@ class LeafValidator:
             PredictionError: The model called `backward()`.
         """
         predictions = self._run(poses, chunk)
-        # Inspecting the inside of reentrant checkpoints costs a forward, so it is done once per group.
+        # Inspecting the inside of reentrant checkpoints costs a forward, so it is done once per batch.
         inside, self._inspected_checkpoints = not self._inspected_checkpoints, True
         unregistered = self._unregistered_leaves(predictions, inside_checkpoints=inside)
         self._refuse([leaf for leaf in unregistered if isinstance(leaf, nn.Parameter)], chunk)
         if unregistered and not self._runner.detaches_inputs:
             del predictions
-            self._runner.detach_inputs()
+            self._runner.detach_inputs(self._leaves)
             with self._state.preserved():  # restores running statistics, which `chunk.before` may not contain
                 self._state.restore(chunk.before)
                 predictions = self._run(poses, chunk)
@@ -66,9 +66,9 @@ class LeafValidator:
         return leaves
 
     def _run(self, poses: Poses, chunk: Chunk) -> Tensor:
-        before = self._shadows.gradient_fingerprint(all_leaves=chunk.start == 0)
+        before = self._leaves.gradient_fingerprint(all_leaves=chunk.start == 0)
         predictions = self._runner.run(poses, chunk.start, chunk.stop)
-        if self._shadows.gradient_fingerprint(all_leaves=chunk.start == 0) != before:
+        if self._leaves.gradient_fingerprint(all_leaves=chunk.start == 0) != before:
             raise PredictionError(
                 f"pose {chunk.start}: the model calls backward() in its forward, which adds to the gradients of its "
                 "parameters at every call; use torch.autograd.grad(..., create_graph=True) for derivatives that the "
@@ -78,8 +78,8 @@ class LeafValidator:
 
     def _unregistered_leaves(self, predictions: Tensor, *, inside_checkpoints: bool) -> list[Tensor]:
         if inside_checkpoints:
-            return [leaf for leaf in self.reached_leaves(predictions) if not self._shadows.is_shadow(leaf)]
-        self._shadow_nodes = self._shadow_nodes or accumulation_nodes(self._shadows.leaves)
+            return [leaf for leaf in self.reached_leaves(predictions) if not self._leaves.contain(leaf)]
+        self._shadow_nodes = self._shadow_nodes or accumulation_nodes(self._leaves.shadows)
         return other_leaves(predictions, self._shadow_nodes)
 
     def _refuse(self, leaves: list[Tensor], chunk: Chunk) -> None:

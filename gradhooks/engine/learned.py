@@ -1,19 +1,22 @@
-"""Learned: what earlier groups have shown, kept by `MultiPose` from group to group."""
+"""Learned: what earlier batches have shown, kept by `MultiPose` from batch to batch."""
 
 from dataclasses import dataclass, field
 
+Mode = str
+"""Whether the model trains, to what autocast casts, whether graphs are kept: what a pose needs may differ."""
+
 
 @dataclass
-class ChunkSizeState:
-    """What is known about `chunk_size="auto"`.
+class PoseNeed:
+    """The memory of a pose, as far as it was measured.
 
     Attributes:
-        size: The number of poses that may run at once; None before the first group.
-        proven: The largest number that went through a forward and a backward.
+        bytes: The largest need of a pose: its graph, with what a backward through it allocates.
+        input_bytes: The largest input, per pose, of a chunk that was measured.
     """
 
-    size: int | None = None
-    proven: int = 0
+    bytes: int = 0
+    input_bytes: int = 0
 
 
 @dataclass
@@ -21,12 +24,21 @@ class Learned:
     """Each attribute is written by one module.
 
     Attributes:
-        chunk_size: Written by `chunk_sizes.py`.
-        chunk_dependent: Whether a prediction depends on the other poses of its chunk. Written by `rerun.py`.
-        unused_count: By parameter name, the number of groups in a row in which no pose reached the parameter although
+        pose_needs: Written by `memory_need.py`.
+        hooks_refused: Whether the model refuses hooks on saved tensors (transforms of `torch.func`). Written by
+            `memory_need.py`.
+        memory_limit: The bytes that the option `memory` stands for, after running out of memory a part of them, with
+            the option itself. Written by `schedule.py`.
+        largest_chunk: The largest chunk that may run after running out of memory. Written by `schedule.py`.
+        chunk_dependent: Whether a prediction depends on the other poses of its chunk. Written by
+            `chunk_dependence.py` and `rerun.py`.
+        unused_count: By parameter name, the number of batches in a row in which no pose reached the parameter although
             all were inspected. Written by `unused_parameters.py`.
     """
 
-    chunk_size: ChunkSizeState = field(default_factory=ChunkSizeState)
-    chunk_dependent: bool = False
+    pose_needs: dict[Mode, PoseNeed] = field(default_factory=dict)
+    hooks_refused: bool = False
+    memory_limit: tuple[str | float, int] | None = None
+    largest_chunk: int | None = None
+    chunk_dependent: dict[Mode, bool] = field(default_factory=dict)
     unused_count: dict[str, int] = field(default_factory=dict)

@@ -44,28 +44,35 @@ def finite_rows(rows: Tensor) -> Tensor:
     return rows.isfinite().reshape(len(rows), -1).all(1)
 
 
-def check_rows(first: Tensor, rows: Tensor, start: int, *, finite: bool) -> None:
-    """Check the predictions of a chunk.
+def check_shape(first: Tensor, rows: Tensor, start: int) -> None:
+    """Check that a chunk has predictions of the same shape as the first chunk.
 
     Args:
         first: The predictions of the first chunk.
         rows: The predictions to check.
         start: The index of their first pose.
-        finite: Whether they must be finite. This check waits for the device.
 
     Raises:
-        PredictionError: They are not finite, or differ in shape from those of the first chunk.
+        PredictionError: They differ in shape.
     """
-    if finite and not rows.isfinite().all():
-        index = int(finite_rows(rows).logical_not().nonzero()[0])
-        raise PredictionError(
-            f"pose {start + index}: its prediction is not finite ({rows[index].flatten().tolist()}); "
-            "nonfinite='drop' leaves such poses out, nonfinite='propagate' accepts them"
-        )
     if rows.shape[1:] != first.shape[1:]:
         raise PredictionError(
             f"pose {start}: its prediction has shape {tuple(rows.shape[1:])}, that of pose 0 {tuple(first.shape[1:])}; "
-            "all poses of a group must give predictions of one shape"
+            "all poses must give predictions of one shape"
+        )
+
+
+def refuse_nonfinite(predictions: Tensor) -> None:
+    """Check that all predictions, shape `(M, *prediction)`, are finite. Waits for the device once.
+
+    Raises:
+        PredictionError: One is not.
+    """
+    if not predictions.isfinite().all():
+        index = int(finite_rows(predictions).logical_not().nonzero()[0])
+        raise PredictionError(
+            f"pose {index}: its prediction is not finite ({predictions[index].flatten().tolist()}); "
+            "nonfinite='drop' leaves such poses out, nonfinite='propagate' accepts them"
         )
 
 

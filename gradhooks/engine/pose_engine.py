@@ -1,6 +1,6 @@
 """PoseEngine: the part of a group that an accumulator sees."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -12,7 +12,7 @@ from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.gradient_sums import Gradients
 from gradhooks.engine.parameter_hooks import Receiver
 from gradhooks.engine.report import Report
-from gradhooks.engine.rerun import NO_GRAPHS, SecondRun
+from gradhooks.engine.rerun import SecondRun
 from gradhooks.engine.saved_tensors import storage_addresses
 from gradhooks.engine.unused_parameters import add_zeros_for_skipped
 from gradhooks.numerics import at_least_float32
@@ -23,7 +23,7 @@ class PoseEngine:
     """Implements the protocol `gradhooks.accumulators.Engine`, where its members are documented.
 
     Args:
-        context: The group.
+        context: The intercepted poses.
     """
 
     def __init__(self, context: ForwardContext) -> None:
@@ -33,15 +33,15 @@ class PoseEngine:
 
     @property
     def options(self) -> Options:
-        return self.context.options
+        return self.context.batch.options
 
     @property
     def combination(self) -> BoundCombination:
-        return self.context.combination
+        return self.context.batch.combination
 
     @property
     def report(self) -> Report:
-        return self.context.report
+        return self.context.batch.report
 
     @property
     def pose_count(self) -> int:
@@ -49,17 +49,37 @@ class PoseEngine:
 
     @property
     def leaves(self) -> Sequence[Tensor]:
-        return self.context.shadows.leaves
+        return self.context.leaves.shadows
 
     @property
     def leaf_names(self) -> list[str]:
-        return self.context.shadows.leaf_names(self.context.model)
+        return self.context.leaves.names(self.context.batch.model)
+
+    @property
+    def groups(self) -> list[int] | None:
+        groups = self.combination.groups
+        if groups is None:
+            return None
+        first = self.context.first
+        return [int(number) for number in groups.index[first : first + self.pose_count]]
+
+    @property
+    def group_count(self) -> int:
+        return self.report.groups
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.context.batch.parts.gradient_bytes
+
+    @property
+    def memory_left(self) -> int:
+        return self.context.batch.schedule.left
 
     def declare(self, predictions: Tensor, start: int) -> StreamWeights | None:
-        return self.combination.declare(predictions, self.context.partition.first + start)
+        return self.combination.declare(predictions, self.context.first + start)
 
     def intercept(self, receive: Receiver, indices: Iterable[int]) -> ExitStack:
-        return self.context.shadows.hooks.intercept(receive, indices)
+        return self.context.leaves.hooks.intercept(receive, indices)
 
     def backward(
         self, predictions: Tensor, cotangents: Tensor, *, retain_graph: bool = False, poses: int | None = None
@@ -72,11 +92,8 @@ class PoseEngine:
         predictions: Tensor,
         cotangents: Tensor,
         selected: Tensor,
-        *,
-        kept_graphs: Mapping[int, Tensor] = NO_GRAPHS,
-        retain_graph: bool = False,
     ) -> Gradients:
-        return self._second_run().gradients(predictions, cotangents, selected, kept_graphs, retain_graph=retain_graph)
+        return self._second_run().gradients(predictions, cotangents, selected)
 
     def add_zeros_for_skipped(self, gradients: Gradients, skipped: Tensor) -> None:
         add_zeros_for_skipped(self.context, self._second_run(), skipped, gradients)
@@ -87,15 +104,15 @@ class PoseEngine:
         return {indices[id(leaf)] for leaf in leaves if id(leaf) in indices}
 
     def storage_addresses(self) -> set[int]:
-        return storage_addresses(self.context.model, self.leaves)
+        return storage_addresses(self.context.batch.model, self.leaves)
 
     def skip_threshold(self, dtype: torch.dtype) -> float:
         if self.options.tolerance is not None:
             return self.options.tolerance
-        return torch.finfo(at_least_float32(dtype)).eps / 2 / self.context.partition.total
+        return torch.finfo(at_least_float32(dtype)).eps / 2 / self.context.batch.partition.total
 
     def fp16_scale(self, predictions: Tensor) -> float:
-        dtypes = [predictions.dtype, *self.context.autocast.dtypes, *(leaf.dtype for leaf in self.leaves)]
+        dtypes = [predictions.dtype, *self.context.batch.autocast.dtypes, *(leaf.dtype for leaf in self.leaves)]
         return 2.0**12 if torch.float16 in dtypes else 1.0
 
     def end_first_run(self, *, stateless: bool) -> None:

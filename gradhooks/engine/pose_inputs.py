@@ -1,4 +1,4 @@
-"""The poses of a group in the forms that a user may pass, sliced into chunks."""
+"""The poses of a batch in the forms that a user may pass, sliced into chunks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ Stack = Tensor | Mapping[str, Tensor]
 
 
 class Poses(Protocol):
-    """The poses of a group. With `batched`, axis 0 of the model's output is the pose."""
+    """The poses of a batch. With `batched`, axis 0 of the model's output is the pose."""
 
     batched: bool
 
@@ -28,10 +28,16 @@ class Poses(Protocol):
         """Return the model's input for the poses at `indices`."""
 
     def original_index(self, index: int) -> int:
-        """Return the index of a pose in the user's group."""
+        """Return the index of a pose among those that the user passed."""
+
+    def narrow(self, start: int, stop: int) -> "Poses":
+        """Return the poses `start .. stop - 1`."""
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Poses":
         """Return the same poses with `function` applied to each tensor."""
+
+    def change(self, index: int, function: Callable[[Tensor], Tensor]) -> "Poses":
+        """Return the same poses with `function` applied to each tensor of one pose."""
 
 
 class StackedPoses:
@@ -39,39 +45,56 @@ class StackedPoses:
 
     batched = True
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, first: int = 0) -> None:
         self._stack = stack
         self._length = _stack_length(stack)
+        self._first = first
 
     def __len__(self) -> int:
         return self._length
 
     def slice(self, start: int, stop: int) -> Any:
+        if start == 0 and stop == self._length:
+            return self._stack
         return map_tensors(lambda tensor: tensor[start:stop], self._stack)
 
     def select(self, indices: list[int]) -> Any:
         return map_tensors(lambda tensor: tensor[indices], self._stack)
 
     def original_index(self, index: int) -> int:
-        return index
+        return self._first + index
+
+    def narrow(self, start: int, stop: int) -> Poses:
+        return StackedPoses(self.slice(start, stop), self._first + start)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Poses:
-        return StackedPoses(map_tensors(function, self._stack))
+        return StackedPoses(map_tensors(function, self._stack), self._first)
+
+    def change(self, index: int, function: Callable[[Tensor], Tensor]) -> Poses:
+        def changed(tensor: Tensor) -> Tensor:
+            return tensor.detach().index_copy(
+                0, torch.tensor([index], device=tensor.device), function(tensor[index : index + 1].detach())
+            )
+
+        return self.map_tensors(changed)
 
 
 class ListedPoses:
     """A list of poses of any type; `collate` makes the model's input from several of them."""
 
-    def __init__(self, poses: Sequence[Any], collate: Collate | None) -> None:
+    def __init__(self, poses: Sequence[Any], collate: Collate | None, first: int = 0) -> None:
         self._poses = poses
         self._collate = collate
+        self._first = first
         self.batched = collate is not None
 
     def __len__(self) -> int:
         return len(self._poses)
 
     def slice(self, start: int, stop: int) -> Any:
-        return self.select(list(range(start, stop)))
+        if self._collate is not None:
+            return self._collate(list(self._poses[start:stop]))
+        return self._poses[start]
 
     def select(self, indices: list[int]) -> Any:
         if self._collate is not None:
@@ -79,16 +102,24 @@ class ListedPoses:
         return self._poses[indices[0]]
 
     def original_index(self, index: int) -> int:
-        return index
+        return self._first + index
+
+    def narrow(self, start: int, stop: int) -> Poses:
+        return ListedPoses(self._poses[start:stop], self._collate, self._first + start)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Poses:
-        return ListedPoses([map_tensors(function, pose) for pose in self._poses], self._collate)
+        return ListedPoses([map_tensors(function, pose) for pose in self._poses], self._collate, self._first)
+
+    def change(self, index: int, function: Callable[[Tensor], Tensor]) -> Poses:
+        poses = list(self._poses)
+        poses[index] = map_tensors(function, poses[index])
+        return ListedPoses(poses, self._collate, self._first)
 
 
 class PoseSubset:
-    """Some poses of a group, at `indices`."""
+    """Some poses of a batch, at `indices`."""
 
-    def __init__(self, poses: Poses, indices: list[int]) -> None:
+    def __init__(self, poses: Poses, indices: Sequence[int]) -> None:
         self._poses = poses
         self._indices = indices
         self.batched = poses.batched
@@ -97,7 +128,7 @@ class PoseSubset:
         return len(self._indices)
 
     def slice(self, start: int, stop: int) -> Any:
-        indices = self._indices[start:stop]
+        indices = list(self._indices[start:stop])
         first, last = indices[0], indices[-1]
         is_contiguous = last - first == len(indices) - 1
         return self._poses.slice(first, last + 1) if is_contiguous else self._poses.select(indices)
@@ -108,8 +139,14 @@ class PoseSubset:
     def original_index(self, index: int) -> int:
         return self._poses.original_index(self._indices[index])
 
+    def narrow(self, start: int, stop: int) -> Poses:
+        return PoseSubset(self._poses, self._indices[start:stop])
+
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Poses:
         return PoseSubset(self._poses.map_tensors(function), self._indices)
+
+    def change(self, index: int, function: Callable[[Tensor], Tensor]) -> Poses:
+        return PoseSubset(self._poses.change(self._indices[index], function), self._indices)
 
 
 def as_poses(poses: Any, collate: Collate | None, *, may_be_empty: bool = False) -> Poses:
@@ -118,7 +155,7 @@ def as_poses(poses: Any, collate: Collate | None, *, may_be_empty: bool = False)
     Args:
         poses: What the user passed: an iterable of poses, or a stack.
         collate: Makes the model's input from a list of poses.
-        may_be_empty: Whether a group without poses is allowed.
+        may_be_empty: Whether there may be no poses.
 
     Raises:
         PosesError: `poses` is empty, is neither an iterable nor a stack, or is a stack although `collate` is given.
@@ -127,7 +164,7 @@ def as_poses(poses: Any, collate: Collate | None, *, may_be_empty: bool = False)
         length = _stack_length(poses)
         if length == 0 and not may_be_empty:
             raise PosesError(
-                "the group is empty: its tensors have 0 poses along axis 0; a group needs at least one pose"
+                "there are no poses: the tensors have 0 rows along axis 0; a group needs at least one pose"
             )
         if collate is not None:
             raise PosesError(
@@ -145,7 +182,7 @@ def as_poses(poses: Any, collate: Collate | None, *, may_be_empty: bool = False)
         )
     listed = list(poses)
     if not listed and not may_be_empty:
-        raise PosesError("the group is empty: a group needs at least one pose")
+        raise PosesError("there are no poses: a group needs at least one pose")
     return ListedPoses(listed, collate)
 
 

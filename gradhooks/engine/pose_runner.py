@@ -2,16 +2,18 @@
 
 import re
 import warnings
+from collections.abc import Callable, Container
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gradhooks.engine.leaves import Leaves
+from gradhooks.engine.memory_need import MemoryNeed
 from gradhooks.engine.model_output import prediction_rows
 from gradhooks.engine.nested import map_tensors, tensors_in
 from gradhooks.engine.pose_inputs import Poses
-from gradhooks.engine.shadow_parameters import ShadowParameters
 from gradhooks.errors import PosesError
 from gradhooks.options import Call
 
@@ -22,37 +24,54 @@ class NeedsGradModeError(Exception):
     """Internal: the model cannot run without grad mode."""
 
 
+class PlainRun(NamedTuple):
+    """What `PoseRunner.run_plainly` returns.
+
+    Attributes:
+        predictions: Shape `(n, *prediction)`, with the graph that the model built.
+        bytes: What the graph needs.
+        measured: Whether this was measured, and not expected from earlier chunks.
+    """
+
+    predictions: Tensor
+    bytes: int
+    measured: bool
+
+
 class PoseRunner:
-    """Runs chunks of a group through the model.
+    """Runs chunks of a batch through the model.
 
     Args:
         model: The bare model.
         call: The option `call`.
-        shadows: The leaves of the group.
         pose_count: The number of poses, for messages.
-        detach_inputs: Whether the model gets detached aliases of the tensors in a pose, which it may mark as requiring
-            grad without changing the user's tensors.
+        need: Measures what poses need.
+        excluded: Returns the addresses of storages that do not count as a need.
     """
 
     def __init__(
-        self, model: nn.Module, call: Call, shadows: ShadowParameters, pose_count: int, *, detach_inputs: bool = False
+        self, model: nn.Module, call: Call, pose_count: int, need: MemoryNeed, excluded: Callable[[], Container[int]]
     ) -> None:
         self._model = model
         self._call = call
-        self._shadows = shadows
         self._pose_count = pose_count
-        self._detach_inputs = detach_inputs
+        self._need = need
+        self._excluded = excluded
+        self._detach_for: Leaves | None = None
         self._needs_grad_mode = False
         self._tried_without_graph = False
 
     @property
     def detaches_inputs(self) -> bool:
         """Whether the model gets detached aliases of the tensors in a pose."""
-        return self._detach_inputs
+        return self._detach_for is not None
 
-    def detach_inputs(self) -> None:
-        """Pass detached aliases from now on: the model makes leaves of its own, or of its inputs."""
-        self._detach_inputs = True
+    def detach_inputs(self, leaves: Leaves) -> None:
+        """Pass detached aliases from now on: the model makes leaves of its own, or of its inputs.
+
+        The model may then mark them as requiring grad without changing the user's tensors. `leaves` stay as they are.
+        """
+        self._detach_for = leaves
 
     def require_grad_mode(self) -> None:
         """Run every forward with grad mode from now on: the model differentiates in its forward."""
@@ -66,10 +85,18 @@ class PoseRunner:
             PredictionError: The output cannot be used as a prediction.
         """
         inputs = poses.slice(start, stop)
-        if self._detach_inputs:
+        if self._detach_for is not None:
             inputs = map_tensors(self._detach_input, inputs)
         versions = [(tensor, path, tensor._version) for path, tensor in tensors_in(inputs)]
-        predictions = self._call_model(inputs, poses, start, stop)
+        size = sum(tensor.nbytes for tensor, _, _ in versions)
+
+        def forward() -> Tensor:
+            return self._predict(inputs, poses, start, stop)
+
+        if torch.is_grad_enabled() and self._need.is_unmeasured(size, stop - start):
+            predictions, _ = self._need.measure(forward, size, stop - start, self._excluded())
+        else:
+            predictions = forward()
         changed = [path for tensor, path, version in versions if tensor._version != version]
         if changed:
             raise PosesError(
@@ -79,17 +106,36 @@ class PoseRunner:
             )
         return predictions
 
-    def predict(self, poses: Poses, start: int, stop: int) -> Tensor:
-        """Return the predictions as `run` does, of poses that will not run again and may be changed in place."""
-        return self._call_model(poses.slice(start, stop), poses, start, stop)
+    def run_plainly(self, poses: Poses, start: int, stop: int, room: int, *, measure: bool) -> PlainRun:
+        """Run some poses that will not run again, and may be changed in place.
 
-    def _call_model(self, inputs: Any, poses: Poses, start: int, stop: int) -> Tensor:
+        Args:
+            poses: The poses.
+            start: The index of the first.
+            stop: The index after the last; fewer poses run if these are expected to need more than `room`.
+            room: The bytes that their graph may need.
+            measure: Measure the need even if larger inputs were measured before.
+        """
+        inputs = poses.slice(start, stop)
+        count, size = stop - start, sum(tensor.nbytes for _, tensor in tensors_in(inputs))
+        expected = self._need.expected(size, count)
+        if expected > room and count > 1:
+            return self.run_plainly(poses, start, start + max(1, count * room // expected), room, measure=True)
+
+        def forward() -> Tensor:
+            return self._predict(inputs, poses, start, stop)
+
+        if measure or self._need.is_unmeasured(size, count):
+            return PlainRun(*self._need.measure(forward, size, count, self._excluded()), measured=True)
+        return PlainRun(forward(), expected, measured=False)
+
+    def _predict(self, inputs: Any, poses: Poses, start: int, stop: int) -> Tensor:
         try:
             output = self._call(self._model, inputs)
         except Exception as error:
             if hasattr(error, "add_note"):  # Python 3.11
                 index = poses.original_index(start)
-                error.add_note(f"gradhooks: this was pose {index} of a group of {self._pose_count} (counted from 0)")
+                error.add_note(f"gradhooks: this was pose {index} of {self._pose_count} (counted from 0)")
             raise
         return prediction_rows(output, start, stop, poses.batched)
 
@@ -113,4 +159,5 @@ class PoseRunner:
                 raise NeedsGradModeError from error
 
     def _detach_input(self, tensor: Tensor) -> Tensor:
-        return tensor if tensor.grad_fn is not None or self._shadows.is_shadow(tensor) else tensor.detach()
+        kept = tensor.grad_fn is not None or (self._detach_for is not None and self._detach_for.contain(tensor))
+        return tensor if kept else tensor.detach()

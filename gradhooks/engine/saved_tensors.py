@@ -3,14 +3,25 @@
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
+class _Saved(NamedTuple):
+    """A saved tensor, and its version when it was saved."""
+
+    tensor: Tensor
+    version: int
+
+
 @contextmanager
 def record_saved_tensors(excluded: Container[int]) -> Iterator[dict[int, int]]:
     """Record the tensors that the graphs built in the block save for their backward.
+
+    The graphs behave as they do without recording: derivatives of higher order, and the error for a tensor that was
+    changed in place, which autograd itself does not check for saved tensors with hooks.
 
     Args:
         excluded: Storage addresses that do not count, such as those of the parameters.
@@ -20,14 +31,24 @@ def record_saved_tensors(excluded: Container[int]) -> Iterator[dict[int, int]]:
     """
     saved: dict[int, int] = {}
 
-    def record(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> _Saved:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in excluded:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a node that saves its own output would otherwise be a reference cycle
+        return _Saved(tensor.detach(), tensor._version)  # a node that saves its own output would be a reference cycle
 
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, _unpack):
         yield saved
+
+
+def _unpack(saved: _Saved) -> Tensor:
+    if saved.tensor._version != saved.version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
+            f"of shape {tuple(saved.tensor.shape)} is at version {saved.tensor._version}; expected version "
+            f"{saved.version} instead"
+        )
+    return saved.tensor
 
 
 def storage_addresses(model: nn.Module, tensors: Iterable[Tensor] = ()) -> set[int]:

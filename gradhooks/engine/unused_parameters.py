@@ -22,15 +22,15 @@ def add_zeros_for_skipped(
     a pose with a backward has reached it.
 
     Args:
-        context: The group.
+        context: The intercepted poses.
         second_run: Runs the skipped poses.
         skipped: Shape `(N,)`, bool, on the CPU.
         gradients: The gradients, None where no pose with a backward reaches the leaf. Changed in place.
     """
     if all(gradient is not None for gradient in gradients):
         return
-    unused_count = context.learned.unused_count
-    names = context.shadows.leaf_names(context.model)
+    unused_count = context.batch.learned.unused_count
+    names = context.leaves.names(context.batch.model)
     for name, gradient in zip(names, gradients, strict=True):
         if gradient is not None:
             unused_count.pop(name, None)
@@ -41,11 +41,11 @@ def add_zeros_for_skipped(
     ]
     if not sought or not skipped.any():
         return
-    reached = context.chunk_sizes.retry_smaller(lambda: _reached(context, second_run, skipped, sought))
-    first_input = len(names) - len(context.shadows.inputs)
+    reached = context.batch.schedule.retry_smaller(lambda: _reached(context, second_run, skipped, sought))
+    first_input = len(names) - len(context.leaves.inputs)
     for index in sought:
         if index in reached:
-            gradients[index] = torch.zeros_like(context.shadows.leaves[index])
+            gradients[index] = torch.zeros_like(context.leaves.shadows[index])
             unused_count.pop(names[index], None)
         elif index < first_input:
             unused_count[names[index]] = unused_count.get(names[index], 0) + 1
@@ -53,13 +53,13 @@ def add_zeros_for_skipped(
 
 def _reached(context: ForwardContext, second_run: SecondRun, skipped: Tensor, sought: Sequence[int]) -> set[int]:
     """Return which of the sought leaves a skipped pose reaches."""
-    indices = {id(context.shadows.leaves[index]): index for index in sought}
+    indices = {id(context.leaves.shadows[index]): index for index in sought}
     reached: set[int] = set()
-    size = context.chunk_sizes.next(len(context.poses))
+    size = context.batch.schedule.chunk_size(len(context.poses))
     with context.rerunning():
         for job in second_run.jobs(skipped, size):
-            context.state.restore(job.chunk.before)
-            predictions = context.runner.run(job.poses, job.chunk.start, job.chunk.stop)
+            context.batch.parts.state.restore(job.chunk.before)
+            predictions = context.batch.runner.run(job.poses, job.chunk.start, job.chunk.stop)
             leaves = context.validator.reached_leaves(predictions)
             reached |= {indices[id(leaf)] for leaf in leaves if id(leaf) in indices}
             if len(reached) == len(sought):

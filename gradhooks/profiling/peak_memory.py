@@ -1,15 +1,12 @@
 """Measure how much memory a piece of code needs; on a CPU counted to the byte."""
 
-import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from typing_extensions import Self
+
+from gradhooks.engine.live_bytes import LiveBytes
 
 
 class PeakMemory:
@@ -38,7 +35,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
-        self._counter: _StorageCounter | None = None
+        self._counter: LiveBytes | None = None
         self._before = self._cuda_peak = 0
 
     @property
@@ -53,7 +50,7 @@ class PeakMemory:
         else:
             self._eager = torch.compiler.set_stance("force_eager")
             self._eager.__enter__()
-            self._counter = _StorageCounter(self._device.type)
+            self._counter = LiveBytes(self._device.type)
             self._counter.__enter__()
         return self
 
@@ -73,47 +70,3 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     with PeakMemory(device) as memory:
         step()
     return memory.peak
-
-
-class _StorageCounter(TorchDispatchMode):
-    """Counts the bytes of live storages. A storage first seen as an input is older than the block and counts 0."""
-
-    def __init__(self, device_type: str) -> None:
-        super().__init__()
-        self.peak = self._live = 0
-        self._device_type = device_type
-        self._sizes: dict[int, int] = {}  # by address, which is unique while the storage lives; -1 if not counted
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        del types
-        # `torch.tensor(...)` allocates outside dispatch; its result first appears as the input of `lift_fresh`.
-        if func is not torch.ops.aten.lift_fresh.default:
-            self._record((args, kwargs), counts=False)
-        outputs = func(*args, **(kwargs or {}))
-        self._record(outputs, counts=True)
-        return outputs
-
-    def _record(self, tree: Any, *, counts: bool) -> None:
-        for leaf in tree_leaves(tree):
-            if isinstance(leaf, Tensor) and leaf.layout is torch.strided and leaf.device.type == self._device_type:
-                self._record_storage(leaf.untyped_storage(), counts)
-
-    def _record_storage(self, storage: torch.UntypedStorage, counts: bool) -> None:
-        address = storage._cdata
-        if address not in self._sizes:
-            weakref.finalize(storage, self._on_release, address).atexit = False
-            self._sizes[address] = 0 if counts else -1
-        size = self._sizes[address]
-        if size >= 0 and storage.nbytes() != size:  # new, or resized by `out=`
-            self._sizes[address] = storage.nbytes()
-            self._live += storage.nbytes() - size
-            self.peak = max(self.peak, self._live)
-
-    def _on_release(self, address: int) -> None:
-        self._live -= max(self._sizes.pop(address), 0)

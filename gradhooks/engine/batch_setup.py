@@ -1,0 +1,165 @@
+"""Make the `Batch` of a call from what the user passed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradhooks.combination import BoundCombination
+from gradhooks.distributed.collectives import Collectives, Message
+from gradhooks.distributed.pose_parallel import PosePartition
+from gradhooks.distributed.sharded_model import ShardedModel
+from gradhooks.distributed.validation import refuse_pose_parallel
+from gradhooks.engine.autocast import AutocastState
+from gradhooks.engine.batch import Batch
+from gradhooks.engine.chunk_dependence import depends_on_chunk
+from gradhooks.engine.lazy_parameters import initialize_lazy_parameters
+from gradhooks.engine.learned import Learned
+from gradhooks.engine.memory_need import MemoryNeed, mode_of
+from gradhooks.engine.model_parts import ModelParts, ModelPartsCache
+from gradhooks.engine.pose_inputs import Poses, as_poses
+from gradhooks.engine.pose_runner import PoseRunner
+from gradhooks.engine.report import Report
+from gradhooks.engine.saved_tensors import storage_addresses
+from gradhooks.engine.schedule import Schedule
+from gradhooks.errors import PosesError
+from gradhooks.groups import GroupIndex, Groups, group_index, read_index
+from gradhooks.options import Options
+
+
+def read_batch(
+    model: nn.Module,
+    options: Options,
+    combination: Any,
+    poses: Any,
+    groups: Any,
+    arguments: Mapping[str, Any],
+    *,
+    sharded: ShardedModel,
+    learned: Learned,
+    cache: ModelPartsCache,
+) -> Batch:
+    """Return the batch of a call.
+
+    Args:
+        model: The bare model.
+        options: The options.
+        combination: A `Combination`, a callable, or None.
+        poses: What the user passed: poses, or `Groups`.
+        groups: The group number of each pose, or None.
+        arguments: The keyword arguments of the call, which go to the combination.
+        sharded: How the parameters are sharded, if they are.
+        learned: What earlier batches have shown.
+        cache: Keeps the parts of the model.
+
+    Raises:
+        PosesError: There are no poses, they have no usable form, or the group numbers do not fit them.
+        CombinationError: The combination cannot be used with a process group.
+        ConcurrentUseError: Another thread runs poses through the model.
+        DistributedError: Another rank failed.
+    """
+    collectives = Collectives(options.process_group)
+    with collectives.all_or_none("reading of the poses", 2) as message:
+        poses, index, group_count = _separate(poses, groups)
+        prepared = _prepare(poses, options, may_be_empty=not collectives.is_single)
+        if not collectives.is_single:
+            refuse_pose_parallel(_inputs_that_require_grad(prepared), combination)
+        index = None if index is None else read_index(index, len(prepared))
+        parts = _current_parts(model, options, prepared, cache)
+        message.sent = [len(prepared), -1 if index is None else group_count or 0]
+    partition = PosePartition(collectives, [int(count) for count, _ in message.received])
+    if partition.total == 0:
+        raise PosesError("there are no poses on any rank: a group needs at least one pose")
+    gathered = _gather_groups(index, message, partition, combination)
+    autocast = AutocastState(device.type for device in parts.state.devices)
+    with_graph = torch.is_grad_enabled() and parts.trainable
+    mode = mode_of(model.training, autocast.dtypes)
+    need = MemoryNeed(learned, mode, parts.device, with_graph=with_graph)
+    schedule = Schedule(
+        options.memory,
+        options.chunk_size,
+        batched=prepared.batched and not sharded,
+        need=need,
+        gradient_bytes=parts.gradient_bytes,
+        open_graphs=cache.open_graphs,
+        learned=learned,
+        device=parts.device,
+    )
+    batch = Batch(
+        model=model,
+        options=options,
+        combination=BoundCombination(combination, partition.total, arguments, gathered),
+        poses=prepared,
+        partition=partition,
+        parts=parts,
+        sharded=sharded,
+        autocast=autocast,
+        mode=mode,
+        schedule=schedule,
+        runner=PoseRunner(model, options.call, len(prepared), need, lambda: storage_addresses(model)),
+        open_graphs=cache.open_graphs,
+        learned=learned,
+        report=Report(poses=len(prepared), groups=1 if gathered is None else gathered.count),
+    )
+    schedule.one_by_one = depends_on_chunk(batch)
+    return batch
+
+
+def _separate(poses: Any, groups: Any) -> tuple[Any, Any, int | None]:
+    if not isinstance(poses, Groups):
+        return poses, groups, None
+    if groups is not None:
+        raise PosesError("Groups already contains the group numbers of its poses; leave groups= out")
+    return poses.poses, poses.index, poses.count
+
+
+def _prepare(poses: Any, options: Options, *, may_be_empty: bool) -> Poses:
+    prepared = as_poses(poses, options.collate, may_be_empty=may_be_empty)
+    if (options.chunk_size or 1) > 1 and not prepared.batched:
+        raise PosesError(
+            "chunks of more than one pose need collate= to make a batch of a list, or poses stacked in a tensor"
+        )
+    return prepared
+
+
+def _inputs_that_require_grad(poses: Poses) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        if tensor.requires_grad:
+            found.append(tensor)
+        return tensor
+
+    if torch.is_grad_enabled():
+        poses.map_tensors(collect)
+    return found
+
+
+def _current_parts(model: nn.Module, options: Options, poses: Poses, cache: ModelPartsCache) -> ModelParts:
+    parts = cache.get(model, options.generators)
+    if parts.has_lazy_parameters and len(poses):
+        initialize_lazy_parameters(model, lambda: options.call(model, poses.slice(0, 1)))
+        parts = cache.get(model, options.generators)
+    return parts
+
+
+def _gather_groups(
+    index: Tensor | None, message: Message, partition: PosePartition, combination: Any
+) -> GroupIndex | None:
+    """Return the groups of the poses of all ranks."""
+    counts = [int(count) for _, count in message.received]
+    if all(count < 0 for count in counts):
+        return None
+    without = [rank for rank, count in enumerate(counts) if count < 0 and partition.counts[rank]]
+    if without:
+        raise PosesError(f"groups= is missing on rank {without[0]}; pass it on all ranks of the process_group or on none")
+    index = torch.empty(0, dtype=torch.int64) if index is None else index
+    if not partition.collectives.is_single:
+        index = partition.collectives.gather_rows(index, partition.counts)
+    return group_index(
+        index,
+        max(counts) or None,
+        empty_allowed=getattr(combination, "accepts_empty_groups", combination is None),
+        combination_name=BoundCombination(combination, 0).name,
+    )

@@ -1,0 +1,60 @@
+"""Leaves: where the backward of each pose of a batch ends: shadow parameters, and aliases of pose inputs."""
+
+from torch import Tensor, nn
+
+from gradhooks.engine.parameter_hooks import ParameterHooks
+from gradhooks.engine.shadow_parameters import ShadowParameters
+
+
+class Leaves:
+    """The leaves of one batch.
+
+    A tensor in a pose that requires grad is treated as a parameter is: the model gets a detached alias.
+
+    Args:
+        parameters: The shadows of the model's parameters.
+
+    Attributes:
+        real: The trainable parameters of the model, then the pose inputs that require grad.
+        shadows: The tensors that replace them, in the same order.
+        hooks: The hooks on `shadows`.
+    """
+
+    def __init__(self, parameters: ShadowParameters) -> None:
+        self._parameters = parameters
+        self.real = list(parameters.real)
+        self.shadows = list(parameters.shadows)
+        self.hooks = ParameterHooks(self.shadows)
+        self._parameter_count = len(self.real)
+        self._input_index: dict[int, int] = {}  # id of a real input -> index; `real` keeps the ids valid
+        self._ids = set(map(id, self.shadows))
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The pose inputs among `real`."""
+        return self.real[self._parameter_count :]
+
+    def shadow_input(self, tensor: Tensor) -> Tensor:
+        """Return the alias of a pose input, or `tensor` itself if it does not require grad."""
+        if not tensor.requires_grad or id(tensor) in self._ids:
+            return tensor
+        index = self._input_index.setdefault(id(tensor), len(self.real))
+        if index == len(self.real):
+            self.real.append(tensor)
+            self.shadows.append(tensor.detach().requires_grad_())
+            self._ids.add(id(self.shadows[-1]))
+        return self.shadows[index]
+
+    def contain(self, tensor: Tensor) -> bool:
+        """Return whether `tensor` is one of the shadows."""
+        return id(tensor) in self._ids
+
+    def gradient_fingerprint(self, *, all_leaves: bool) -> list[tuple[int, int] | None]:
+        """Return identity and version of the shadows' `.grad`, or only of the first and last parameter's."""
+        step = max(1, self._parameter_count - 1)
+        leaves = self.shadows if all_leaves else self.shadows[: self._parameter_count : step]
+        return [None if leaf.grad is None else (id(leaf.grad), leaf.grad._version) for leaf in leaves]
+
+    def names(self, model: nn.Module) -> list[str]:
+        """Return the name of each leaf: that of the parameter (the first one if it is tied), or `input 0`, ..."""
+        return [*self._parameters.names(model), *(f"input {number}" for number in range(len(self.inputs)))]

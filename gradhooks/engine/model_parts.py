@@ -1,0 +1,114 @@
+"""ModelParts: what is found by walking a model, kept from batch to batch while the model is unchanged."""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from gradhooks.engine.model_state import ModelState
+from gradhooks.engine.open_graphs import OpenGraphs
+from gradhooks.engine.shadow_parameters import ShadowParameters, refuse_concurrent_use
+from gradhooks.engine.training_flags import TrainingFlags
+from gradhooks.numerics import at_least_float32
+
+
+class ModelParts:
+    """The modules of a model, its state, and the shadows of its parameters.
+
+    Args:
+        model: The bare model.
+        generators: Random sources of the model; see `ModelState`.
+
+    Attributes:
+        state: Snapshots of the model's state.
+        device: The device of the model.
+        gradient_bytes: One copy of the gradients, in the dtype of sums.
+        has_lazy_parameters: Whether a lazy parameter or buffer has no shape yet.
+        trainable: Whether any parameter requires grad.
+
+    Raises:
+        ConcurrentUseError: Another thread runs a batch through the model.
+    """
+
+    def __init__(self, model: nn.Module, generators: Sequence[object]) -> None:
+        self._model = model
+        self._modules = list(model.modules())
+        self._generators = generators
+        self._fingerprint = _fingerprint(self._modules)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trainable:
+            refuse_concurrent_use(parameter)
+        self.state = ModelState(model, generators)
+        self.gradient_bytes = sum(
+            parameter.numel() * at_least_float32(parameter.dtype).itemsize
+            for parameter in trainable
+            if not is_lazy(parameter)
+        )
+        self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.has_lazy_parameters = any(map(is_lazy, chain(model.parameters(), model.buffers())))
+        self.trainable = bool(trainable)
+        self._shadows: ShadowParameters | None = None
+
+    def are_current(self, generators: Sequence[object]) -> bool:
+        """Return whether modules, parameters and generators are still the same."""
+        return generators is self._generators and _fingerprint(self._modules) == self._fingerprint
+
+    @property
+    def shadows(self) -> ShadowParameters:
+        """The shadows of the trainable parameters, made when they are first needed."""
+        if self._shadows is None:
+            self._shadows = ShadowParameters(self._model)
+        return self._shadows
+
+    @property
+    def flags(self) -> TrainingFlags:
+        """The training flag of each module."""
+        return [(module, module.training) for module in self._modules]
+
+
+class ModelPartsCache:
+    """Keeps the `ModelParts` of one model. A copy or a pickle of it is empty.
+
+    Attributes:
+        open_graphs: What the batches of this model hold until their backward.
+    """
+
+    def __init__(self) -> None:
+        self.open_graphs = OpenGraphs()
+        self._parts: ModelParts | None = None
+
+    def get(self, model: nn.Module, generators: Sequence[object]) -> ModelParts:
+        """Return the parts of `model` as it is now."""
+        parts = self._parts
+        if parts is None or parts._model is not model or not parts.are_current(generators):
+            self._parts = None  # an error must not leave the old parts
+            self._parts = parts = ModelParts(model, generators)
+        return parts
+
+    def __deepcopy__(self, memo: object) -> "ModelPartsCache":
+        return ModelPartsCache()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (ModelPartsCache, ())
+
+
+def _fingerprint(modules: Sequence[nn.Module]) -> list[Any]:
+    """Return values that differ if a module, a parameter or the name of a buffer was added, removed or replaced.
+
+    A parameter also counts as replaced when it gets other storage (`.to()`, `p.data =`) or another `requires_grad`.
+    """
+    found: list[Any] = []
+    for module in modules:
+        found.extend(map(id, module._modules.values()))
+        found.extend(module._buffers.keys())
+        found.extend(map(_describe_parameter, module._parameters.values()))
+    return found
+
+
+def _describe_parameter(parameter: Tensor | None) -> object:
+    if type(parameter) is not nn.Parameter:  # None, lazy, or a subclass that may have no storage
+        return None if parameter is None else (id(parameter), type(parameter), parameter.requires_grad)
+    return id(parameter), parameter.requires_grad, parameter.data_ptr(), parameter.shape, parameter.stride()

@@ -1,0 +1,69 @@
+"""Plain chunks: poses that run on the real parameters, whose graphs stay until the outer backward, as in PyTorch."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from gradhooks.engine.batch import Batch
+from gradhooks.engine.model_output import check_shape
+from gradhooks.engine.open_graphs import OpenGraph
+from gradhooks.engine.progress import progress_of
+from gradhooks.engine.report import Report
+from gradhooks.engine.schedule import MemoryExceededError
+
+Observe = Callable[[Tensor], None]
+
+MARGIN = 2
+"""Chunks are not measured if all plain poses fit at this multiple of what they are expected to need."""
+
+
+def run_plain_chunks(batch: Batch, start: int, stop: int, observe: Observe) -> list[Tensor]:
+    """Return the predictions of the poses `start .. stop - 1` with their graphs, a tensor for each chunk.
+
+    Args:
+        batch: The batch.
+        start: The index of the first pose.
+        stop: The index after the last pose.
+        observe: Called in the outer backward with the coefficients of each chunk, shape `(n, *prediction)`.
+
+    Raises:
+        MemoryExceededError: The graphs need more than was expected and allowed. What was measured is remembered.
+    """
+    schedule, need = batch.schedule, batch.schedule.need
+    measure = MARGIN * (stop - start) * need.bytes_per_pose > schedule.room
+    rows: list[Tensor] = []
+    used, room = 0, schedule.room
+    with progress_of(batch.options.progress, len(batch.poses), "poses") as report_progress:
+        while start < stop:
+            size = schedule.plain_chunk_size(stop - start)
+            run = batch.runner.run_plainly(batch.poses, start, start + size, max(0, room - used), measure=measure)
+            rows.append(run.predictions)
+            check_shape(rows[0], rows[-1], start)
+            used += run.bytes
+            if used > room and start + len(rows[-1]) > 1:
+                raise MemoryExceededError(f"{used} bytes are needed and {room} are allowed")
+            _hold(batch, run.predictions, run.bytes, observe)
+            start += len(rows[-1])
+            report_progress(start)
+    batch.report.chunks += len(rows)
+    batch.report.plain += sum(map(len, rows))
+    return rows
+
+
+def _hold(batch: Batch, predictions: Tensor, count: int, observe: Observe) -> None:
+    if predictions.grad_fn is not None:
+        predictions.register_hook(_OnBackward(batch.open_graphs.hold(count), batch.report, observe))
+
+
+class _OnBackward:
+    """Called when the outer backward reaches the predictions of a plain chunk."""
+
+    def __init__(self, graph: OpenGraph, report: Report, observe: Observe) -> None:
+        self._graph = graph
+        self._report = report
+        self._observe = observe
+
+    def __call__(self, coefficients: Tensor) -> None:
+        self._graph.release()
+        self._report.backwards += len(coefficients)
+        self._observe(coefficients)

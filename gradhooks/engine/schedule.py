@@ -1,0 +1,172 @@
+"""Schedule: which poses of a batch run plainly, on the real parameters, and how many poses run at once.
+
+Rules:
+    1. With the need p of a pose and one copy G of the gradients, a step may need the allowed memory and p, which is
+       the step of one pose. All M poses run plainly if M p fits. If not, as many of the last poses as fit beside one
+       copy of the gradients: theirs are freed in the backward before the first second run begins.
+    2. Intercepted poses run in chunks whose graphs fit beside two copies: the sum, and what plain chunks have added.
+    3. What earlier batches hold until their backward is not allowed a second time.
+    4. A batch that runs out of memory starts again from the state before it, with half of the memory that it was
+       using, and chunks of half the size. Both stay small, which leaves room for the user's own code.
+    5. No decision depends on time.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from loguru import logger
+
+from gradhooks.engine.learned import Learned
+from gradhooks.engine.memory_budget import memory_in_bytes, ran_out_of_memory
+from gradhooks.engine.memory_need import HooksRefusedError, MemoryNeed
+from gradhooks.engine.open_graphs import OpenGraphs
+from gradhooks.units import format_bytes
+
+Result = TypeVar("Result")
+
+
+class MemoryExceededError(Exception):
+    """Internal: plain chunks needed more than was expected; the batch starts again with what was learned."""
+
+
+class Schedule:
+    """The sizes of one batch.
+
+    Args:
+        memory: The option `memory`.
+        chunk_size: The option `chunk_size`.
+        batched: Whether several poses can run at once.
+        need: The memory of a pose.
+        gradient_bytes: One copy of the gradients.
+        open_graphs: What earlier batches hold.
+        learned: What earlier batches have shown.
+        device: The device of the model.
+    """
+
+    def __init__(
+        self,
+        memory: str | float,
+        chunk_size: int | None,
+        *,
+        batched: bool,
+        need: MemoryNeed,
+        gradient_bytes: int,
+        open_graphs: OpenGraphs,
+        learned: Learned,
+        device: torch.device,
+    ) -> None:
+        self._chunk_size = chunk_size
+        self._batched = batched
+        self._gradient_bytes = gradient_bytes
+        self._open_graphs = open_graphs
+        self._learned = learned
+        self.need = need
+        if learned.memory_limit is None or learned.memory_limit[0] != memory:
+            learned.memory_limit = (memory, memory_in_bytes(memory, device))
+        self._memory_option = memory
+        self._last_chunk = 1
+        self._planned = 0
+        self.one_by_one = False
+
+    @property
+    def limit(self) -> int:
+        """The bytes that the option allows, less after running out of memory."""
+        return 0 if self._learned.memory_limit is None else self._learned.memory_limit[1]
+
+    @property
+    def left(self) -> int:
+        """The bytes that this batch may use: the limit without what earlier batches hold."""
+        return max(0, self.limit - self._open_graphs.bytes)
+
+    @property
+    def room(self) -> int:
+        """The bytes that the graphs of this batch may need: what is left, and the step of one pose."""
+        return max(0, self.limit + self.need.bytes_per_pose - self._open_graphs.bytes)
+
+    def first_plain(self, done: int, count: int) -> int:
+        """Return the index of the first pose that runs plainly after those that are intercepted (Rule 1).
+
+        Args:
+            done: The number of poses that ran plainly already.
+            count: The number of poses.
+        """
+        pose, room = self.need.bytes_per_pose, self.room + done * self.need.bytes_per_pose
+        fitting = count if count * pose <= room else min(count - 1, max(0, room - self._gradient_bytes) // pose)
+        self._planned = fitting * pose
+        first = max(done, done + count - max(fitting, done))
+        size = self._chunk_size or 1  # chunks of a fixed size begin at its multiples
+        return min(count, -(-first // size) * size)
+
+    def plain_chunk_size(self, remaining: int) -> int:
+        """Return the size of the next plain chunk."""
+        return self._capped(remaining, remaining)
+
+    def prediction_chunk_size(self, remaining: int) -> int:
+        """Return the size of the next chunk of a batch that has no backward."""
+        size = self._capped(self.room // self.need.bytes_per_pose, remaining)
+        self._planned = size * self.need.bytes_per_pose
+        return size
+
+    def chunk_size(self, remaining: int) -> int:
+        """Return the size of the next intercepted chunk (Rule 2)."""
+        pose = self.need.bytes_per_pose
+        size = self._capped((self.left + pose - 2 * self._gradient_bytes) // pose, remaining)
+        self._planned = max(self._planned, size * pose)
+        return size
+
+    def _capped(self, fitting: int, remaining: int) -> int:
+        if self._chunk_size is not None:
+            size = min(self._chunk_size, remaining)
+        elif not self._batched or self.one_by_one or self.need.known is None:
+            size = 1
+        else:
+            size = max(1, min(fitting, remaining))
+        if self._chunk_size is None and self._learned.largest_chunk is not None:
+            size = min(size, self._learned.largest_chunk)
+        self._last_chunk = size
+        return size
+
+    @property
+    def packs(self) -> bool:
+        """Whether poses may run together that did not in the first run."""
+        return self._batched and not self.one_by_one
+
+    def retry_smaller(self, attempt: Callable[[], Result], *, resizable: bool = True) -> Result:
+        """Return the result of `attempt`; after running out of memory, ask for less and call it again (Rule 4).
+
+        Args:
+            attempt: A function that asks for sizes and leaves no trace if it raises.
+            resizable: Whether `attempt` uses the sizes. If not, only later batches benefit.
+
+        Raises:
+            RuntimeError: The memory runs out with one pose, or with a fixed size and nothing that runs plainly.
+        """
+        while True:
+            try:
+                return attempt()
+            except (MemoryExceededError, HooksRefusedError) as error:
+                logger.debug("starting the batch again: {}", error)
+            except (RuntimeError, MemoryError) as error:
+                if not (ran_out_of_memory(error) and self._halve() and resizable):
+                    raise
+            # The frames of the failed attempt, and their tensors, are released here.
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+
+    def _halve(self) -> bool:
+        """Ask for half of the memory and of the last chunk; return False if both are at their least."""
+        used = min(self.limit, self._planned)
+        if self._last_chunk <= 1 and used == 0:
+            return False
+        if self._chunk_size is None:
+            self._learned.largest_chunk = (self._last_chunk + 1) // 2
+        elif used == 0:
+            return False
+        self._learned.memory_limit = (self._memory_option, used // 2 if used > self.need.bytes_per_pose else 0)
+        logger.debug(
+            "out of memory: continuing within {} and with at most {} poses at once",
+            format_bytes(self.limit),
+            self._learned.largest_chunk or self._chunk_size,
+        )
+        return True

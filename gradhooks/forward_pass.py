@@ -1,0 +1,95 @@
+"""The forward of a batch: what fits in memory runs plainly, and the rest is intercepted."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradhooks.accumulators.base import Accumulator
+from gradhooks.accumulators.sharded_recompute import begin_sharded
+from gradhooks.autograd_function import attach_to_graph
+from gradhooks.engine.batch import Batch
+from gradhooks.engine.context import intercept
+from gradhooks.engine.forward import predict, run_forward
+from gradhooks.engine.model_output import check_shape, refuse_nonfinite
+from gradhooks.engine.plain import run_plain_chunks
+from gradhooks.numerics import at_least_float32
+
+
+class Predictions(NamedTuple):
+    """The predictions of a batch, of shape `(M, *prediction)`, twice, so that two parts of a coefficient stay apart.
+
+    Attributes:
+        for_combination: In float32 or wider.
+        for_user: In the dtype of the model.
+    """
+
+    for_combination: Tensor
+    for_user: Tensor
+
+
+def run_batch(batch: Batch, accumulator: Accumulator) -> Predictions:
+    """Return the predictions of a batch as part of autograd's graph. If it raises, the model's state is as before."""
+    if not torch.is_grad_enabled() or not (batch.parts.trainable or _may_run_plainly(batch, accumulator)):
+        batch.report.accumulator = accumulator.name
+        batch.report.reason = "no gradient is computed: grad mode is off, or nothing requires grad"
+        predictions = predict(batch)
+        _check(batch, predictions)
+        return Predictions(predictions, predictions)
+    state = batch.parts.state
+
+    def attempt() -> Predictions:
+        with state.preserved(only_on_error=True):
+            batch.report.reset_counts()
+            predictions = _run(batch, accumulator)
+            _check(batch, predictions.for_user)
+            return predictions
+
+    return batch.schedule.retry_smaller(attempt) if _may_run_plainly(batch, accumulator) else attempt()
+
+
+def _check(batch: Batch, predictions: Tensor) -> None:
+    if batch.options.nonfinite == "raise":
+        refuse_nonfinite(predictions.detach())
+
+
+def _may_run_plainly(batch: Batch, accumulator: Accumulator) -> bool:
+    return (
+        accumulator.uses_plain_chunks()
+        and batch.partition.collectives.is_single
+        and not batch.sharded
+        and batch.combination.combine_gradients is None
+    )
+
+
+def _run(batch: Batch, accumulator: Accumulator) -> Predictions:
+    count, schedule = len(batch.poses), batch.schedule
+    parts: list[Predictions] = []
+
+    def run_plainly(first: int, last: int) -> None:
+        rows = run_plain_chunks(batch, first, last, accumulator.observe_plain)
+        check_shape(parts[0].for_user if parts else rows[0], rows[0], first)
+        live = rows[0] if len(rows) == 1 else torch.cat(rows)
+        parts.append(Predictions(live.to(at_least_float32(live.dtype)), live))
+
+    start, stop = 0, count
+    if _may_run_plainly(batch, accumulator):
+        if schedule.need.known is None:  # the first poses show what a pose needs
+            start = min(count, batch.options.chunk_size or 1)
+            run_plainly(0, start)
+        stop = schedule.first_plain(start, count)
+    if start < stop or count == 0:
+        parts.append(_run_intercepted(batch, accumulator, start, stop))
+    else:
+        batch.report.accumulator, batch.report.reason = "none", "the graphs of all poses fit in the allowed memory"
+    if stop < count:
+        run_plainly(stop, count)
+    if len(parts) == 1:
+        return parts[0]
+    return Predictions(*(torch.cat(rows) for rows in zip(*parts, strict=True)))
+
+
+def _run_intercepted(batch: Batch, accumulator: Accumulator, start: int, stop: int) -> Predictions:
+    context = intercept(batch, start, stop)
+    first_run = run_forward(context, begin_sharded if batch.sharded else accumulator.begin)
+    return Predictions(*attach_to_graph(context, *first_run))
