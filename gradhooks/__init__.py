@@ -12,9 +12,11 @@ from loguru import logger
 
 from gradhooks import accumulators, combinations, errors, registry, testing
 from gradhooks.accumulators import Accumulator
+from gradhooks.collation import collate_groups
 from gradhooks.combination import Combination, GradientCombination, StreamWeights
 from gradhooks.decorator import multipose
 from gradhooks.engine.report import Report
+from gradhooks.groups import Groups
 from gradhooks.prediction import MultiPosePrediction
 from gradhooks.profiling.comparison import compare
 from gradhooks.profiling.gradient_check import gradcheck
@@ -25,11 +27,13 @@ __all__ = [
     "Accumulator",
     "Combination",
     "GradientCombination",
+    "Groups",
     "MultiPose",
     "MultiPosePrediction",
     "Report",
     "StreamWeights",
     "accumulators",
+    "collate_groups",
     "combinations",
     "compare",
     "errors",

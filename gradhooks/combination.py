@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gradhooks.errors import CombinationError, PredictionError
+from gradhooks.group_index import GroupIndex
+from gradhooks.group_loop import loop_over_groups, name_of, own_forward_groups, row_arguments
 from gradhooks.numerics import at_least_float32
 
 
@@ -44,6 +47,8 @@ class Combination(torch.nn.Module):
 
     Optional attributes of a subclass:
 
+    - `accepts_empty_groups = True`: groups without poses are allowed, and `forward` also gets predictions of shape
+      `(0, *prediction)`.
     - `api_version = 1`: the version of this contract that the class was written for.
     - `expected_failures`: a mapping from the name of a conformance check to the reason why the class does not pass it.
     - `example(count)`: a method that returns predictions of shape `(count, *prediction)` for the conformance checks, or
@@ -51,6 +56,8 @@ class Combination(torch.nn.Module):
     - `example_options`: a mapping of constructor options with which the conformance checks create the class by its
       name; needed where an option is required.
     """
+
+    accepts_empty_groups: ClassVar[bool] = False
 
     def forward(self, predictions: Tensor, *_: Any, **arguments: Any) -> Tensor:
         """Combine the predictions of a group.
@@ -64,6 +71,24 @@ class Combination(torch.nn.Module):
             are allowed.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(predictions)")
+
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int, *_: Any, **arguments: Any) -> Tensor:
+        """Combine all groups of a batch; override it to do so in a few kernels.
+
+        It must return what `forward` returns for each group, which is also the default. It is called for a batch of
+        groups only, and only if it belongs to `forward`: a subclass that replaces `forward` gets the loop.
+
+        Args:
+            predictions: Shape `(M, *prediction)`, float32 or wider, in the order of the poses.
+            groups: The group of each pose, shape `(M,)`, int64, on the device of the predictions, in any order.
+            count: B, the number of groups. All have poses, unless `accepts_empty_groups` is true.
+            **arguments: As for `forward`; a tensor with `M` rows has one per pose.
+
+        Returns:
+            Shape `(B, *prediction)`.
+        """
+        names = row_arguments(arguments, len(predictions))
+        return loop_over_groups(self, predictions, GroupIndex(groups.cpu(), count), arguments, names)
 
     def stream_weights(self, predictions: Tensor, *_: Any, **arguments: Any) -> StreamWeights | None:
         """Declare how the coefficient of a pose depends on its prediction, which makes the combination streamable.
@@ -108,37 +133,95 @@ class GradientCombination(Combination):
 
 @dataclass(frozen=True)
 class BoundCombination:
-    """Bind a combination to the keyword arguments of one call.
+    """Bind a combination to the keyword arguments, and the groups, of one call.
 
     Attributes:
-        combination: A `Combination`, or any callable.
-        count: N, the number of poses in the group.
-        arguments: Keyword arguments of the user's call.
+        combination: A `Combination`, any callable, or None, with which the result is the predictions themselves.
+        count: The number of poses, of all groups together.
+        arguments: Keyword arguments of the user's call. Tensors with `count` rows have a row per pose.
+        groups: The group of each pose, or None for one group, whose result has no axis for groups.
     """
 
-    combination: Callable[..., Tensor]
+    combination: Callable[..., Tensor] | None
     count: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    groups: GroupIndex | None = None
 
     @property
     def name(self) -> str:
         """The name of the combination in messages."""
-        return getattr(self.combination, "__name__", type(self.combination).__name__)
+        return name_of(self.combination)
+
+    @property
+    def accepts_empty_groups(self) -> bool:
+        """Whether a group may have no poses."""
+        return self.combination is None or getattr(self.combination, "accepts_empty_groups", False)
 
     @property
     def combine_gradients(self) -> Callable[..., Mapping[str, Tensor]] | None:
-        """The method `combine_gradients` of the combination, or None if it has none."""
+        """The method `combine_gradients` of the combination, or None if it has none. It gets one group."""
         return getattr(self.combination, "combine_gradients", None)
 
     def __call__(self, predictions: Tensor, selected: Tensor | None = None) -> Tensor:
-        """Combine the predictions, shape `(N, *prediction)`, or those where `selected`, boolean `(N,)`, is true."""
+        """Combine the predictions.
+
+        Args:
+            predictions: Shape `(M, *prediction)`.
+            selected: Which poses to combine, boolean, shape `(M,)`; all by default.
+
+        Returns:
+            Shape `(B, *prediction)` with groups, `(*prediction)` without, and `predictions` without a combination.
+
+        Raises:
+            PredictionError: No pose of a group is selected, and the combination does not accept empty groups.
+            CombinationError: The result does not have one row per group.
+        """
+        if self.combination is None:
+            return predictions
         predictions = predictions.to(at_least_float32(predictions.dtype))
+        if self.groups is not None:
+            return self._combine_groups(self.combination, self.groups, predictions, selected)
         if selected is None:
             return self.combination(predictions, **self.arguments)
         return self.combination(predictions[selected], **self._arguments_of(selected))
 
+    def _combine_groups(
+        self, combination: Callable[..., Tensor], groups: GroupIndex, predictions: Tensor, selected: Tensor | None
+    ) -> Tensor:
+        arguments = dict(self.arguments)
+        if selected is not None:
+            rows = selected.cpu().nonzero().squeeze(1)
+            self._refuse_lost_groups(groups, groups.select(rows))
+            groups, arguments = groups.select(rows), self._arguments_of(rows)
+            predictions = predictions[rows.to(predictions.device)]
+        forward_groups = own_forward_groups(combination)
+        if forward_groups is None:
+            names = row_arguments(self.arguments, self.count)
+            return loop_over_groups(combination, predictions, groups, arguments, names)
+        combined = forward_groups(predictions, groups.to(predictions.device), groups.count, **arguments)
+        if not isinstance(combined, Tensor) or combined.dim() == 0 or len(combined) != groups.count:
+            found = f"shape {tuple(combined.shape)}" if isinstance(combined, Tensor) else f"{combined!r}"
+            raise CombinationError(
+                f"{self.name}.forward_groups returned {found} for {groups.count} groups; it must return one row for "
+                f"each, shape ({groups.count}, *prediction)"
+            )
+        return combined
+
+    def _refuse_lost_groups(self, groups: GroupIndex, left: GroupIndex) -> None:
+        if self.accepts_empty_groups:
+            return
+        for number, (size, remaining) in enumerate(zip(groups.sizes, left.sizes, strict=True)):
+            if size and not remaining:
+                raise PredictionError(
+                    f"group {number}: none of its {size} predictions is finite, so none is left, and the combination "
+                    f"{self.name} does not accept empty groups"
+                )
+
     def declare(self, predictions: Tensor, start: int) -> StreamWeights | None:
-        """Return the declaration for the predictions, shape `(n,)`, of the poses `start .. start + n - 1`."""
+        """Return the declaration for the predictions, shape `(n,)`, of the poses `start .. start + n - 1`.
+
+        They may be of several groups, since row `i` depends on prediction `i` only.
+        """
         stream_weights = getattr(self.combination, "stream_weights", None)
         if stream_weights is None:
             return None
@@ -149,8 +232,12 @@ class BoundCombination:
         return declaration
 
     def _arguments_of(self, selected: Tensor | slice) -> dict[str, Any]:
-        return {name: self._select(argument, selected) for name, argument in self.arguments.items()}
+        names = row_arguments(self.arguments, self.count)
+        return {
+            name: _rows_of(argument, selected) if name in names else argument
+            for name, argument in self.arguments.items()
+        }
 
-    def _select(self, argument: Any, selected: Tensor | slice) -> Any:
-        has_row_per_pose = isinstance(argument, Tensor) and argument.dim() > 0 and len(argument) == self.count
-        return argument[selected] if has_row_per_pose else argument
+
+def _rows_of(argument: Tensor, selected: Tensor | slice) -> Tensor:
+    return argument[selected.to(argument.device) if isinstance(selected, Tensor) else selected]

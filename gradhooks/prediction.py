@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gradhooks.combination import BoundCombination
 from gradhooks.engine.model_output import finite_rows
 from gradhooks.engine.nested import map_tensors
-from gradhooks.errors import PredictionError
+from gradhooks.errors import CombinationError, PredictionError
 from gradhooks.options import Nonfinite
 
 # The combination behind a prediction, by its tensors. Trainers rebuild named tuples from their fields (Accelerate to
@@ -48,11 +48,12 @@ class _Fields(tuple[Tensor, Tensor]):  # noqa: SLOT001 - a tuple subclass cannot
 
 
 class MultiPosePrediction(_Fields):
-    """The prediction of a group; unpacks into `combined, per_pose`.
+    """The prediction of a batch; unpacks into `combined, per_pose`.
 
     Attributes:
-        combined: The result of the combination, by convention of shape `(*prediction)`, as for one pose.
-        per_pose: Shape `(N, *prediction)`, in the order of the poses. A loss may use it together with `combined` or
+        combined: The result of the combination, by convention of shape `(B, *prediction)` with groups and
+            `(*prediction)` without; `per_pose` itself without a combination.
+        per_pose: Shape `(M, *prediction)`, in the order of the poses. A loss may use it together with `combined` or
             alone.
     """
 
@@ -83,46 +84,79 @@ class MultiPosePrediction(_Fields):
         fields = {**self._asdict(), **tensors}
         return MultiPosePrediction(**fields, combination=self._combination, selected=self._selected)
 
+    @property
+    def groups(self) -> Tensor | None:
+        """The group of each pose, shape `(M,)`, int64, on the device of `per_pose`; None without groups.
+
+        Raises:
+            AttributeError: As for `coefficients`.
+        """
+        index = self._bound("groups").groups
+        return None if index is None else index.to(self.per_pose.device)
+
+    def split(self) -> tuple[Tensor, ...]:
+        """Return the predictions of each group, in the order of its poses, with graph: B tensors, one without groups.
+
+        Raises:
+            AttributeError: As for `coefficients`.
+        """
+        index = self._bound("split()").groups
+        return (self.per_pose,) if index is None else index.split(self.per_pose)
+
     def coefficients(self) -> Tensor:
-        """Return `d combined / d per_pose`, detached, shape `(N, *prediction)`: which poses made the prediction.
+        """Return `d combined / d per_pose`, detached, shape `(M, *prediction)`: which poses made the prediction.
 
         The predictions are combined again; no pose is run. A combined prediction of several numbers is summed first.
+        With groups, it is the coefficient in the combined prediction of the pose's own group.
 
         Raises:
             AttributeError: This is a copy that has lost its combination, after pickling or in another process.
         """
-        if self._combination is None:
-            raise AttributeError(
-                "this prediction has lost its combination (by pickling, or in another process); call coefficients() "
-                "where the group was run"
-            )
+        bound = self._bound("coefficients()")
         with torch.inference_mode(False), torch.enable_grad():
             predictions = _outside_inference(self.per_pose).detach().requires_grad_()
-            arguments = map_tensors(_outside_inference, self._combination.arguments)
+            arguments = map_tensors(_outside_inference, bound.arguments)
             selected = None if self._selected is None else _outside_inference(self._selected)
-            combined = replace(self._combination, arguments=arguments)(predictions, selected)
+            combined = replace(bound, arguments=arguments)(predictions, selected)
             (coefficients,) = torch.autograd.grad(combined.sum(), predictions)
         return coefficients
+
+    def _bound(self, name: str) -> BoundCombination:
+        if self._combination is None:
+            raise AttributeError(
+                f"this prediction has lost its combination (by pickling, or in another process); use {name} where the "
+                "batch was run"
+            )
+        return self._combination
 
 
 def combine(
     combination: BoundCombination, predictions: Tensor, per_pose: Tensor, nonfinite: Nonfinite
 ) -> MultiPosePrediction:
-    """Combine the predictions of a group.
+    """Combine the predictions of a batch.
 
     Args:
-        combination: The combination with the arguments of the call.
-        predictions: Shape `(N, *prediction)`, for the combination.
-        per_pose: Shape `(N, *prediction)`, equal to `predictions`, for the user.
+        combination: The combination with the groups and the arguments of the call.
+        predictions: Shape `(M, *prediction)`, for the combination.
+        per_pose: Shape `(M, *prediction)`, equal to `predictions`, for the user; also the result if there is no
+            combination.
         nonfinite: The option `nonfinite`.
 
     Raises:
-        PredictionError: Poses without a finite prediction are dropped, and no other pose is left.
+        PredictionError: Poses without a finite prediction are dropped, and no other pose of a group is left.
+        CombinationError: Poses are to be dropped, and there is no combination.
     """
+    if combination.combination is None:
+        if nonfinite == "drop":
+            raise CombinationError(
+                "nonfinite='drop' leaves poses out of the combination, and combination=None combines nothing; use "
+                "'propagate' or 'raise'"
+            )
+        return MultiPosePrediction(per_pose, per_pose, combination)
     finite = None
     if nonfinite == "drop":
         finite = finite_rows(predictions)
-        if not finite.any():
+        if combination.groups is None and not finite.any():
             raise PredictionError(f"none of the {len(finite)} predictions of the group is finite, so none is left")
     return MultiPosePrediction(combination(predictions, finite), per_pose, combination, finite)
 

@@ -17,13 +17,17 @@ PACKAGE = Path(gradhooks.__file__).parent
 
 # From the bottom up. A module imports only from lines above its own.
 LAYERS = [
-    ["errors", "numerics", "units", "random_state"],
+    ["errors", "numerics", "units", "random_state", "engine", "engine.nested"],
+    ["group_index", "group_reductions"],
+    ["group_validation", "group_loop"],
+    ["groups"],
+    ["collation"],
     ["combination"],
     ["distributed", "distributed.collectives"],
     ["distributed.pose_parallel", "distributed.sharded_model"],
     ["distributed.validation"],
     ["options"],
-    ["engine", "engine.nested", "engine.model_output", "engine.autocast", "engine.training_flags"],
+    ["engine.model_output", "engine.autocast", "engine.training_flags"],
     ["engine.graph_leaves", "engine.saved_tensors", "engine.memory_budget", "engine.learned", "engine.progress"],
     ["engine.report", "engine.gradient_sums"],
     ["engine.pose_inputs", "engine.model_state", "engine.lazy_parameters", "engine.chunk_sizes"],
@@ -54,7 +58,7 @@ LAYERS = [
     ["decorator", "mypy_plugin"],
     ["testing.errors", "testing.reference"],
     ["testing.inputs"],
-    ["testing.check_values", "testing.check_derivatives"],
+    ["testing.check_values", "testing.check_derivatives", "testing.check_groups"],
     ["testing.check_training"],
     ["testing.check_accumulators"],
     ["testing.runner"],

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from gradhooks.combination import Combination, StreamWeights
-from gradhooks.combinations.pose_weights import log_weights
+from gradhooks.combinations.pose_weights import log_weights, log_weights_of_groups
 from gradhooks.errors import CombinationError
+from gradhooks.group_reductions import group_softmax, group_sum
 from gradhooks.numerics import to_float64
 
 ROOM_TEMPERATURE = 0.592485  # R * 298.15 K in kcal/mol, R = 1.987204e-3 kcal/(mol K) (CODATA 2018)
@@ -46,10 +47,14 @@ class Boltzmann(Combination):
     def forward(self, predictions: Tensor, weights: Tensor | None = None) -> Tensor:
         energies = to_float64(predictions)
         # w_i = exp(ln g_i - y_i/T) / sum_j exp(ln g_j - y_j/T) = softmax_i(ln g_i - y_i/T)
-        occupations = torch.softmax(
-            log_weights(weights, predictions, whole_group=True) - energies / self.temperature, dim=0
-        )
+        occupations = torch.softmax(log_weights_of_groups(weights, predictions) - energies / self.temperature, dim=0)
         return (occupations * energies).sum(0).to(predictions.dtype)
+
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
+        energies = to_float64(predictions)
+        logarithms = log_weights_of_groups(weights, predictions, groups, count)
+        occupations = group_softmax(logarithms - energies / self.temperature, groups, count)
+        return group_sum(occupations * energies, groups, count).to(predictions.dtype)
 
     @torch.no_grad()
     def stream_weights(self, predictions: Tensor, weights: Tensor | None = None) -> StreamWeights:

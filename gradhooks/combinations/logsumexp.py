@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from gradhooks.combination import Combination, StreamWeights
-from gradhooks.combinations.pose_weights import log_weights
+from gradhooks.combinations.pose_weights import log_weights, log_weights_of_groups
 from gradhooks.errors import CombinationError
+from gradhooks.group_reductions import group_logsumexp
 from gradhooks.numerics import to_float64
 
 
@@ -38,11 +39,19 @@ class LogSumExp(Combination):
 
     def forward(self, predictions: Tensor, weights: Tensor | None = None) -> Tensor:
         signed_scale = self.sign * self.scale
-        logarithms = log_weights(weights, predictions, whole_group=True)
+        logarithms = log_weights_of_groups(weights, predictions)
         # n t h = ln sum_i exp(n t y_i + ln g_i), minus ln sum_i g_i if normalized; 1/(n t) = n/t since n = 1 or -1
         exponent = torch.logsumexp(signed_scale * to_float64(predictions) + logarithms, dim=0)
         if self.normalize:
             exponent = exponent - torch.logsumexp(logarithms.expand_as(predictions), dim=0)
+        return (exponent / signed_scale).to(predictions.dtype)
+
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
+        signed_scale = self.sign * self.scale
+        logarithms = log_weights_of_groups(weights, predictions, groups, count)
+        exponent = group_logsumexp(signed_scale * to_float64(predictions) + logarithms, groups, count)
+        if self.normalize:
+            exponent = exponent - group_logsumexp(logarithms.expand_as(predictions), groups, count)
         return (exponent / signed_scale).to(predictions.dtype)
 
     def stream_weights(self, predictions: Tensor, weights: Tensor | None = None) -> StreamWeights:

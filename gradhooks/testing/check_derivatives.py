@@ -50,7 +50,7 @@ def check_learnable_parameters(combination: Any) -> None:
     """The gradient of every trainable parameter of the combination agrees with numerical differences."""
     sample = make_sample(combination, 5)
     sample.combine(sample.predictions)  # initializes lazy parameters
-    parameters = trainable_parameters(sample.bound.combination)
+    parameters = trainable_parameters(sample.combination)
     if not parameters:
         return
     combined = sample.combine(sample.predictions.clone().requires_grad_()).sum()
@@ -87,7 +87,7 @@ def check_stream_declaration(combination: Any) -> None:
         declaration = _declare(sample, sample.predictions, 0)
         if declaration is None:
             return
-        if isinstance(sample.bound.combination, GradientCombination):
+        if isinstance(sample.combination, GradientCombination):
             raise CheckFailed(
                 "declares stream_weights and defines combine_gradients, which needs all gradients; remove one of them"
             )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradhooks.accumulators import Auto, Recompute, Store, Stream
-from gradhooks.combination import BoundCombination, GradientCombination
+from gradhooks.combination import GradientCombination
 from gradhooks.errors import GradhooksWarning
 from gradhooks.prediction import MultiPosePrediction
 from gradhooks.testing.errors import CheckFailed, conformance_check
@@ -52,12 +52,12 @@ def _combines_gradients(combination: Any) -> bool:
 def _gradients_of_group(combination: Any, loss: str, accumulator: Any) -> Gradients:
     sample = make_sample(combination, 5)
     network, poses = network_and_poses(sample.predictions)
-    scorer = MultiPose(network, sample.bound.combination, accumulator=accumulator)
+    scorer = MultiPose(network, sample.combination, accumulator=accumulator)
     with warnings.catch_warnings():
         # A declaration that does not explain the coefficients is refused by check_stream_declaration.
         warnings.simplefilter("ignore", GradhooksWarning)
         LOSSES[loss](scorer(poses, **sample.bound.arguments)).backward()
-    return _gradients(network, sample.bound.combination)
+    return _gradients(network, sample.combination)
 
 
 def _gradients_of_full_graph(combination: Any, loss: str) -> Gradients:
@@ -66,13 +66,13 @@ def _gradients_of_full_graph(combination: Any, loss: str) -> Gradients:
     prediction = full_graph(network, poses, sample.bound)
     if not _combines_gradients(combination):
         LOSSES[loss](prediction).backward()
-        return _gradients(network, sample.bound.combination)
-    combined = _combined_gradients(sample.bound, network, prediction, loss)
+        return _gradients(network, sample.combination)
+    combined = _combined_gradients(sample.combination, network, prediction, loss)
     return {f"the model parameter {name!r}": gradient for name, gradient in combined.items()}
 
 
 def _combined_gradients(
-    bound: BoundCombination, network: Network, prediction: MultiPosePrediction, loss: str
+    combination: Any, network: Network, prediction: MultiPosePrediction, loss: str
 ) -> Mapping[str, Tensor]:
     """Apply `combine_gradients` to the gradients of the poses in the full graph."""
     leaves = dict(network.named_parameters())
@@ -80,7 +80,8 @@ def _combined_gradients(
     (coefficients,) = torch.autograd.grad(value, prediction.per_pose, retain_graph=True)
     rows = [torch.autograd.grad(row, list(leaves.values()), retain_graph=True) for row in prediction.per_pose]
     stacks = {name: torch.stack(column) for name, column in zip(leaves, zip(*rows, strict=True), strict=True)}
-    return bound.combination.combine_gradients(stacks, prediction.per_pose.detach(), coefficients)  # type: ignore[attr-defined, no-any-return]
+    combined: Mapping[str, Tensor] = combination.combine_gradients(stacks, prediction.per_pose.detach(), coefficients)
+    return combined
 
 
 def _gradients(network: nn.Module, combination: Any) -> Gradients:
@@ -104,7 +105,7 @@ def check_combined_gradients(combination: Any) -> None:
         zeros = {name: torch.zeros_like(gradient) for name, gradient in random.items()}
         for kind, gradients in {"random gradients": random, "gradients of zeros": zeros}.items():
             originals = {name: gradient.clone() for name, gradient in gradients.items()}
-            result = sample.bound.combination.combine_gradients(  # type: ignore[attr-defined]
+            result = sample.combination.combine_gradients(
                 gradients, sample.predictions, torch.linspace(0, 1, count).double()
             )
             _check_combined(result, originals, f"{kind} of {count} poses")

@@ -87,7 +87,7 @@ def check_extreme_values(combination: Any) -> None:
         for kind, predictions in _extreme_predictions(sample.predictions).items():
             leaf = predictions.requires_grad_()
             result = sample.combine(leaf)
-            inputs = {"the predictions": leaf, **trainable_parameters(sample.bound.combination)}
+            inputs = {"the predictions": leaf, **trainable_parameters(sample.combination)}
             gradients = torch.autograd.grad(result.sum(), list(inputs.values()), allow_unused=True)
             numbers: dict[str, Tensor | None] = {"its result": result}
             numbers.update({f"the gradient of {name}": part for name, part in zip(inputs, gradients, strict=True)})
@@ -140,7 +140,7 @@ def check_copies(combination: Any) -> None:
     copiers = {"copy.deepcopy": copy.deepcopy, "pickle": lambda value: pickle.loads(pickle.dumps(value))}  # noqa: S301
     for how, make_copy in copiers.items():
         try:
-            copied = make_copy(sample.bound.combination)
+            copied = make_copy(sample.combination)
         except Exception as error:
             raise CheckFailed(
                 f"cannot be copied by {how}: {type(error).__name__}: {error}; do not store lambdas, local classes or "

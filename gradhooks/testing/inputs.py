@@ -19,6 +19,11 @@ class Sample(NamedTuple):
     bound: BoundCombination
     predictions: Tensor
 
+    @property
+    def combination(self) -> Any:
+        """The private copy of the combination under test."""
+        return self.bound.combination
+
     def combine(self, predictions: Tensor) -> Tensor:
         """Combine other predictions of the same shape.
 

@@ -7,6 +7,7 @@ from gradhooks import registry
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.testing.check_accumulators import CHECKS as OF_ACCUMULATORS
 from gradhooks.testing.check_derivatives import CHECKS as OF_DERIVATIVES
+from gradhooks.testing.check_groups import CHECKS as OF_GROUPS
 from gradhooks.testing.check_training import CHECKS as OF_TRAINING
 from gradhooks.testing.check_values import CHECKS as OF_VALUES
 from gradhooks.testing.errors import Check, ConformanceError, name_of
@@ -14,7 +15,7 @@ from gradhooks.testing.errors import Check, ConformanceError, name_of
 if TYPE_CHECKING:
     import pytest
 
-COMBINATION_CHECKS: tuple[Check, ...] = (*OF_VALUES, *OF_DERIVATIVES, *OF_TRAINING)
+COMBINATION_CHECKS: tuple[Check, ...] = (*OF_VALUES, *OF_DERIVATIVES, *OF_GROUPS, *OF_TRAINING)
 ACCUMULATOR_CHECKS: tuple[Check, ...] = OF_ACCUMULATORS
 
 State = Literal["passed", "failed", "expected failure", "unexpected pass"]

@@ -1,0 +1,114 @@
+"""Apply a combination to all groups of a batch: by its `forward_groups`, or to one group after the other."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradhooks.errors import CombinationError
+from gradhooks.group_index import GroupIndex
+
+
+def name_of(combination: Any) -> str:
+    """Return the name of a combination for messages."""
+    if combination is None:
+        return "none"
+    name: str = getattr(combination, "__name__", type(combination).__name__)
+    return name
+
+
+def apply_to_groups(
+    combination: Callable[..., Tensor], predictions: Tensor, groups: Tensor, count: int, **arguments: Any
+) -> Tensor:
+    """Combine every group with any combination, for those that wrap another one.
+
+    Args:
+        combination: A `Combination` or any callable.
+        predictions: Shape `(M, *prediction)`.
+        groups: The group of each pose, shape `(M,)`, int64.
+        count: B, the number of groups.
+        **arguments: Keyword arguments of the user's call.
+
+    Returns:
+        Shape `(B, *prediction)`.
+    """
+    forward_groups = own_forward_groups(combination)
+    if forward_groups is not None:
+        return forward_groups(predictions, groups, count, **arguments)
+    names = row_arguments(arguments, len(predictions))
+    return loop_over_groups(combination, predictions, GroupIndex(groups.cpu(), count), arguments, names)
+
+
+def own_forward_groups(combination: Any) -> Callable[..., Tensor] | None:
+    """Return the method `forward_groups` of a combination if it belongs to its `forward`, or None.
+
+    It does not if a subclass, or the object itself, has replaced `forward` and inherits `forward_groups`. A module with
+    hooks has none either, because hooks run in a call of the module only.
+    """
+    method: Callable[..., Tensor] | None = getattr(combination, "forward_groups", None)
+    if method is None or "forward" in getattr(combination, "__dict__", {}) or _has_hooks(combination):
+        return None
+    for base in type(combination).__mro__:
+        if "forward_groups" in vars(base):
+            return method
+        if "forward" in vars(base) or "__call__" in vars(base):
+            return None
+    return method
+
+
+def row_arguments(arguments: Mapping[str, Any], count: int) -> set[str]:
+    """Return the names of the arguments that have a row per pose: tensors with `count` rows."""
+    return {
+        name
+        for name, argument in arguments.items()
+        if isinstance(argument, Tensor) and argument.dim() > 0 and len(argument) == count
+    }
+
+
+def loop_over_groups(
+    combination: Callable[..., Tensor],
+    predictions: Tensor,
+    groups: GroupIndex,
+    arguments: Mapping[str, Any],
+    names: Collection[str],
+) -> Tensor:
+    """Combine one group after the other.
+
+    Args:
+        combination: A `Combination` or any callable.
+        predictions: Shape `(M, *prediction)`.
+        groups: The group of each pose.
+        arguments: Keyword arguments of the user's call.
+        names: Which arguments have a row per pose.
+
+    Returns:
+        Shape `(B, *prediction)`.
+
+    Raises:
+        CombinationError: The result for a group is not a tensor, or differs in shape from that for the first one.
+    """
+    columns = {name: groups.split(arguments[name]) for name in names}
+    results: list[Tensor] = []
+    for number, rows in enumerate(groups.split(predictions)):
+        own = {name: column[number] for name, column in columns.items()}
+        result = combination(rows, **{**arguments, **own})
+        if not isinstance(result, Tensor) or (results and result.shape != results[0].shape):
+            found = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"{result!r}"
+            raise CombinationError(
+                f"{name_of(combination)} returned {found} for group {number} of {len(rows)} poses; it must return a "
+                f"tensor of one shape for every group{f', as {tuple(results[0].shape)} for group 0' if results else ''}"
+            )
+        results.append(result)
+    return torch.stack(results)
+
+
+def _has_hooks(combination: Any) -> bool:
+    if not isinstance(combination, nn.Module):
+        return False
+    return bool(
+        combination._forward_hooks
+        or combination._forward_pre_hooks
+        or combination._backward_hooks
+        or combination._backward_pre_hooks
+    )

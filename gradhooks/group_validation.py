@@ -1,0 +1,101 @@
+"""Check the group numbers that a user passes."""
+
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradhooks.errors import PosesError
+from gradhooks.group_index import GroupIndex
+
+SHOWN = 5
+"""How many group numbers an error message lists."""
+
+
+def read_index(groups: Any, pose_count: int) -> Tensor:
+    """Return the group of each pose, shape `(M,)`, int64, on the CPU.
+
+    Args:
+        groups: What the user passed: a tensor, a list or a numpy array of integers.
+        pose_count: M, the number of poses.
+
+    Raises:
+        PosesError: The groups do not have shape `(M,)`, are not integers, or one is negative.
+    """
+    index = as_integers(groups)
+    if len(index) != pose_count:
+        raise PosesError(f"groups must have one number for each pose, got {len(index)} numbers for {pose_count} poses")
+    with torch.inference_mode(False):
+        index = index.to("cpu", torch.int64, copy=True)
+    negative = index < 0
+    if negative.any():
+        pose = int(negative.nonzero()[0])
+        raise PosesError(f"groups must not be negative: pose {pose} is in group {int(index[pose])}")
+    return index
+
+
+def group_index(index: Tensor, count: int | None, *, empty_allowed: bool, combination_name: str) -> GroupIndex:
+    """Check the groups of all poses.
+
+    Args:
+        index: The group of each pose, shape `(M,)`, from `read_index`.
+        count: B if the user gave it; the largest number plus one by default.
+        empty_allowed: Whether the combination accepts groups without poses.
+        combination_name: The name of the combination, for messages.
+
+    Raises:
+        PosesError: A number is not less than B, or a group has no poses although B is not given or the combination
+            does not accept that.
+    """
+    number_of_groups = _group_count(index, count)
+    too_large = index >= number_of_groups
+    if too_large.any():
+        pose = int(too_large.nonzero()[0])
+        raise PosesError(
+            f"pose {pose} is in group {int(index[pose])}, but count={number_of_groups} allows the groups 0 to "
+            f"{number_of_groups - 1}"
+        )
+    present = set(index.unique().tolist())
+    if len(present) < number_of_groups and not (empty_allowed and count is not None):
+        absent = islice((number for number in range(number_of_groups) if number not in present), SHOWN)
+        raise PosesError(_describe_missing(list(absent), number_of_groups - len(present), combination_name))
+    return GroupIndex(index, number_of_groups)
+
+
+def _group_count(index: Tensor, count: int | None) -> int:
+    if count is None:
+        if not len(index):
+            raise PosesError("the batch is empty: it needs at least one pose, or Groups(poses, index, count)")
+        return int(index.max()) + 1
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise PosesError(f"count must be the number of groups, an integer of at least 1, got {count!r}")
+    return count
+
+
+def _describe_missing(shown: list[int], total: int, combination_name: str) -> str:
+    more = f" and {total - SHOWN} more" if total > SHOWN else ""
+    return (
+        f"no pose is in group {', '.join(map(str, shown))}{more}; number the groups "
+        "0 to B - 1 without gaps. A combination with accepts_empty_groups = True gets empty groups by "
+        f"Groups(poses, index, count); here it is {combination_name}"
+    )
+
+
+def as_integers(groups: Any) -> Tensor:
+    """Return `groups` as a tensor of integers of shape `(M,)`, on its own device.
+
+    Raises:
+        PosesError: It is none.
+    """
+    try:
+        index = torch.as_tensor(groups)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PosesError(f"groups must be integers of shape (M,), one for each pose, got {groups!r}") from error
+    if index.dim() != 1:
+        raise PosesError(f"groups must have shape (M,), one number for each pose, got shape {tuple(index.shape)}")
+    if len(index) == 0:
+        return index.to(torch.int64)  # an empty list becomes float32
+    if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+        raise PosesError(f"groups must be integers, one for each pose, got {index.dtype}")
+    return index

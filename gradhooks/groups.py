@@ -1,0 +1,74 @@
+"""Groups: the poses of a batch together with the groups that they belong to."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import register_pytree_node, tree_map
+
+from gradhooks.engine.nested import map_tensors
+from gradhooks.group_validation import as_integers
+
+
+@dataclass(eq=False)  # not frozen: Lightning converts the dtype of a batch by assigning to the fields of a copy
+class Groups:
+    """The poses of a batch and their groups: `scorer(groups)` is `scorer(groups.poses, groups=groups.index)`.
+
+    It passes through the workers of a DataLoader, and trainers move it to a device. `len()` is the number of poses.
+
+    Args:
+        poses: A list, a generator, a stacked tensor, or a mapping of stacked tensors.
+        index: The group of each pose, integers of shape `(M,)`, in any order: a tensor, a list or a numpy array.
+        count: B, the number of groups, which are `0 .. B - 1`; the largest number plus one by default. If it is given,
+            groups may be empty where the combination accepts that.
+
+    Raises:
+        PosesError: `index` does not have shape `(M,)`, or does not hold integers.
+    """
+
+    poses: Any
+    index: Any
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        self.index = as_integers(self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "Groups":
+        """Return the groups with their poses on a device. The index stays on the CPU, where it is read."""
+        device = torch.device(device)
+        return dataclasses.replace(self, poses=_call_on_parts(self.poses, "to", device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Groups":
+        """Return the groups with their poses in pinned memory, from which copies to a device do not wait."""
+        return dataclasses.replace(self, poses=_call_on_parts(self.poses, "pin_memory"))
+
+
+def _call_on_parts(value: Any, method: str, *arguments: Any, **options: Any) -> Any:
+    """Call a method of every tensor in `value`, and of every object that has the method itself, as graphs have."""
+
+    def convert(part: Any) -> Any:
+        if hasattr(part, method):
+            return getattr(part, method)(*arguments, **options)
+        return map_tensors(lambda tensor: getattr(tensor, method)(*arguments, **options), part)
+
+    return tree_map(convert, value)
+
+
+def _flatten(groups: Groups) -> tuple[list[Any], int | None]:
+    return [groups.poses, groups.index], groups.count
+
+
+def _unflatten(parts: Iterable[Any], count: int | None) -> Groups:
+    groups = object.__new__(Groups)  # without validation: a pytree may hold anything for a while
+    groups.poses, groups.index = parts
+    groups.count = count
+    return groups
+
+
+# Where PyTorch and trainers look for the tensors in an input.
+register_pytree_node(Groups, _flatten, _unflatten)
