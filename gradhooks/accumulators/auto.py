@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -47,6 +46,9 @@ class Auto(Accumulator):
         self._read_directly = 0.0
         self._groups = 0
         self._streams = False
+
+    def uses_plain_chunks(self) -> bool:
+        return True
 
     def begin(self, engine: Engine, predictions: Tensor) -> Accumulation:
         if engine.combination.combine_gradients is not None:
@@ -112,9 +114,6 @@ class ObservedAccumulation(Accumulation):
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
         self._accumulation.add(chunk, predictions)
-
-    def forward_context(self) -> AbstractContextManager[None]:
-        return self._accumulation.forward_context()
 
     def close(self, predictions: Tensor) -> Sequence[Tensor]:
         return [predictions, *self._accumulation.close(predictions)]

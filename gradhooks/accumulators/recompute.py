@@ -9,12 +9,9 @@ from loguru import logger
 from torch import Tensor
 
 from gradhooks.accumulators.base import Accumulator, Engine, refuse_gradient_combination, set_accumulator
-from gradhooks.accumulators.kept_graphs import KeptGraphs
 from gradhooks.accumulators.online_softmax import declaration_of
 from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
 from gradhooks.engine.gradient_sums import Gradients
-from gradhooks.engine.memory_budget import memory_in_bytes
-from gradhooks.engine.rerun import NO_GRAPHS
 
 
 class Recompute(Accumulator):
@@ -36,47 +33,23 @@ class Recompute(Accumulator):
         """Begin a group for a reason that the report shows, such as another accumulator that cannot serve it."""
         refuse_gradient_combination(engine, self.name)
         set_accumulator(engine, self.name, reason)
-        budget = memory_in_bytes(engine.options.memory, predictions.device)
-        return RecomputeAccumulation(engine, KeptGraphs(budget, engine.storage_addresses()) if budget else None)
+        return RecomputeAccumulation(engine)
 
 
 class RecomputeAccumulation(Accumulation):
-    """Keeps the predictions, and as many graphs as fit in `memory`."""
-
-    def __init__(self, engine: Engine, kept: KeptGraphs | None) -> None:
+    keeps_graph = False
+    def __init__(self, engine):
         self._engine = engine
-        self._kept = kept
-        self._stop = 0
-        self.keeps_graph = kept is not None
-
-    def forward_context(self) -> AbstractContextManager[None]:
-        if self._kept is None or self._kept.has_room_for(self._engine.pose_count - self._stop):
-            return nullcontext()
-        return self._kept.measuring()
-
-    def add(self, chunk: Chunk, predictions: Tensor) -> None:
-        self._stop = chunk.stop
-        if self._kept is not None and predictions.requires_grad and chunk.start > 0:  # the first was not measured
-            declaration = declaration_of(self._engine, predictions, chunk.start)
-            log_weight = 0.0 if declaration is None else max(declaration.log_weights)
-            uniform = declaration is None or declaration.uniform
-            fits = self._kept.offer(chunk.start, predictions, log_weight)
-            self.keeps_graph = fits or not uniform  # with uniform weights nothing is replaced, so no later graph fits
-            self._engine.report.graphs_kept = self._kept.pose_count
-
-    def close(self, predictions: Tensor) -> Sequence[Tensor]:
+    def add(self, chunk, predictions):
+        del chunk, predictions
+    def close(self, predictions):
         return [predictions]
-
-    def gradients(self, saved: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
+    def gradients(self, saved, coefficients, *, last):
         (predictions,) = saved
         engine = self._engine
         selected = significant_poses(coefficients, engine.skip_threshold(predictions.dtype))
-        kept_graphs = NO_GRAPHS if self._kept is None else self._kept.live_predictions(release=last)
-        gradients = engine.rerun(
-            predictions, coefficients.total, selected, kept_graphs=kept_graphs, retain_graph=not last
-        )
-        engine.report.skipped = engine.pose_count - int(selected.sum())
-        logger.debug("{} of {} poses skipped: negligible coefficients", engine.report.skipped, engine.pose_count)
+        gradients = engine.rerun(predictions, coefficients.total, selected)
+        engine.report.skipped += engine.pose_count - int(selected.sum())
         engine.add_zeros_for_skipped(gradients, ~selected)
         return gradients
 

@@ -26,7 +26,7 @@ class Store(Accumulator):
     """
 
     name = "store"
-    ignored_options = frozenset({"memory", "tolerance"})
+    ignored_options = frozenset({"tolerance"})
 
     def __init__(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         self.device = None if device is None else torch.device(device)

@@ -24,8 +24,7 @@ class Stream(Accumulator):
     """
 
     name = "stream"
-    ignored_options = frozenset({"memory"})
-
+    
     def begin(self, engine: Engine, predictions: Tensor) -> Accumulation:
         refuse_gradient_combination(engine, self.name)
         declaration = declaration_of(engine, predictions)

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,10 +64,6 @@ class Accumulation(ABC):
             predictions: Shape `(n, *prediction)`, with its graph if `keeps_graph` was true. The graph is freed after
                 this call unless the accumulation keeps `predictions`.
         """
-
-    def forward_context(self) -> AbstractContextManager[None]:
-        """Return a context manager for the forward of each chunk but the first."""
-        return nullcontext()
 
     @abstractmethod
     def close(self, predictions: Tensor) -> Sequence[Tensor]:

@@ -21,10 +21,11 @@ from gradhooks.engine.model_parts import ModelParts, ModelPartsCache
 from gradhooks.engine.pose_inputs import Poses, as_poses
 from gradhooks.engine.pose_runner import PoseRunner
 from gradhooks.engine.report import Report
-from gradhooks.engine.saved_tensors import storage_addresses
 from gradhooks.engine.schedule import Schedule
 from gradhooks.errors import PosesError
-from gradhooks.groups import GroupIndex, Groups, group_index, read_index
+from gradhooks.group_index import GroupIndex
+from gradhooks.group_validation import group_index, read_index
+from gradhooks.groups import Groups
 from gradhooks.options import Options
 
 
@@ -97,7 +98,7 @@ def read_batch(
         autocast=autocast,
         mode=mode,
         schedule=schedule,
-        runner=PoseRunner(model, options.call, len(prepared), need, lambda: storage_addresses(model)),
+        runner=PoseRunner(model, options.call, len(prepared), need),
         open_graphs=cache.open_graphs,
         learned=learned,
         report=Report(poses=len(prepared), groups=1 if gathered is None else gathered.count),

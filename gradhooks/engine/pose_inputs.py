@@ -15,9 +15,15 @@ Stack = Tensor | Mapping[str, Tensor]
 
 
 class Poses(Protocol):
-    """The poses of a batch. With `batched`, axis 0 of the model's output is the pose."""
+    """The poses of a batch.
+
+    Attributes:
+        batched: Whether axis 0 of the model's output is the pose.
+        collated: Whether a model's input is new memory, and not that of the user's poses.
+    """
 
     batched: bool
+    collated: bool
 
     def __len__(self) -> int: ...
 
@@ -44,6 +50,7 @@ class StackedPoses:
     """A tensor, or a mapping of tensors, whose axis 0 is the pose."""
 
     batched = True
+    collated = False
 
     def __init__(self, stack: Stack, first: int = 0) -> None:
         self._stack = stack
@@ -86,7 +93,7 @@ class ListedPoses:
         self._poses = poses
         self._collate = collate
         self._first = first
-        self.batched = collate is not None
+        self.batched = self.collated = collate is not None
 
     def __len__(self) -> int:
         return len(self._poses)
@@ -122,7 +129,7 @@ class PoseSubset:
     def __init__(self, poses: Poses, indices: Sequence[int]) -> None:
         self._poses = poses
         self._indices = indices
-        self.batched = poses.batched
+        self.batched, self.collated = poses.batched, poses.collated
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from collections.abc import Callable, Container
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from gradhooks.engine.memory_need import MemoryNeed
 from gradhooks.engine.model_output import prediction_rows
 from gradhooks.engine.nested import map_tensors, tensors_in
 from gradhooks.engine.pose_inputs import Poses
+from gradhooks.engine.saved_tensors import storage_addresses
 from gradhooks.errors import PosesError
 from gradhooks.options import Call
 
@@ -46,17 +46,13 @@ class PoseRunner:
         call: The option `call`.
         pose_count: The number of poses, for messages.
         need: Measures what poses need.
-        excluded: Returns the addresses of storages that do not count as a need.
     """
 
-    def __init__(
-        self, model: nn.Module, call: Call, pose_count: int, need: MemoryNeed, excluded: Callable[[], Container[int]]
-    ) -> None:
+    def __init__(self, model: nn.Module, call: Call, pose_count: int, need: MemoryNeed) -> None:
         self._model = model
         self._call = call
         self._pose_count = pose_count
         self._need = need
-        self._excluded = excluded
         self._detach_for: Leaves | None = None
         self._needs_grad_mode = False
         self._tried_without_graph = False
@@ -94,7 +90,7 @@ class PoseRunner:
             return self._predict(inputs, poses, start, stop)
 
         if torch.is_grad_enabled() and self._need.is_unmeasured(size, stop - start):
-            predictions, _ = self._need.measure(forward, size, stop - start, self._excluded())
+            predictions, _ = self._need.measure(forward, size, stop - start, self._not_counted(poses, inputs))
         else:
             predictions = forward()
         changed = [path for tensor, path, version in versions if tensor._version != version]
@@ -126,8 +122,14 @@ class PoseRunner:
             return self._predict(inputs, poses, start, stop)
 
         if measure or self._need.is_unmeasured(size, count):
-            return PlainRun(*self._need.measure(forward, size, count, self._excluded()), measured=True)
+            excluded = self._not_counted(poses, inputs)
+            return PlainRun(*self._need.measure(forward, size, count, excluded), measured=True)
         return PlainRun(forward(), expected, measured=False)
+
+    def _not_counted(self, poses: Poses, inputs: Any) -> set[int]:
+        """Return the addresses of storages that exist anyway: the model's, and those of poses that are not copied."""
+        own = [] if poses.collated else [tensor for _, tensor in tensors_in(inputs)]
+        return storage_addresses(self._model, own)
 
     def _predict(self, inputs: Any, poses: Poses, start: int, stop: int) -> Tensor:
         try:
