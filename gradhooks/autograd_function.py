@@ -28,7 +28,9 @@ class PosePredictions(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.context, ctx.accumulation, ctx.leaf_count = context, accumulation, len(leaves)
-        ctx.save_for_backward(*leaves, *accumulation.close(predictions[context.partition.rows]))
+        kept = accumulation.close(predictions[context.partition.rows])
+        ctx.held = context.batch.open_graphs.hold(sum(tensor.nbytes for tensor in kept if not tensor.is_sparse))
+        ctx.save_for_backward(*leaves, *kept)
         return predictions.to(at_least_float32(predictions.dtype), copy=True), predictions.clone()
 
     @staticmethod
@@ -48,6 +50,7 @@ class PosePredictions(torch.autograd.Function):
         gradients = _total_gradients(context, ctx.accumulation, saved, coefficients, last=last)
         if last:
             ctx.context = ctx.accumulation = None  # frees the poses, although the user may keep the loss
+            ctx.held.release()
         typed = (
             None if gradient is None else gradient.to(leaf.dtype)
             for gradient, leaf in zip(gradients, context.leaves.real, strict=True)

@@ -13,6 +13,7 @@ from gradhooks.engine.context import intercept
 from gradhooks.engine.forward import predict, run_forward
 from gradhooks.engine.model_output import check_shape, refuse_nonfinite
 from gradhooks.engine.plain import run_plain_chunks
+from gradhooks.engine.schedule import MemoryExceededError
 from gradhooks.numerics import at_least_float32
 
 
@@ -74,16 +75,18 @@ def _run(batch: Batch, accumulator: Accumulator) -> Predictions:
 
     start, stop = 0, count
     if _may_run_plainly(batch, accumulator):
-        if schedule.need.known is None:  # the first poses show what a pose needs
+        if schedule.needs_measuring:  # the first poses show what a pose needs
             start = min(count, batch.options.chunk_size or 1)
             run_plainly(0, start)
-        stop = schedule.first_plain(start, count)
-    if start < stop or count == 0:
-        parts.append(_run_intercepted(batch, accumulator, start, stop))
+        stop = schedule.first_plain(count)
+    if 0 < start and 0 < stop:
+        raise MemoryExceededError("now that the need of a pose is known, the first poses do not run plainly")
+    if stop:
+        parts.append(_run_intercepted(batch, accumulator, 0, stop))
     else:
         batch.report.accumulator, batch.report.reason = "none", "the graphs of all poses fit in the allowed memory"
-    if stop < count:
-        run_plainly(stop, count)
+    if max(start, stop) < count:
+        run_plainly(max(start, stop), count)
     if len(parts) == 1:
         return parts[0]
     return Predictions(*(torch.cat(rows) for rows in zip(*parts, strict=True)))

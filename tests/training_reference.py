@@ -117,11 +117,14 @@ def train_multi_pose(
     accumulator: Any,
     *,
     seed: int = 3,
+    memory: str | float = 0,
     **options: Any,
 ) -> TrainingResult:
+    """Train with gradhooks; by default without memory for plain chunks, so that all poses are intercepted."""
     combination = move_to_device(make_combination(), case)
     poses = case.make_poses(count)
-    scorer = gradhooks.MultiPose(case.model, combination, accumulator=accumulator, **{"call": case.call, **options})
+    options = {"call": case.call, "memory": memory, **options}
+    scorer = gradhooks.MultiPose(case.model, combination, accumulator=accumulator, **options)
     manual_seed(seed)
     result = _after_backward(case, combination, scorer(poses), loss)
     return dataclasses.replace(result, accumulator=scorer.report.accumulator)

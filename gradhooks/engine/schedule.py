@@ -39,7 +39,7 @@ class Schedule:
         batched: Whether several poses can run at once.
         need: The memory of a pose.
         gradient_bytes: One copy of the gradients.
-        open_graphs: What earlier batches hold.
+        open_graphs: What earlier batches hold when this one begins.
         learned: What earlier batches have shown.
         device: The device of the model.
     """
@@ -59,7 +59,7 @@ class Schedule:
         self._chunk_size = chunk_size
         self._batched = batched
         self._gradient_bytes = gradient_bytes
-        self._open_graphs = open_graphs
+        self._held = open_graphs.bytes
         self._learned = learned
         self.need = need
         if learned.memory_limit is None or learned.memory_limit[0] != memory:
@@ -77,26 +77,25 @@ class Schedule:
     @property
     def left(self) -> int:
         """The bytes that this batch may use: the limit without what earlier batches hold."""
-        return max(0, self.limit - self._open_graphs.bytes)
+        return max(0, self.limit - self._held)
 
     @property
     def room(self) -> int:
         """The bytes that the graphs of this batch may need: what is left, and the step of one pose."""
-        return max(0, self.limit + self.need.bytes_per_pose - self._open_graphs.bytes)
+        return max(0, self.limit + self.need.bytes_per_pose - self._held)
 
-    def first_plain(self, done: int, count: int) -> int:
-        """Return the index of the first pose that runs plainly after those that are intercepted (Rule 1).
+    @property
+    def needs_measuring(self) -> bool:
+        """Whether it must be measured what a pose needs, before anything can be planned."""
+        return self.need.known is None and self.left > 0
 
-        Args:
-            done: The number of poses that ran plainly already.
-            count: The number of poses.
-        """
-        pose, room = self.need.bytes_per_pose, self.room + done * self.need.bytes_per_pose
+    def first_plain(self, count: int) -> int:
+        """Return the index of the first of `count` poses that runs plainly, after those that are intercepted (Rule 1)."""
+        pose, room = self.need.bytes_per_pose, self.room
         fitting = count if count * pose <= room else min(count - 1, max(0, room - self._gradient_bytes) // pose)
         self._planned = fitting * pose
-        first = max(done, done + count - max(fitting, done))
         size = self._chunk_size or 1  # chunks of a fixed size begin at its multiples
-        return min(count, -(-first // size) * size)
+        return min(count, -(-(count - fitting) // size) * size)
 
     def plain_chunk_size(self, remaining: int) -> int:
         """Return the size of the next plain chunk."""
