@@ -56,9 +56,7 @@ def group_softmax(values: Tensor, groups: Tensor, count: int) -> Tensor:
 
 def group_logsumexp(values: Tensor, groups: Tensor, count: int) -> Tensor:
     """Compute `ln sum exp(values)` over each group, shape `(B, ...)`; -inf for an empty group."""
-    top = group_max(values.detach(), groups, count)
-    # ln sum exp(x) = c + ln sum exp(x - c) for any c; inf - inf would be NaN, so c = 0 where the maximum is infinite
-    shift = expand_groups(top.masked_fill(top.isinf(), 0), groups)
-    total = group_sum((values - shift).exp(), groups, count)
-    # Where all exponentials are 0, the 1 keeps the gradient at 0, which would be 0 / 0.
-    return total.masked_fill(top == -torch.inf, 1).log() + top
+    limits = torch.finfo(values.dtype)
+    # ln sum exp(x) = c + ln sum exp(x - c) for any finite c; with the group's maximum nothing overflows
+    shift = group_max(values.detach(), groups, count).clamp(limits.min, limits.max)
+    return group_sum((values - expand_groups(shift, groups)).exp(), groups, count).log() + shift

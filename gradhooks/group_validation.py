@@ -89,7 +89,8 @@ def as_integers(groups: Any) -> Tensor:
         PosesError: It is none.
     """
     try:
-        index = torch.as_tensor(groups)
+        # torch.tensor copies: as_tensor would warn about an array of numpy that cannot be written to.
+        index = groups if isinstance(groups, Tensor) else torch.tensor(groups)
     except (TypeError, ValueError, RuntimeError) as error:
         raise PosesError(f"groups must be integers of shape (M,), one for each pose, got {groups!r}") from error
     if index.dim() != 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradhooks import Combination, GradientCombination, StreamWeights
+from gradhooks.group_reductions import expand_groups, group_mean, group_sum
 
 
 class KeepsAxis(Combination):
@@ -125,6 +126,72 @@ class DeclaresSome(Combination):
         return StreamWeights(predictions) if self.calls < 2 else None
 
 
+class DividesByPoses(Combination):
+    """A mean over each group that is divided by the number of all poses."""
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        return predictions.mean(0)
+
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor:
+        return group_sum(predictions, groups, count) / len(predictions)
+
+
+class DetachesMeans(Combination):
+    """The right results of groups with wrong derivatives."""
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        return (predictions - 0.5 * predictions.mean(0)).sum(0)
+
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor:
+        means = group_mean(predictions, groups, count).detach()
+        return group_sum(predictions - 0.5 * expand_groups(means, groups), groups, count)
+
+
+class OneMaximum(Combination):
+    """The exponentials of all groups are taken relative to one maximum, so those of some groups underflow."""
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        return torch.logsumexp(predictions, 0)
+
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor:
+        top = predictions.detach().max()
+        return group_sum((predictions - top).exp(), groups, count).log() + top
+
+
+class ReturnsDouble(Combination):
+    def forward(self, predictions: Tensor) -> Tensor:
+        return predictions.mean(0)
+
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor:
+        return group_mean(predictions.double(), groups, count)
+
+
+class OneRowTooMany(ReturnsDouble):
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor:
+        return group_mean(predictions, groups, count + 1)
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        return predictions.mean(0)
+
+
+class MultipliesByMask(Combination):
+    """A NaN times 0 is NaN in every group."""
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        return predictions.sum(0)
+
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor:
+        mask = (groups == torch.arange(count).unsqueeze(1)).to(predictions)
+        return mask @ predictions
+
+
+class MeanOfNone(Combination):
+    accepts_empty_groups = True
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        return predictions.mean(0)
+
+
 class LosesNames(GradientCombination):
     def forward(self, predictions: Tensor) -> Tensor:
         return predictions.mean(0)
@@ -158,6 +225,13 @@ BROKEN_COMBINATIONS: list[tuple[type[Combination], str, str]] = [
     (DeclaresByGroup, "check_stream_declaration", "row i may depend on prediction i only"),
     (DeclaresWrongShape, "check_stream_declaration", r"log_weights of shape \(\)"),
     (DeclaresSome, "check_training", "stream_weights declared 0 features for pose 0 and nothing for pose 1"),
+    (DividesByPoses, "check_groups", "another result in forward_groups .* differs by .* groups == b"),
+    (DetachesMeans, "check_groups", "another gradient of the predictions in forward_groups"),
+    (OneMaximum, "check_groups", "another result in forward_groups .* 1000 apart"),
+    (ReturnsDouble, "check_groups", "returned torch.float64 from forward_groups, and torch.float32 from forward"),
+    (OneRowTooMany, "check_groups", r"forward_groups returned shape \(5,\) for 4 groups"),
+    (MultipliesByMask, "check_groups_are_independent", r"a prediction of another group is nan; .*0 \* NaN is NaN"),
+    (MeanOfNone, "check_empty_groups", "has the result nan for an empty group"),
     (LosesNames, "check_combined_gradients", "keep the names"),
     (DividesByNorm, "check_combined_gradients", "divide by a norm that can be 0"),
 ]

@@ -62,7 +62,7 @@ def test_plugins_with_check_loads_each(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_check_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "min"]) == 0
-    assert "combination 'min': 12 of 12 checks as expected" in capsys.readouterr().out
+    assert "combination 'min': 15 of 15 checks as expected" in capsys.readouterr().out
 
 
 def test_check_of_an_accumulator(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +85,7 @@ def test_check_gives_the_reason_of_an_expected_failure(capsys: pytest.CaptureFix
 @pytest.mark.usefixtures("_registered")
 def test_check_uses_the_example_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "scaled"]) == 0
-    assert "12 of 12 checks" in capsys.readouterr().out
+    assert "15 of 15 checks" in capsys.readouterr().out
 
 
 def test_check_of_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +100,7 @@ def test_check_of_a_name_of_both_kinds(monkeypatch: pytest.MonkeyPatch, capsys: 
     message = "'both' names both a combination and an accumulator; check 'combination:both' or 'accumulator:both'"
     assert message in capsys.readouterr().out
     assert main(["check", "combination:both"]) == 0
-    assert "combination 'both': 12 of 12 checks" in capsys.readouterr().out
+    assert "combination 'both': 15 of 15 checks" in capsys.readouterr().out
     assert main(["check", "accumulator:both"]) == 0
     assert "accumulator 'both': 7 of 7 checks" in capsys.readouterr().out
 

@@ -57,7 +57,7 @@ def test_expected_failures_are_strict_xfails(plugin: Any, check: Callable[[Any],
 
 def test_ids_and_marks_of_the_parameters() -> None:
     parameters = parametrize_with_checks(["min", BestFirst()]).args[1]
-    assert [parameter.id for parameter in parameters][::12] == [
+    assert [parameter.id for parameter in parameters][::15] == [
         "min-check_result_shape",
         "BestFirst-check_result_shape",
     ]
@@ -97,7 +97,7 @@ def test_expected_failure_needs_a_known_check_and_a_reason(reasons: dict[str, st
 
 
 def test_all_failures_are_reported_together() -> None:
-    with pytest.raises(ConformanceError, match=r"(?s)^\d of 12 checks failed.*check_coefficients: DetachesWeights"):
+    with pytest.raises(ConformanceError, match=r"(?s)^\d of 15 checks failed.*check_coefficients: DetachesWeights"):
         check_combination(DetachesWeights())
     with pytest.raises(ConformanceError, match=r"(?s)^\d of 7 checks failed\ncheck_every_loss"):
         check_accumulator(BROKEN_ACCUMULATORS["doubled"][0])

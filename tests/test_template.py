@@ -105,7 +105,7 @@ def test_plugin_is_listed(output: list[str]) -> None:
 
 
 def test_plugin_passes_the_conformance_kit(output: list[str]) -> None:
-    assert "12 of 12 checks" in output[1]
+    assert "15 of 15 checks" in output[1]
 
 
 def test_plugin_is_streamed(output: list[str]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gradhooks import Combination
 from gradhooks.errors import CombinationError
+from gradhooks.group_reductions import group_softmax, group_sum
 
 
 class Attention(Combination):
@@ -35,6 +36,17 @@ class Attention(Combination):
         return activation.tanh()
 
     def forward(self, predictions: Tensor) -> Tensor:
+        embeddings, scores = self._embeddings_and_scores(predictions)
+        attention = torch.softmax(scores, dim=0).to(predictions.dtype)
+        return (attention * embeddings).sum(0).view(predictions.shape[1:])
+
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor:
+        embeddings, scores = self._embeddings_and_scores(predictions)
+        attention = group_softmax(scores, groups, count).to(predictions.dtype)
+        return group_sum(attention * embeddings, groups, count).view(count, *predictions.shape[1:])
+
+    def _embeddings_and_scores(self, predictions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embeddings, shape `(N, features)`, and a score for each, shape `(N, 1)`."""
         embeddings = rearrange(predictions, "n ... -> n (...)")
         if embeddings.shape[1] != self.features:
             name = type(self).__name__
@@ -43,9 +55,7 @@ class Attention(Combination):
                 f"{name}(features={embeddings.shape[1]})"
             )
         # The scores have the dtype of the parameters, which is narrower than the predictions' in a bfloat16 model.
-        scores = self.score(self.activation(embeddings.to(self.score.weight.dtype)))
-        attention = torch.softmax(scores, dim=0).to(predictions.dtype)
-        return (attention * embeddings).sum(0).view(predictions.shape[1:])
+        return embeddings, self.score(self.activation(embeddings.to(self.score.weight.dtype)))
 
     def example(self, count: int) -> Tensor:
         """Return embeddings for the conformance checks."""

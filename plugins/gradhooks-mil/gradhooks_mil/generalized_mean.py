@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from gradhooks import Combination, StreamWeights
 from gradhooks.errors import CombinationError
-from gradhooks_mil.logarithms import NEGLIGIBLE, log_mean_exp, log_one_minus_exp
+from gradhooks_mil.logarithms import NEGLIGIBLE, group_log_mean_exp, log_mean_exp, log_one_minus_exp
 
 
 class GeneralizedMean(Combination):
@@ -32,11 +32,18 @@ class GeneralizedMean(Combination):
         self.exponent = float(exponent)
 
     def forward(self, predictions: Tensor) -> Tensor:
-        logits = predictions.double()
-        # M = mean_i p_i^r and 1 - M = mean_i (1 - p_i^r): each mean keeps the digits that the other one loses.
-        log_powers = self.exponent * logsigmoid(logits)
-        log_m = log_mean_exp(log_powers)
-        log_one_minus_m = log_mean_exp(self._log_one_minus_powers(logits, log_powers))
+        log_powers, log_one_minus_powers = self._log_powers(predictions.double())
+        return self._logit(log_mean_exp(log_powers), log_mean_exp(log_one_minus_powers)).to(predictions.dtype)
+
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor:
+        log_m, log_one_minus_m = (
+            group_log_mean_exp(logarithms, groups, count) for logarithms in self._log_powers(predictions.double())
+        )
+        return self._logit(log_m, log_one_minus_m).to(predictions.dtype)
+
+    def _logit(self, log_m: Tensor, log_one_minus_m: Tensor) -> Tensor:
+        """Compute `logit P` from the logarithms of `M = mean_i p_i^r` and of `1 - M = mean_i (1 - p_i^r)`."""
+        # Each mean keeps the digits that the other one loses.
         m_is_large = log_one_minus_m < -math.log(2)
         log_m = torch.where(m_is_large, torch.log1p(-torch.where(m_is_large, log_one_minus_m, -1.0).exp()), log_m)
         # ln(1 - P) = ln(1 - M^(1/r)), which is ln((1 - M) / r) where M is nearly 1
@@ -47,12 +54,13 @@ class GeneralizedMean(Combination):
             log_one_minus_exp(torch.where(m_is_one, -1.0, log_m / self.exponent)),
         )
         # logit P = ln P - ln(1 - P) with ln P = (ln M) / r
-        return (log_m / self.exponent - log_one_minus_p).to(predictions.dtype)
+        return log_m / self.exponent - log_one_minus_p
 
-    def _log_one_minus_powers(self, logits: Tensor, log_powers: Tensor) -> Tensor:
-        """Compute `ln(1 - p_i^r)`, which is `ln r - y_i` where `p_i` is nearly 1."""
+    def _log_powers(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute `ln p_i^r`, and `ln(1 - p_i^r)`, which is `ln r - y_i` where `p_i` is nearly 1."""
+        log_powers = self.exponent * logsigmoid(logits)
         p_is_one = logits > -NEGLIGIBLE
-        return torch.where(
+        return log_powers, torch.where(
             p_is_one, math.log(self.exponent) - logits, log_one_minus_exp(torch.where(p_is_one, -1.0, log_powers))
         )
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gradhooks import Combination, StreamWeights
 from gradhooks.errors import CombinationError
-from gradhooks_mil.logarithms import log_mean_exp
+from gradhooks_mil.logarithms import group_log_mean_exp, log_mean_exp
 
 
 class LogMeanExp(Combination):
@@ -31,6 +31,10 @@ class LogMeanExp(Combination):
 
     def forward(self, predictions: Tensor) -> Tensor:
         return (log_mean_exp(self.scale * predictions.double()) / self.scale).to(predictions.dtype)
+
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor:
+        scaled = self.scale * predictions.double()
+        return (group_log_mean_exp(scaled, groups, count) / self.scale).to(predictions.dtype)
 
     def stream_weights(self, predictions: Tensor) -> StreamWeights:
         # dh/dy_i = exp(t y_i - Q) with Q = ln sum_j exp(t y_j) = exp(t y_i) a_0 with a_0 = exp(-Q)

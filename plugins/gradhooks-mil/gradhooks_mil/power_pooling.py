@@ -6,6 +6,7 @@ from torch.nn.functional import logsigmoid
 
 from gradhooks import Combination, StreamWeights
 from gradhooks.errors import CombinationError
+from gradhooks.group_reductions import group_logsumexp
 
 
 class PowerPooling(Combination):
@@ -35,12 +36,20 @@ class PowerPooling(Combination):
         return self.log_exponent.double().exp()
 
     def forward(self, predictions: Tensor) -> Tensor:
+        positive, negative = self._log_terms(predictions)
+        return (torch.logsumexp(positive, dim=0) - torch.logsumexp(negative, dim=0)).to(predictions.dtype)
+
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor:
+        positive, negative = self._log_terms(predictions)
+        logit = group_logsumexp(positive, groups, count) - group_logsumexp(negative, groups, count)
+        return logit.to(predictions.dtype)
+
+    def _log_terms(self, predictions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logarithms of the terms of which the sums are `D P` and `D (1 - P)`, with `D = sum_i p_i^n`."""
         log_p, log_one_minus_p = logsigmoid(predictions.double()), logsigmoid(-predictions.double())
-        # P = sum_i p_i^(n+1) / D and 1 - P = sum_i p_i^n (1 - p_i) / D with D = sum_i p_i^n
-        positive = torch.logsumexp((self.exponent + 1) * log_p, dim=0)
-        negative = torch.logsumexp(self.exponent * log_p + log_one_minus_p, dim=0)
+        # P = sum_i p_i^(n+1) / D and 1 - P = sum_i p_i^n (1 - p_i) / D
         # logit P = ln P - ln(1 - P), where ln D cancels
-        return (positive - negative).to(predictions.dtype)
+        return (self.exponent + 1) * log_p, self.exponent * log_p + log_one_minus_p
 
     @torch.no_grad()
     def stream_weights(self, predictions: Tensor) -> StreamWeights:

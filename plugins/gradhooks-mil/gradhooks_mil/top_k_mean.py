@@ -1,9 +1,12 @@
 """Mean of the largest predictions."""
 
+import torch
 from torch import Tensor
 
 from gradhooks import Combination
 from gradhooks.errors import CombinationError
+from gradhooks.group_reductions import expand_groups, group_sizes, group_sum
+from gradhooks.numerics import per_row
 
 
 class TopKMean(Combination):
@@ -28,6 +31,18 @@ class TopKMean(Combination):
 
     def forward(self, predictions: Tensor) -> Tensor:
         return predictions.topk(min(self.k, len(predictions)), dim=0).values.mean(0)
+
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor:
+        # Sorted by value and then, stably, by group: the first k of each group are its largest.
+        values, order = predictions.sort(dim=0, descending=True)
+        groups, order = groups[order].sort(dim=0, stable=True)
+        values = values.gather(0, order)
+        of_column = groups.reshape(len(groups), -1)[:, 0]  # the same in every column
+        sizes = group_sizes(of_column, count)
+        starts = sizes.cumsum(0) - sizes
+        rank = torch.arange(len(values), device=values.device) - expand_groups(starts, of_column)
+        kept = torch.where(per_row(rank < self.k, values), values, 0.0)
+        return group_sum(kept, of_column, count) / per_row(sizes.clamp_max(self.k), values)
 
     def extra_repr(self) -> str:
         return f"k={self.k}"

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from gradhooks import Combination, StreamWeights
+from gradhooks.group_reductions import expand_groups, group_mean
 
 
 class RiskAverse(Combination):
@@ -20,6 +21,12 @@ class RiskAverse(Combination):
 
     def forward(self, predictions: Tensor) -> Tensor:
         return predictions.mean(0) - self.risk * predictions.var(0, correction=0)
+
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor:
+        # Optional; without it, forward is called for each group.
+        means = group_mean(predictions, groups, count)
+        variances = group_mean((predictions - expand_groups(means, groups)).square(), groups, count)
+        return means - self.risk * variances
 
     def stream_weights(self, predictions: Tensor) -> StreamWeights:
         # Optional; leave it out if your coefficients have no such form.
