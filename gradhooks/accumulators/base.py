@@ -1,7 +1,7 @@
 """The contract of an accumulator, which computes `sum_i c_i dy_i/dtheta` without keeping N graphs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -13,17 +13,16 @@ from gradhooks.engine.accumulation import Accumulation
 from gradhooks.engine.gradient_sums import Gradients
 from gradhooks.engine.parameter_hooks import HookHandle, Receiver
 from gradhooks.engine.report import Report
-from gradhooks.engine.rerun import NO_GRAPHS
 from gradhooks.errors import CombinationError
 from gradhooks.options import Options
 
 
 class Engine(Protocol):
-    """What an accumulator sees of a group. All tensors are on the device of the model unless said otherwise."""
+    """What an accumulator sees of a batch. All tensors are on the device of the model unless said otherwise."""
 
     @property
     def options(self) -> Options:
-        """The options of the group, frozen."""
+        """The options of the batch, frozen."""
 
     @property
     def combination(self) -> BoundCombination:
@@ -31,11 +30,27 @@ class Engine(Protocol):
 
     @property
     def report(self) -> Report:
-        """The report. An accumulator sets `accumulator`, `reason`, `skipped` and `graphs_kept`."""
+        """The report. An accumulator sets `accumulator`, `reason` and `skipped`."""
 
     @property
     def pose_count(self) -> int:
         """The number of poses on this process."""
+
+    @property
+    def groups(self) -> list[int] | None:
+        """The number of the group of each pose on this process, on the host; None for one group."""
+
+    @property
+    def group_count(self) -> int:
+        """`B`, the number of groups; 1 without `groups`."""
+
+    @property
+    def gradient_bytes(self) -> int:
+        """The bytes of one copy of the gradients."""
+
+    @property
+    def memory_left(self) -> int:
+        """The bytes that an accumulator may use beyond the step of one pose, after what open batches hold."""
 
     @property
     def leaves(self) -> Sequence[Tensor]:
@@ -59,15 +74,7 @@ class Engine(Protocol):
         `poses` is the number of poses to add to `report.backwards`; None counts all rows.
         """
 
-    def rerun(
-        self,
-        predictions: Tensor,
-        cotangents: Tensor,
-        selected: Tensor,
-        *,
-        kept_graphs: Mapping[int, Tensor] = NO_GRAPHS,
-        retain_graph: bool = False,
-    ) -> Gradients:
+    def rerun(self, predictions: Tensor, cotangents: Tensor, selected: Tensor) -> Gradients:
         """Run the selected poses again and return `sum_i cotangents[i] dy_i/dtheta` for each leaf.
 
         Call it in `Accumulation.gradients`. Model state, random state and autocast are those of the first run, and are
@@ -77,8 +84,6 @@ class Engine(Protocol):
             predictions: Shape `(N, *prediction)`: those of the first run, with which the second run is compared.
             cotangents: Shape `(N, *prediction)`.
             selected: Shape `(N,)`, bool, on the CPU.
-            kept_graphs: Live predictions by the first pose of their chunk, which need no second run.
-            retain_graph: Whether these are needed again.
 
         Raises:
             ReplayError: A second run gave other predictions.
@@ -109,7 +114,7 @@ class Engine(Protocol):
 
 
 class Accumulator(ABC):
-    """A way to accumulate. An instance holds options and what it has learned, and serves many groups.
+    """A way to accumulate. An instance holds options and what it has learned, and serves many batches.
 
     Attributes:
         name: The name in the report.
@@ -127,12 +132,23 @@ class Accumulator(ABC):
 
     @abstractmethod
     def begin(self, engine: Engine, predictions: Tensor) -> Accumulation:
-        """Begin a group whose first chunk has just run.
+        """Begin a batch whose first chunk has just run.
 
         Args:
-            engine: The group.
+            engine: The batch.
             predictions: Live, shape `(n, *prediction)`: the first chunk, which `Accumulation.add` gets next.
         """
+
+    def uses_plain_chunks(self) -> bool:
+        """Return whether chunks whose graph fits in memory should run plainly, without this accumulator."""
+        return False
+
+    def observe_plain(self, coefficients: Tensor) -> None:
+        """Take note of the coefficients, shape `(n, *prediction)`, of poses that ran plainly.
+
+        Called in the outer backward. It must not wait for the device.
+        """
+        del coefficients
 
 
 def set_accumulator(engine: Engine, name: str, reason: str) -> None:
@@ -142,7 +158,7 @@ def set_accumulator(engine: Engine, name: str, reason: str) -> None:
 
 
 def refuse_gradient_combination(engine: Engine, accumulator: str) -> None:
-    """Refuse a group whose combination needs the gradients of the poses.
+    """Refuse a batch whose combination needs the gradients of the poses.
 
     Raises:
         CombinationError: It defines `combine_gradients`.

@@ -13,21 +13,11 @@ from gradhooks.engine.drift import refuse_drift
 from gradhooks.engine.gradient_sums import Gradients
 from gradhooks.engine.parameter_hooks import RunningSums
 from gradhooks.engine.pose_engine import PoseEngine
-from gradhooks.errors import DistributedError
 
 
 def begin_sharded(engine: PoseEngine, predictions: Tensor) -> Accumulation:
-    """Begin a group whose parameters are sharded over ranks, in place of "auto" or "recompute".
-
-    Raises:
-        DistributedError: The option `memory` is set.
-    """
+    """Begin a batch whose parameters are sharded over ranks, in place of "auto" or "recompute"."""
     del predictions
-    if engine.options.memory:
-        raise DistributedError(
-            f"memory={engine.options.memory!r} keeps graphs for the outer backward, and no graph outlives the sharded "
-            "parameters that it was built with; leave memory= out for a sharded model"
-        )
     set_accumulator(engine, "recompute", "the parameters are sharded over ranks, so nothing can replace them")
     return ShardedAccumulation(engine)
 

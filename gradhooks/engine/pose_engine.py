@@ -1,6 +1,6 @@
 """PoseEngine: the part of a group that an accumulator sees."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -47,6 +47,15 @@ class PoseEngine:
     def pose_count(self) -> int:
         return len(self.context.poses)
 
+    # One group, until the forward takes the numbers of groups and the option `memory`.
+    groups: list[int] | None = None
+    group_count = 1
+    memory_left = 0
+
+    @property
+    def gradient_bytes(self) -> int:
+        return sum(leaf.nbytes for leaf in self.leaves)
+
     @property
     def leaves(self) -> Sequence[Tensor]:
         return self.context.shadows.leaves
@@ -67,16 +76,8 @@ class PoseEngine:
         self.context.backward(predictions, cotangents, retain_graph=retain_graph)
         self.report.backwards += len(predictions) if poses is None else poses
 
-    def rerun(
-        self,
-        predictions: Tensor,
-        cotangents: Tensor,
-        selected: Tensor,
-        *,
-        kept_graphs: Mapping[int, Tensor] = NO_GRAPHS,
-        retain_graph: bool = False,
-    ) -> Gradients:
-        return self._second_run().gradients(predictions, cotangents, selected, kept_graphs, retain_graph=retain_graph)
+    def rerun(self, predictions: Tensor, cotangents: Tensor, selected: Tensor) -> Gradients:
+        return self._second_run().gradients(predictions, cotangents, selected, NO_GRAPHS, retain_graph=False)
 
     def add_zeros_for_skipped(self, gradients: Gradients, skipped: Tensor) -> None:
         add_zeros_for_skipped(self.context, self._second_run(), skipped, gradients)
