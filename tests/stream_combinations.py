@@ -9,6 +9,7 @@ from torch import Tensor
 
 import gradhooks
 from gradhooks import StreamWeights
+from gradhooks.accumulators.declaration_warning import forget_warnings
 from gradhooks.errors import GradhooksWarning
 
 Declare = Callable[[Tensor], StreamWeights | None]
@@ -16,7 +17,8 @@ Declare = Callable[[Tensor], StreamWeights | None]
 
 @contextmanager
 def gradhooks_warnings() -> Iterator[list[str]]:
-    """Collect the messages of every `GradhooksWarning`; any other warning is an error."""
+    """Collect the messages of every `GradhooksWarning`, also of known ones; any other warning is an error."""
+    forget_warnings()
     messages: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

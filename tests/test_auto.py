@@ -80,7 +80,7 @@ def test_a_copy_keeps_what_was_learned() -> None:
     for copied in (copy.deepcopy(accumulator), pickle.loads(pickle.dumps(accumulator))):  # noqa: S301
         assert isinstance(copied, Auto)
         assert vars(copied) == vars(accumulator)
-        assert copied._groups == 3
+        assert copied._shares.batches == 3
 
 
 def test_each_pose_is_declared_once() -> None:
@@ -102,7 +102,7 @@ def test_each_pose_is_declared_once() -> None:
     ("combination", "outputs", "accumulator", "reason"),
     [
         ("mean", 1, "stream", "all poses have the same weight"),
-        ("min", 1, "recompute", "no earlier group"),
+        ("min", 1, "recompute", "no earlier batch"),
         ("mean", 2, "recompute", "one number per prediction"),
         (torch.nn.Identity(), 1, "recompute", "declares no stream_weights"),
     ],

@@ -197,7 +197,7 @@ def test_the_report_of_a_stored_group(double: TensorFactory) -> None:
 def test_the_report_of_auto_names_the_accumulator_and_the_reason(double: TensorFactory) -> None:
     report = reported("auto", loss_on_combined, double)
     assert report.accumulator == "recompute"
-    assert report.reason == "no earlier group shows how many poses matter"
+    assert report.reason == "no earlier batch shows how many poses matter"
     report = reported("auto", loss_on_combined, double, combination="mean")
     assert report.accumulator == "stream"
     assert report.reason == "all poses have the same weight"

@@ -1,13 +1,14 @@
-"""Auto: choose the cheapest exact accumulator for each group."""
+"""Auto: choose the cheapest exact accumulator for each batch."""
 
-import math
+from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from gradhooks.accumulators.base import Accumulator, Engine, set_accumulator
-from gradhooks.accumulators.online_softmax import declaration_of
+from gradhooks.accumulators.online_softmax import Declaration, declaration_of
+from gradhooks.accumulators.pose_shares import Observation, PoseShares, observe, observe_plain
 from gradhooks.accumulators.recompute import Recompute
 from gradhooks.accumulators.store import Store
 from gradhooks.accumulators.stream import StreamAccumulation, why_not_streamed
@@ -22,83 +23,101 @@ to the same choice, and to the same bits, in every process.
 """
 INERTIA = 1.1
 """The choice changes only if the other accumulator is cheaper by this factor."""
-NEWEST_SHARE = 0.3
-"""The share of the newest group in the running averages."""
+CLEARLY_CHEAPER = 0.6
+"""Chunks that fit are intercepted if recomputing costs less than this part of a training step per pose."""
 
 Observer = Callable[[Tensor, Coefficients], None]
 
 
 class Auto(Accumulator):
-    """Streams where earlier groups show that it is cheaper, and recomputes elsewhere.
+    """Streams where recent batches show that it is cheaper, and recomputes elsewhere.
 
-    Of the poses of a group let b be the share whose log-weight was significant when the pose ran, k the share that is
-    significant in the end, and r the share that the loss reads directly. With a forward without a graph costing
-    f = `FORWARD_SHARE` of a step, streaming costs f + b (1 - f) + r steps per pose and recomputing f + max(k, r). A
-    declaration of equal weights has b = k = 1, and needs no earlier group. Otherwise the first group is recomputed,
-    which is never much more expensive, while streaming is where every pose has the largest log-weight so far.
+    Of the poses of a batch let k be the share whose coefficient is significant beside the largest, b the share whose
+    log-weight was significant when the pose ran, and r the share that the loss reads directly. Let m be the backwards
+    of a chunk in stream: one for each group, times R where the chunk has several poses of a group and R > 1. With a
+    forward without a graph costing f = `FORWARD_SHARE` of a training step, a pose costs f + b (1 - f) m + r steps in
+    stream and f + max(k, r) in recompute. A declaration of equal weights has b = k = 1 in the first batch too.
+    Otherwise the first batch is recomputed, which is never much more expensive, while streaming is where every pose has
+    the largest log-weight so far. Several groups are streamed only where their sums fit in memory.
     """
 
     name = "auto"
     supports_sharded = True
 
     def __init__(self) -> None:
-        self._significant_online = self._significant_final = 1.0
-        self._read_directly = 0.0
-        self._groups = 0
+        self._shares = PoseShares()
+        self._pending: list[Observation] = []
         self._streams = False
-
-    def uses_plain_chunks(self) -> bool:
-        return True
 
     def begin(self, engine: Engine, predictions: Tensor) -> Accumulation:
         if engine.combination.combine_gradients is not None:
             return Store().begin_because(engine, predictions, "the combination works on the gradients of the poses")
+        self._learn()
         declaration = declaration_of(engine, predictions)
         if declaration is None:
-            return Recompute().begin_because(engine, predictions, why_not_streamed(predictions))
-        self._decide(uniform=declaration.uniform)
-        reason = self._reason(uniform=declaration.uniform)
-        accumulation: Accumulation
-        if self._streams:
-            set_accumulator(engine, "stream", reason)
-            accumulation = StreamAccumulation(engine, declaration, predictions)
-        else:
-            accumulation = Recompute().begin_because(engine, predictions, reason)
-        return ObservedAccumulation(accumulation, lambda *arguments: self._learn(engine, *arguments))
+            return self._observed(engine, Recompute().begin_because(engine, why_not_streamed(predictions)))
+        copies = engine.group_count * (1 + len(declaration.features[0]))
+        if engine.group_count > 1 and copies * engine.gradient_bytes > engine.memory_left:
+            reason = f"streaming needs {copies} copies of the gradients, which do not fit in memory"
+            return self._observed(engine, Recompute().begin_because(engine, reason))
+        reason = self._decide(declaration, _backwards_per_chunk(engine, declaration))
+        if not self._streams:
+            return self._observed(engine, Recompute().begin_because(engine, reason))
+        set_accumulator(engine, "stream", reason)
+        return self._observed(engine, StreamAccumulation(engine, declaration, predictions))
 
-    def _decide(self, *, uniform: bool) -> None:
-        if self._groups == 0:
-            self._streams = uniform
-            return
-        streamed = FORWARD_SHARE + self._significant_online * (1 - FORWARD_SHARE) + self._read_directly
-        recomputed = FORWARD_SHARE + max(self._significant_final, self._read_directly)
-        margin = 1 / INERTIA if self._streams else INERTIA
-        self._streams = streamed * margin <= recomputed
-
-    def _reason(self, *, uniform: bool) -> str:
-        if self._groups == 0:
-            return "all poses have the same weight" if uniform else "no earlier group shows how many poses matter"
+    def _decide(self, declaration: Declaration, backwards: float) -> str:
+        """Choose whether to stream, and return the reason."""
+        shares = self._shares
+        if not shares.batches and not declaration.uniform:
+            self._streams = False
+            return "no earlier batch shows how many poses matter"
+        online = 1.0 if declaration.uniform else shares.significant_online
+        streamed = FORWARD_SHARE + online * (1 - FORWARD_SHARE) * backwards + shares.read_directly
+        recomputed = FORWARD_SHARE + max(shares.significant, shares.read_directly)
+        self._streams = streamed * (1 / INERTIA if self._streams else INERTIA) <= recomputed
+        costs = f"a pose costs {streamed:.2f} steps streamed, {recomputed:.2f} recomputed"
+        if declaration.uniform:
+            return f"all poses have the same weight: {costs}"
         return (
-            f"in earlier groups {self._significant_online:.0%} of the poses were significant when they ran, "
-            f"{self._significant_final:.0%} in the end, and the loss read {self._read_directly:.0%} directly; a "
-            f"forward without a graph counts {FORWARD_SHARE:.0%} of a step"
+            f"{online:.0%} of the poses were significant when they ran, {shares.significant:.0%} in the end, and the "
+            f"loss read {shares.read_directly:.0%} directly: {costs}"
         )
 
-    def _learn(self, engine: Engine, predictions: Tensor, coefficients: Coefficients) -> None:
-        declaration = declaration_of(engine, predictions)
-        if declaration is None:
-            return
-        log_weights = torch.tensor(declaration.log_weights, dtype=torch.float64).nan_to_num(nan=math.inf)
-        least = math.log(engine.skip_threshold(predictions.dtype) or torch.finfo(torch.float64).tiny)
-        online = (log_weights >= log_weights.cummax(0).values + least).double().mean().item()
-        final = (log_weights >= log_weights.max() + least).double().mean().item()
-        direct = coefficients.direct
-        read_directly = 0.0 if direct is None else (direct != 0).double().mean().item()
-        newest = 1.0 if self._groups == 0 else NEWEST_SHARE
-        self._significant_online += newest * (online - self._significant_online)
-        self._significant_final += newest * (final - self._significant_final)
-        self._read_directly += newest * (read_directly - self._read_directly)
-        self._groups += 1
+    def uses_plain_chunks(self) -> bool:
+        self._learn()
+        return not self._shares.batches or FORWARD_SHARE + self._shares.significant >= CLEARLY_CHEAPER
+
+    def observe_plain(self, coefficients: Tensor) -> None:
+        self._pending.append(observe_plain(coefficients))
+
+    def _learn(self) -> None:
+        """Evaluate what was observed since the last batch; until then nothing waits for the device."""
+        pending, self._pending = self._pending, []
+        self._shares.learn(pending)
+
+    def _observed(self, engine: Engine, accumulation: Accumulation) -> Accumulation:
+        return ObservedAccumulation(accumulation, lambda *arguments: self._observe(engine, *arguments))
+
+    def _observe(self, engine: Engine, predictions: Tensor, coefficients: Coefficients) -> None:
+        declared = engine.declare(predictions.flatten(), 0) if predictions.numel() == len(predictions) else None
+        threshold = engine.skip_threshold(predictions.dtype)
+        log_weights = None if declared is None or declared.log_weights is None else declared.log_weights.detach()
+        self._pending.append(observe(coefficients, threshold, log_weights, engine.groups))
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._learn()  # so that a copy contains numbers only
+        return self.__dict__
+
+
+def _backwards_per_chunk(engine: Engine, declaration: Declaration) -> float:
+    """Return how many backwards a chunk of the size of the first one needs in stream, on average."""
+    size, sums = len(declaration.log_weights), 1 + len(declaration.features[0])
+    if size == 1:
+        return 1.0
+    groups = engine.groups or [0] * engine.pose_count
+    chunks = [Counter(groups[start : start + size]) for start in range(0, len(groups), size)]
+    return sum(sums if count > 1 else 1 for chunk in chunks for count in chunk.values()) / len(chunks)
 
 
 class ObservedAccumulation(Accumulation):

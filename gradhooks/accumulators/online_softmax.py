@@ -1,6 +1,8 @@
-"""Online softmax: the factor of each pose relative to the largest log-weight so far. Numbers only, no gradients."""
+"""Online softmax: the factor of each pose relative to the largest log-weight of its group so far. No gradients."""
 
 import math
+from array import array
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +36,7 @@ def declaration_of(engine: Engine, predictions: Tensor, start: int = 0) -> Decla
     """Return what the combination declares for the poses from `start` on, None without a declaration.
 
     Args:
-        engine: The group.
+        engine: The batch.
         predictions: Shape `(n, *prediction)`.
         start: The index of their first pose.
 
@@ -61,13 +63,16 @@ def declaration_of(engine: Engine, predictions: Tensor, start: int = 0) -> Decla
         )
     if features.numel() == 0:
         return Declaration(log_weights.tolist(), [[]] * count)
+    if log_weights.device.type == features.device.type == "cpu":
+        return Declaration(log_weights.tolist(), features.tolist())
     rows = torch.cat([log_weights.unsqueeze(1), features], 1).tolist()  # waits for the device once
     return Declaration([row[0] for row in rows], [row[1:] for row in rows])
 
 
 class Rescaling(NamedTuple):
-    """What a new largest log-weight does to running sums: see `RunningSums.rescale`."""
+    """What a new largest log-weight does to the running sums of a group: see `RunningSums.rescale`."""
 
+    group: int
     factor: float
     shifts: list[float]
 
@@ -75,8 +80,10 @@ class Rescaling(NamedTuple):
 class OnlineSoftmax:
     """With log-weight `l_i` and features `phi_i` of pose `i`, its `1 + K` factors are `e_i (1, phi_i - reference)`.
 
-    Here `e_i = exp(l_i - top)`, `top` is the largest log-weight so far, and `reference` the features of its pose.
-    Without centring, energies that are large against the temperature would cancel.
+    Here `e_i = exp(l_i - top)`, `top` is the largest log-weight of its group so far, and `reference` the features of
+    the pose that has it. Without centring, energies that are large against the temperature would cancel.
+
+    Poses come one by one or in small chunks, where Python numbers are faster than kernels; `factors` uses kernels.
 
     Source: the running maximum and rescaling of Milakov and Gimelshein, "Online normalizer calculation for softmax",
     arXiv:1805.02867, applied to gradients.
@@ -84,76 +91,82 @@ class OnlineSoftmax:
     Args:
         features: `K`.
         threshold: The factor below which a pose does not count.
+        group_count: `B`.
     """
 
-    def __init__(self, features: int, threshold: float) -> None:
+    def __init__(self, features: int, threshold: float, group_count: int = 1) -> None:
+        self._feature_count = features
         self._threshold = threshold
-        self._top = -math.inf
-        self._reference = [0.0] * features
-        self._seen = Declaration([], [])
-        self._counts: list[bool] = []
-        self._counted = 0
+        self._tops = [-math.inf] * group_count
+        self._references = [[0.0] * features for _ in range(group_count)]
+        self._counted = [0] * group_count
+        self._counts_from = [0] * group_count  # earlier poses of the group no longer count
+        self._groups = array("q")
+        self._log_weights = array("d")
+        self._features = array("d")
+        self._counts = bytearray()
 
-    def update(self, declaration: Declaration) -> Rescaling | None:
-        """Add the next poses.
+    def update(self, declaration: Declaration, groups: Sequence[int]) -> tuple[list[Rescaling], list[list[float]]]:
+        """Add the next poses, whose groups are `groups`.
 
         Returns:
-            How to rescale the sums of the earlier poses, None if they stay. The factor 0 says that none of them counts
-            any longer: together they would be lost in rounding, and such small numbers are denormal and slow.
+            How to rescale the sums of the earlier poses of some groups, and the factors of the new poses, 0 for those
+            that do not count. The rescaling factor 0 says that no earlier pose counts any longer: together they would
+            be lost in rounding, and such small numbers are denormal and slow.
         """
-        rescaling = None
-        top, reference = max(
-            (
-                entry
-                for entry in zip(declaration.log_weights, declaration.features, strict=True)
-                if math.isfinite(entry[0])
-            ),
-            default=(-math.inf, self._reference),
-        )
-        if top > self._top:
-            factor = math.exp(self._top - top)
-            shifts = [old - new for old, new in zip(self._reference, reference, strict=True)]
-            self._top, self._reference = top, reference
-            if factor * self._counted < self._threshold:
-                factor = 0.0
-                self._counts = [False] * len(self._counts)
-            rescaling = Rescaling(factor, shifts) if self._counted else None
-            self._counted = self._counted if factor else 0
-        self._seen.log_weights.extend(declaration.log_weights)
-        self._seen.features.extend(declaration.features)
-        counts = [max(map(abs, row)) > self._threshold for row in self._factors(declaration)]
-        self._counts.extend(counts)
-        self._counted += sum(counts)
-        return rescaling
+        entries = list(zip(groups, declaration.log_weights, declaration.features, strict=True))
+        highest: dict[int, tuple[float, list[float]]] = {}
+        for group, log_weight, features in entries:
+            top = highest[group][0] if group in highest else self._tops[group]
+            if top < log_weight < math.inf and all(map(math.isfinite, features)):
+                highest[group] = log_weight, features
+        rescalings = [self._raise_top(group, *entry) for group, entry in highest.items()]
+        rows = [self._add(*entry) for entry in entries]
+        return [rescaling for rescaling in rescalings if rescaling is not None], rows
 
-    def update_uniform(self, count: int) -> None:
-        """Add equally weighted poses without reading them."""
-        self._top = 0.0
-        self._seen.log_weights.extend([0.0] * count)
-        self._seen.features.extend([[]] * count)
-        self._counts.extend([True] * count)
-        self._counted += count
+    def _raise_top(self, group: int, top: float, reference: list[float]) -> Rescaling | None:
+        factor = math.exp(self._tops[group] - top)
+        shifts = [old - new for old, new in zip(self._references[group], reference, strict=True)]
+        self._tops[group], self._references[group] = top, reference
+        if not self._counted[group]:
+            return None
+        if factor * self._counted[group] < self._threshold:
+            factor = 0.0
+            self._counted[group], self._counts_from[group] = 0, len(self._counts)
+        return Rescaling(group, factor, shifts)
 
-    def last_factors(self, count: int) -> list[list[float]]:
-        """Return the factors of the last `count` poses, 0 for those that do not count."""
-        last = Declaration(self._seen.log_weights[-count:], self._seen.features[-count:])
-        zero = [0.0] * (1 + len(self._reference))
-        factors = zip(self._factors(last), self._counts[-count:], strict=True)
-        return [row if counts else zero for row, counts in factors]
+    def _add(self, group: int, log_weight: float, features: list[float]) -> list[float]:
+        row = self._row(group, log_weight, features)
+        counts = max(map(abs, row)) > self._threshold
+        self._groups.append(group)
+        self._log_weights.append(log_weight)
+        self._features.extend(features)
+        self._counts.append(counts)
+        self._counted[group] += counts
+        return row if counts else [0.0] * len(row)
+
+    def _row(self, group: int, log_weight: float, features: list[float]) -> list[float]:
+        top, reference = self._tops[group], self._references[group]
+        factor = math.exp(log_weight - top) if log_weight <= top else math.nan
+        row = [factor, *(factor * (own - other) for own, other in zip(features, reference, strict=True))]
+        return row if all(map(math.isfinite, row)) else [0.0] * len(row)  # non-finite declarations get factor 0
 
     def factors(self) -> Tensor:
         """Return the factors of all poses, shape `(N, 1 + K)`, float64, on the CPU."""
-        return torch.tensor(self.last_factors(len(self._counts)), dtype=torch.float64)
+        groups = torch.tensor(self._groups)
+        log_weights = torch.tensor(self._log_weights, dtype=torch.float64)
+        features = torch.tensor(self._features, dtype=torch.float64).view(len(groups), self._feature_count)
+        tops = torch.tensor(self._tops, dtype=torch.float64)[groups]
+        references = torch.tensor(self._references, dtype=torch.float64)[groups]
+        weights = torch.where(log_weights <= tops, log_weights - tops, math.nan).exp().unsqueeze(1)
+        rows = torch.cat([weights, weights * (features - references)], 1)
+        counts = torch.tensor(self._counts, dtype=torch.bool) & (
+            torch.arange(len(groups)) >= torch.tensor(self._counts_from)[groups]
+        )
+        return torch.where((counts & rows.isfinite().all(1)).unsqueeze(1), rows, 0.0)
 
     @property
     def largest_exponent(self) -> float:
         """The largest finite `|l_i|`, which bounds the rounding error of the exponents."""
-        return max((abs(log_weight) for log_weight in self._seen.log_weights if math.isfinite(log_weight)), default=0.0)
-
-    def _factors(self, declaration: Declaration) -> list[list[float]]:
-        return [self._row(*entry) for entry in zip(declaration.log_weights, declaration.features, strict=True)]
-
-    def _row(self, log_weight: float, features: list[float]) -> list[float]:
-        factor = math.exp(log_weight - self._top) if log_weight <= self._top else math.nan
-        row = [factor, *(factor * (own - other) for own, other in zip(features, self._reference, strict=True))]
-        return row if all(map(math.isfinite, row)) else [0.0] * len(row)  # non-finite declarations get factor 0
+        sizes = torch.tensor(self._log_weights, dtype=torch.float64).abs()
+        return float(torch.where(sizes.isfinite(), sizes, 0.0).max()) if len(sizes) else 0.0

@@ -1,7 +1,6 @@
 """Recompute: run every pose without a graph, and those that matter again once their coefficients are known."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from einops import reduce
@@ -9,7 +8,6 @@ from loguru import logger
 from torch import Tensor
 
 from gradhooks.accumulators.base import Accumulator, Engine, refuse_gradient_combination, set_accumulator
-from gradhooks.accumulators.online_softmax import declaration_of
 from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
 from gradhooks.engine.gradient_sums import Gradients
 
@@ -18,38 +16,45 @@ class Recompute(Accumulator):
     """Gradient checkpointing per pose: serves every combination and prediction shape, for one more forward.
 
     The outer backward runs the poses that matter again, last to first, each with its coefficient as cotangent. This is
-    the order of autograd, so the sums agree bit for bit with the full graph. With the option `memory`, graphs are kept
-    that need no second run: those of the poses with the largest log-weights if the combination declares them, else
-    those of the first poses.
+    the order of autograd, so the sums agree bit for bit with the full graph.
     """
 
     name = "recompute"
     supports_sharded = True
 
     def begin(self, engine: Engine, predictions: Tensor) -> Accumulation:
-        return self.begin_because(engine, predictions, "it was requested by name")
+        del predictions
+        return self.begin_because(engine, "it was requested by name")
 
-    def begin_because(self, engine: Engine, predictions: Tensor, reason: str) -> Accumulation:
-        """Begin a group for a reason that the report shows, such as another accumulator that cannot serve it."""
+    def begin_because(self, engine: Engine, reason: str) -> Accumulation:
+        """Begin a batch for a reason that the report shows, such as another accumulator that cannot serve it."""
         refuse_gradient_combination(engine, self.name)
         set_accumulator(engine, self.name, reason)
         return RecomputeAccumulation(engine)
 
 
 class RecomputeAccumulation(Accumulation):
+    """Keeps the predictions."""
+
     keeps_graph = False
-    def __init__(self, engine):
+
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-    def add(self, chunk, predictions):
+
+    def add(self, chunk: Chunk, predictions: Tensor) -> None:
         del chunk, predictions
-    def close(self, predictions):
+
+    def close(self, predictions: Tensor) -> Sequence[Tensor]:
         return [predictions]
-    def gradients(self, saved, coefficients, *, last):
+
+    def gradients(self, saved: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
+        del last  # nothing is saved that could be overwritten
         (predictions,) = saved
         engine = self._engine
         selected = significant_poses(coefficients, engine.skip_threshold(predictions.dtype))
         gradients = engine.rerun(predictions, coefficients.total, selected)
-        engine.report.skipped += engine.pose_count - int(selected.sum())
+        engine.report.skipped = engine.pose_count - int(selected.sum())
+        logger.debug("{} of {} poses skipped: negligible coefficients", engine.report.skipped, engine.pose_count)
         engine.add_zeros_for_skipped(gradients, ~selected)
         return gradients
 

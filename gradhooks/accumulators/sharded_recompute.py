@@ -16,8 +16,7 @@ from gradhooks.engine.pose_engine import PoseEngine
 
 
 def begin_sharded(engine: PoseEngine, predictions: Tensor) -> Accumulation:
-    """Begin a group whose parameters are sharded over ranks, in place of "auto" or "recompute".
-    """
+    """Begin a batch whose parameters are sharded over ranks, in place of "auto" or "recompute"."""
     del predictions
     set_accumulator(engine, "recompute", "the parameters are sharded over ranks, so nothing can replace them")
     return ShardedAccumulation(engine)

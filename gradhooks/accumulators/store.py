@@ -8,7 +8,7 @@ from torch import Tensor
 from gradhooks.accumulators.base import Accumulator, Engine, set_accumulator
 from gradhooks.accumulators.recompute import Recompute
 from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
-from gradhooks.engine.gradient_sums import Gradients, accumulate, all_finite
+from gradhooks.engine.gradient_sums import Gradients, accumulate, add_into, all_finite, zeros_like_gradient
 from gradhooks.errors import CombinationError
 from gradhooks.numerics import at_least_float32
 
@@ -36,7 +36,7 @@ class Store(Accumulator):
         return self.begin_because(engine, predictions, "it was requested by name")
 
     def begin_because(self, engine: Engine, predictions: Tensor, reason: str) -> Accumulation:
-        """Begin a group for a reason that the report shows."""
+        """Begin a batch for a reason that the report shows."""
         if engine.combination.combine_gradients is not None and engine.options.tolerance is not None:
             raise CombinationError(
                 f"combination {engine.combination.name}: combine_gradients needs the gradient of every pose, so that "
@@ -51,7 +51,7 @@ class Store(Accumulator):
                 f"{tuple(predictions.shape[1:])}. Choose or make one number with call="
             )
         return Recompute().begin_because(
-            engine, predictions, "'store' keeps the gradient of one number per pose, and a prediction has several"
+            engine, "'store' keeps the gradient of one number per pose, and a prediction has several"
         )
 
 
@@ -68,6 +68,7 @@ class StoreAccumulation(Accumulation):
         self._dtype = dtype
         self._fp16_scale = fp16_scale
         self._gradients: list[Gradients] = []
+        self._postponed: list[int] = []
         self._hooks = engine.intercept(self._receive, range(len(engine.leaves)))
 
     def _receive(self, index: int, gradient: Tensor) -> None:
@@ -86,8 +87,13 @@ class StoreAccumulation(Accumulation):
         return pinned.copy_(gradient, non_blocking=True)
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
-        del chunk
         count = predictions.numel()
+        if count > 1 and self._engine.options.nonfinite == "drop" and not bool(predictions.isfinite().all()):
+            # The backward of a shared graph would spread the NaN of a dropped pose: its other poses run again later.
+            finite = predictions.isfinite().flatten().tolist()
+            self._postponed += [chunk.start + row for row in range(count) if finite[row]]
+            self._gradients += [[None] * len(self._engine.leaves) for _ in range(count)]
+            return
         for row, one_hot in enumerate(torch.eye(count, dtype=predictions.dtype, device=predictions.device)):
             self._gradients.append([None] * len(self._engine.leaves))
             if predictions.requires_grad:
@@ -111,10 +117,17 @@ class StoreAccumulation(Accumulation):
         factors = (coefficients.total.flatten().double() / self._fp16_scale).tolist()
         totals = self._summed(stored, factors, overwrite=last)
         if self._fp16_scale == 1 or all_finite([totals]):
+            if self._postponed:
+                add_into(totals, self._rerun(predictions, coefficients.total, self._postponed))
             return totals
         # Scaled up, a float16 gradient overflowed: run all poses again with their coefficients, without a scale.
-        selected = torch.ones(self._engine.pose_count, dtype=torch.bool)
-        return self._engine.rerun(predictions, coefficients.total, selected)
+        poses = [pose for group in self._groups_of_poses(predictions) for pose in group]
+        return self._rerun(predictions, coefficients.total, poses)
+
+    def _rerun(self, predictions: Tensor, cotangents: Tensor, poses: Sequence[int]) -> Gradients:
+        selected = torch.zeros(self._engine.pose_count, dtype=torch.bool)
+        selected[list(poses)] = True
+        return self._engine.rerun(predictions, cotangents, selected)
 
     def _combined(
         self,
@@ -123,19 +136,41 @@ class StoreAccumulation(Accumulation):
         predictions: Tensor,
         coefficients: Tensor,
     ) -> Gradients:
-        """Return what the combination makes of the gradients."""
+        """Return what the combination makes of the gradients, group by group."""
         pending = iter(stored)
         rows = [[next(pending) / self._fp16_scale if there else None for there in present] for present in self._present]
+        for pose in self._postponed:
+            rows[pose] = self._rerun(predictions, torch.ones_like(predictions), [pose])
         names = self._engine.leaf_names
+        totals: Gradients = [None] * len(names)
+        for poses in self._groups_of_poses(predictions):
+            stacks = self._stacks([rows[pose] for pose in poses], names)
+            index = torch.tensor(poses, device=predictions.device)
+            combined = combine(stacks, predictions.flatten()[index], coefficients.flatten()[index])
+            self._check(stacks, combined)
+            add_into(totals, [combined.get(name) for name in names], copy=self._engine.group_count > 1)
+        return totals
+
+    def _groups_of_poses(self, predictions: Tensor) -> list[list[int]]:
+        """Return the poses of each group that has any, without those that are dropped."""
+        engine = self._engine
+        count = len(predictions)
+        kept = predictions.isfinite().flatten().tolist() if engine.options.nonfinite == "drop" else [True] * count
+        groups: list[list[int]] = [[] for _ in range(engine.group_count)]
+        for pose, group in enumerate(engine.groups or [0] * count):
+            if kept[pose]:
+                groups[group].append(pose)
+        return [poses for poses in groups if poses]
+
+    def _stacks(self, rows: Sequence[Gradients], names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the gradients of some poses, stacked, for each leaf that one of them reaches."""
         stacks = {}
         for index, (leaf, name) in enumerate(zip(self._engine.leaves, names, strict=True)):
             column = [row[index] for row in rows]
             if any(gradient is not None for gradient in column):
                 zeros = torch.zeros_like(leaf, dtype=at_least_float32(leaf.dtype))
                 stacks[name] = torch.stack([zeros if gradient is None else gradient.to(zeros) for gradient in column])
-        combined = combine(stacks, predictions.flatten(), coefficients.flatten())
-        self._check(stacks, combined)
-        return [combined.get(name) for name in names]
+        return stacks
 
     def _check(self, stacks: Mapping[str, Tensor], combined: Mapping[str, Tensor]) -> None:
         for name in {*stacks, *combined}:
@@ -154,12 +189,13 @@ class StoreAccumulation(Accumulation):
         pending = iter(stored)
         for present, factor in zip(self._present, factors, strict=True):
             for index in (index for index, there in enumerate(present) if there):
-                gradient, total, leaf = next(pending), totals[index], leaves[index]
+                gradient, leaf = next(pending), leaves[index]
+                dtype = at_least_float32(leaf.dtype)
                 if factor == 0:  # 0 times a gradient that is NaN, that of a dropped pose, would be NaN
-                    totals[index] = torch.zeros_like(leaf) if total is None else total
+                    zeros = zeros_like_gradient(gradient, dtype).to(leaf.device)
+                    totals[index] = accumulate(totals[index], zeros, 1.0)
                     continue
-                widened = gradient.to(leaf.device, at_least_float32(leaf.dtype), non_blocking=True)
-                if widened is gradient and not overwrite and total is None:
-                    widened = gradient.clone()  # the total must not share memory with what is stored
-                totals[index] = accumulate(total, widened, factor)
+                widened = gradient.to(leaf.device, dtype, non_blocking=True)
+                kept = widened is gradient and not overwrite  # the total must not share memory with what is stored
+                totals[index] = accumulate(totals[index], widened, factor, copy=kept)
         return totals

@@ -1,6 +1,5 @@
 """Stream: fold each pose's gradient into running sums at once, with the log-weights that the combination declares."""
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -8,47 +7,51 @@ from loguru import logger
 from torch import Tensor
 
 from gradhooks.accumulators.base import Accumulator, Engine, refuse_gradient_combination, set_accumulator
+from gradhooks.accumulators.declaration_warning import warn_unexplained
+from gradhooks.accumulators.declared_fit import fit_groups
 from gradhooks.accumulators.online_softmax import Declaration, OnlineSoftmax, declaration_of
 from gradhooks.accumulators.recompute import Recompute
 from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
 from gradhooks.engine.gradient_sums import Gradients, add_into, all_finite, weighted_sum
 from gradhooks.engine.parameter_hooks import RunningSums
-from gradhooks.errors import CombinationError, GradhooksWarning
+from gradhooks.errors import CombinationError
 from gradhooks.numerics import at_least_float32
 
 
 class Stream(Accumulator):
-    """One backward per pose, in the forward of the group; R copies of the gradients for any number of poses.
+    """One backward per pose, in the forward of the batch; R copies of the gradients per group for any number of poses.
 
-    Needs a combination that declares `stream_weights`, and predictions of one number. Other groups are recomputed.
+    Needs a combination that declares `stream_weights`, and predictions of one number. Other batches are recomputed.
+    A chunk of several poses needs one backward for each of its groups, times R where several poses of a group count.
     """
 
     name = "stream"
-    
+
     def begin(self, engine: Engine, predictions: Tensor) -> Accumulation:
         refuse_gradient_combination(engine, self.name)
         declaration = declaration_of(engine, predictions)
         if declaration is not None:
             set_accumulator(engine, self.name, "it was requested by name")
             return StreamAccumulation(engine, declaration, predictions)
-        return Recompute().begin_because(engine, predictions, why_not_streamed(predictions))
+        return Recompute().begin_because(engine, why_not_streamed(predictions))
 
 
 def why_not_streamed(predictions: Tensor) -> str:
-    """Return why a group without a declaration is recomputed."""
+    """Return why a batch without a declaration is recomputed."""
     if predictions.numel() != len(predictions):
         return "'stream' needs one number per prediction, and a prediction has several"
     return "'stream' needs log-weights, and the combination declares no stream_weights"
 
 
 class StreamAccumulation(Accumulation):
-    """`R = 1 + K` running sums of gradients, with the factors of `OnlineSoftmax`.
+    """`R = 1 + K` running sums of gradients per group, with the factors of `OnlineSoftmax`.
 
-    Once the coefficients are known, numbers `a` are fitted: `c_i = sum_k a_k factors[i, k]`. What the fit leaves of a
-    coefficient, and what the loss adds to it directly, is computed by running the pose again.
+    Sum `k` of group `g` has the number `g R + k`. Once the coefficients are known, numbers `a` are fitted for each
+    group: `c_i = sum_k a[g, k] factors[i, k]`. What the fit leaves of a coefficient, and what the loss adds to it
+    directly, is computed by running the pose again, all groups together.
 
     Args:
-        engine: The group.
+        engine: The batch.
         declaration: What the combination declares for the first chunk.
         predictions: The predictions of the first chunk.
     """
@@ -59,36 +62,43 @@ class StreamAccumulation(Accumulation):
         self._engine = engine
         self._first: Declaration | None = declaration
         self._feature_count = len(declaration.features[0])
-        self._uniform = declaration.uniform
+        self._sum_count = 1 + self._feature_count
+        self._drop = engine.options.nonfinite == "drop"
+        self._uniform = declaration.uniform and not self._drop
         self._threshold = engine.skip_threshold(predictions.dtype)
-        self._softmax = OnlineSoftmax(self._feature_count, self._threshold)
-        self._sums = RunningSums(engine, count=1 + self._feature_count)
-        self._had_backward: list[bool] = []
+        self._softmax = OnlineSoftmax(self._feature_count, self._threshold, engine.group_count)
+        self._sums = RunningSums(engine, self._sum_count * engine.group_count)
+        self._had_backward = bytearray()
+        self._postponed = bytearray()
         self._fp16_scale = engine.fp16_scale(predictions)
         self._reached_by_skipped: set[int] = set()
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
-        factors = self._factors(chunk, predictions)
+        count = len(predictions)
+        groups = [0] * count if self._engine.groups is None else self._engine.groups[chunk.start : chunk.stop]
+        dropped = predictions.isfinite().flatten().logical_not().tolist() if self._drop else [False] * count
+        # The backward of a shared graph would spread the NaN of a dropped pose: its other poses run again later.
+        postponed = count > 1 and any(dropped)
+        self._postponed.extend([postponed] * count)
+        factors = self._factors(chunk, predictions, groups, [True] * count if postponed else dropped)
         counted = [predictions.requires_grad and any(row) for row in factors]  # a constant has no backward
         self._had_backward.extend(counted)
         if any(counted):
-            self._fold(predictions, factors, sum(counted))
-        elif predictions.requires_grad:
-            self._skip(predictions)
+            self._fold(predictions, groups, factors, counted)
+        elif predictions.requires_grad and not postponed:
+            self._skip(predictions, finite=not any(dropped))
 
-    def _factors(self, chunk: Chunk, predictions: Tensor) -> list[list[float]]:
+    def _factors(self, chunk: Chunk, predictions: Tensor, groups: list[int], excluded: list[bool]) -> list[list[float]]:
         """Return the factors of a chunk, `1 + K` per pose, after rescaling the sums of the earlier poses."""
-        count = len(predictions)
-        if self._uniform and self._engine.options.nonfinite != "drop":
-            self._softmax.update_uniform(count)
-            return [[1.0]] * count
-        rescaling = self._softmax.update(self._declaration(chunk, predictions))
-        if rescaling is not None and rescaling.factor == 0:
-            self._reached_by_skipped |= {index for index, total in enumerate(self._sums.sum(0)) if total is not None}
-            self._sums.clear()
-        elif rescaling is not None:
-            self._sums.rescale(*rescaling)
-        return self._softmax.last_factors(count)
+        if self._uniform:
+            return [[1.0]] * len(predictions)
+        declaration = self._declaration(chunk, predictions)
+        rescalings, factors = self._softmax.update(
+            declaration.masked(excluded) if any(excluded) else declaration, groups
+        )
+        for group, factor, shifts in rescalings:
+            self._sums.rescale(group * self._sum_count, factor, shifts)
+        return factors
 
     def _declaration(self, chunk: Chunk, predictions: Tensor) -> Declaration:
         first, self._first = self._first, None
@@ -100,30 +110,49 @@ class StreamAccumulation(Accumulation):
                 f"for pose 0 and {'nothing' if features is None else features} for pose {chunk.start}. Declare the "
                 "same number of features for every pose, or return None for all"
             )
-        if self._engine.options.nonfinite == "drop":
-            return declaration.masked(predictions.isfinite().flatten().logical_not().tolist())
         return declaration
 
-    def _fold(self, predictions: Tensor, factors: list[list[float]], counted: int) -> None:
-        if len(factors) == 1:
-            # One backward serves all sums: the cotangent carries the first factor, the sums multiply by the others.
-            (row,) = factors
-            if len(row) > 1:
-                self._sums.set_factors([factor / row[0] for factor in row])
-            self._engine.backward(predictions, torch.full_like(predictions, row[0] * self._fp16_scale))
-            return
-        columns = list(zip(*factors, strict=True))
-        for k, column in enumerate(columns):
-            self._sums.set_factors([float(k == other) for other in range(len(columns))])
-            cotangents = self._fp16_scale * torch.tensor(column, dtype=torch.float64).view(predictions.shape)
-            self._engine.backward(
-                predictions, cotangents, retain_graph=k < len(columns) - 1, poses=counted if k == 0 else 0
-            )
+    def _fold(self, predictions: Tensor, groups: list[int], factors: list[list[float]], counted: list[bool]) -> None:
+        """Add the gradients of a chunk to the sums of its groups."""
+        rows: dict[int, list[int]] = {}
+        for row in (row for row, counts in enumerate(counted) if counts):
+            rows.setdefault(groups[row], []).append(row)
+        jobs: list[tuple[int, list[int], int | None]] = []
+        for group, members in rows.items():
+            if len(members) == 1 and self._sum_count > 1:  # one backward serves all sums
+                jobs.append((group * self._sum_count, members, None))
+            else:
+                jobs.extend((group * self._sum_count, members, k) for k in range(self._sum_count))
+        for number, (first, members, k) in enumerate(jobs):
+            retain_graph, poses = number < len(jobs) - 1, 0 if number else sum(counted)
+            cotangents = self._cotangents(predictions, factors, members, k or 0)
+            if k is None:
+                # The cotangent carries the first factor, the folding multiplies by the others.
+                ratios = [factor / factors[members[0]][0] for factor in factors[members[0]]]
+                with self._sums.fold_into(first, ratios):
+                    self._engine.backward(predictions, cotangents, retain_graph=retain_graph, poses=poses)
+            else:
+                self._sums.add_to(first + k)
+                self._engine.backward(predictions, cotangents, retain_graph=retain_graph, poses=poses)
 
-    def _skip(self, predictions: Tensor) -> None:
-        missing = {index for index, total in enumerate(self._sums.sum(0)) if total is None}
-        if missing - self._reached_by_skipped:
-            self._reached_by_skipped |= missing & self._engine.reached_leaves(predictions)
+    def _cotangents(self, predictions: Tensor, factors: list[list[float]], members: list[int], k: int) -> Tensor:
+        """Return the factors `k` of some rows of a chunk, 0 for the others."""
+        if len(factors) == 1:
+            return torch.full_like(predictions, factors[0][k] * self._fp16_scale)
+        column = [0.0] * len(factors)
+        for row in members:
+            column[row] = factors[row][k] * self._fp16_scale
+        return torch.tensor(column, dtype=torch.float64).view(predictions.shape)
+
+    def _skip(self, predictions: Tensor, *, finite: bool) -> None:
+        """Give the leaves that only skipped poses reach a gradient of zeros."""
+        missing = self._sums.unreached() - self._reached_by_skipped
+        reached = missing and missing & self._engine.reached_leaves(predictions)
+        if reached and finite:  # a backward, since it alone shows which gradients are sparse
+            self._sums.add_to(0)
+            self._engine.backward(predictions, torch.zeros_like(predictions), poses=0)
+        elif reached:
+            self._reached_by_skipped |= reached
 
     def close(self, predictions: Tensor) -> Sequence[Tensor]:
         sums = self._sums.take()
@@ -144,7 +173,7 @@ class StreamAccumulation(Accumulation):
             unexplained = unexplained + _on_host(coefficients.direct)
         selected = unexplained != 0
         engine = self._engine
-        engine.report.skipped = int((~torch.tensor(self._had_backward) & ~selected).sum())
+        engine.report.skipped = int((~torch.tensor(self._had_backward, dtype=torch.bool) & ~selected).sum())
         logger.debug("{} of {} poses skipped: negligible log-weights", engine.report.skipped, engine.pose_count)
         # Before the sums are overwritten, so that a second run that fails leaves them unchanged.
         cotangents = unexplained.to(predictions).view_as(predictions)
@@ -157,31 +186,23 @@ class StreamAccumulation(Accumulation):
 
     def _fit(self, coefficients: Tensor, dtype: torch.dtype) -> tuple[list[float], Tensor]:
         """Return the numbers `a`, and what they leave of each coefficient: exactly 0 where that is rounding."""
-        factors = self._softmax.factors()
-        if not coefficients.isfinite().all():
-            return [0.0] * factors.shape[1], coefficients  # nothing explains them: every pose runs again
-        # Columns of equal size, since the solver takes a column of small numbers (probabilities) for rounding errors.
-        sizes = factors.abs().amax(0).clamp_min(torch.finfo(torch.float64).tiny)
-        scaled = torch.linalg.lstsq(factors / sizes, coefficients.unsqueeze(1), driver="gelsd").solution.squeeze(1)
-        fitted = scaled / sizes
-        terms = coefficients.abs() + factors.abs() @ fitted.abs()
-        left = coefficients - factors @ fitted
-        left = torch.where(left.abs() > self._rounding(terms, dtype), left, 0.0)
-        unexplained = int((left != 0).sum())
-        if unexplained:
-            warnings.warn(
-                f"combination {self._engine.combination.name}: its stream_weights do not explain the coefficients of "
-                f"{unexplained} of {len(left)} poses, which were recomputed; the gradient is correct, and slower",
-                GradhooksWarning,
-                stacklevel=2,
-            )
-        return fitted.tolist(), left
+        engine = self._engine
+        count = len(coefficients)
+        factors = torch.ones(count, 1, dtype=torch.float64) if self._uniform else self._softmax.factors()
+        groups = torch.zeros(count, dtype=torch.int64) if engine.groups is None else torch.tensor(engine.groups)
+        fit = fit_groups(factors, coefficients, groups, engine.group_count)
+        postponed = torch.tensor(self._postponed, dtype=torch.bool)
+        explained = (fit.left.abs() <= self._rounding(fit.terms, dtype)) & ~postponed
+        left = torch.where(explained, 0.0, fit.left)
+        warn_unexplained(engine.combination, int(((left != 0) & ~postponed & fit.fitted).sum()), count)
+        return fit.numbers.flatten().tolist(), left
 
     def _rounding(self, terms: Tensor, dtype: torch.dtype) -> Tensor:
         """Return what rounding may leave of each coefficient: last bits of its terms, and of its factor's exponent."""
         exponent = 4 * torch.finfo(torch.float64).eps * (64 + self._softmax.largest_exponent)
         last_bits = 8 * torch.finfo(at_least_float32(dtype)).eps
-        return last_bits * terms + max(self._threshold, exponent) * terms.max()
+        largest = torch.where(terms.isfinite(), terms, 0.0).max()  # of the whole batch, as for skipping
+        return last_bits * terms + max(self._threshold, exponent) * largest
 
 
 def _on_host(coefficients: Tensor) -> Tensor:

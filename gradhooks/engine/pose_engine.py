@@ -61,7 +61,8 @@ class PoseEngine:
         if groups is None:
             return None
         first = self.context.first
-        return [int(number) for number in groups.index[first : first + self.pose_count]]
+        numbers: list[int] = groups.index[first : first + self.pose_count].tolist()
+        return numbers
 
     @property
     def group_count(self) -> int:
@@ -87,12 +88,7 @@ class PoseEngine:
         self.context.backward(predictions, cotangents, retain_graph=retain_graph)
         self.report.backwards += len(predictions) if poses is None else poses
 
-    def rerun(
-        self,
-        predictions: Tensor,
-        cotangents: Tensor,
-        selected: Tensor,
-    ) -> Gradients:
+    def rerun(self, predictions: Tensor, cotangents: Tensor, selected: Tensor) -> Gradients:
         return self._second_run().gradients(predictions, cotangents, selected)
 
     def add_zeros_for_skipped(self, gradients: Gradients, skipped: Tensor) -> None:
