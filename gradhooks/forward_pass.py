@@ -12,6 +12,7 @@ from gradhooks.engine.batch import Batch
 from gradhooks.engine.context import intercept
 from gradhooks.engine.forward import predict, run_forward
 from gradhooks.engine.model_output import check_shape, refuse_nonfinite
+from gradhooks.engine.pose_inputs import inputs_that_require_grad
 from gradhooks.engine.plain import run_plain_chunks
 from gradhooks.engine.schedule import MemoryExceededError
 from gradhooks.numerics import at_least_float32
@@ -31,7 +32,7 @@ class Predictions(NamedTuple):
 
 def run_batch(batch: Batch, accumulator: Accumulator) -> Predictions:
     """Return the predictions of a batch as part of autograd's graph. If it raises, the model's state is as before."""
-    if not torch.is_grad_enabled() or not (batch.parts.trainable or _may_run_plainly(batch, accumulator)):
+    if not _needs_gradients(batch, accumulator):
         batch.report.accumulator = accumulator.name
         batch.report.reason = "no gradient is computed: grad mode is off, or nothing requires grad"
         predictions = predict(batch)
@@ -44,9 +45,21 @@ def run_batch(batch: Batch, accumulator: Accumulator) -> Predictions:
             batch.report.reset_counts()
             predictions = _run(batch, accumulator)
             _check(batch, predictions.for_user)
+            batch.report.memory = batch.schedule.use
             return predictions
 
     return batch.schedule.retry_smaller(attempt) if _may_run_plainly(batch, accumulator) else attempt()
+
+
+def _needs_gradients(batch: Batch, accumulator: Accumulator) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    # Whether anything requires grad is autograd's business where poses run plainly.
+    return (
+        batch.parts.trainable
+        or _may_run_plainly(batch, accumulator)
+        or bool(inputs_that_require_grad(batch.poses))
+    )
 
 
 def _check(batch: Batch, predictions: Tensor) -> None:

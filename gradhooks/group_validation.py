@@ -28,9 +28,8 @@ def read_index(groups: Any, pose_count: int) -> Tensor:
         raise PosesError(f"groups must have one number for each pose, got {len(index)} numbers for {pose_count} poses")
     with torch.inference_mode(False):
         index = index.to("cpu", torch.int64, copy=True)
-    negative = index < 0
-    if negative.any():
-        pose = int(negative.nonzero()[0])
+    if len(index) and index.min() < 0:
+        pose = int((index < 0).nonzero()[0])
         raise PosesError(f"groups must not be negative: pose {pose} is in group {int(index[pose])}")
     return index
 
@@ -48,26 +47,27 @@ def group_index(index: Tensor, count: int | None, *, empty_allowed: bool, combin
         PosesError: A number is not less than B, or a group has no poses although B is not given or the combination
             does not accept that.
     """
-    number_of_groups = _group_count(index, count)
-    too_large = index >= number_of_groups
-    if too_large.any():
-        pose = int(too_large.nonzero()[0])
+    largest = int(index.max()) if len(index) else -1
+    number_of_groups = _group_count(largest, count)
+    if largest >= number_of_groups:
+        pose = int((index >= number_of_groups).nonzero()[0])
         raise PosesError(
             f"pose {pose} is in group {int(index[pose])}, but count={number_of_groups} allows the groups 0 to "
             f"{number_of_groups - 1}"
         )
-    present = set(index.unique().tolist())
-    if len(present) < number_of_groups and not (empty_allowed and count is not None):
+    groups = GroupIndex(index, number_of_groups)
+    if not (empty_allowed and count is not None) and (number_of_groups > len(index) or 0 in groups.sizes):
+        present = set(index.tolist())
         absent = islice((number for number in range(number_of_groups) if number not in present), SHOWN)
         raise PosesError(_describe_missing(list(absent), number_of_groups - len(present), combination_name))
-    return GroupIndex(index, number_of_groups)
+    return groups
 
 
-def _group_count(index: Tensor, count: int | None) -> int:
+def _group_count(largest: int, count: int | None) -> int:
     if count is None:
-        if not len(index):
+        if largest < 0:
             raise PosesError("the batch is empty: it needs at least one pose, or Groups(poses, index, count)")
-        return int(index.max()) + 1
+        return largest + 1
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise PosesError(f"count must be the number of groups, an integer of at least 1, got {count!r}")
     return count

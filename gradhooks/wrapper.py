@@ -12,7 +12,6 @@ from gradhooks import registry
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.combination import BoundCombination
 from gradhooks.distributed.collectives import Collectives
-from gradhooks.distributed.sharded_model import ShardedModel
 from gradhooks.distributed.validation import refuse_sharded_parameters, refuse_synchronized_modules
 from gradhooks.engine.batch_setup import read_batch
 from gradhooks.engine.learned import Learned
@@ -207,8 +206,9 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
 
     def _run(self, poses: Any, groups: Any, arguments: dict[str, Any]) -> MultiPosePrediction:
         accumulator, options = self.accumulator, self.options
-        refuse_synchronized_modules(self.model)
-        sharded = ShardedModel(self.model)
+        parts = self._parts.get(self.model, options.generators)
+        refuse_synchronized_modules(self.model, parts.synchronizing)
+        sharded = parts.sharded
         if sharded:
             refuse_sharded_parameters(
                 sharded,

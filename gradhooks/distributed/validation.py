@@ -1,7 +1,7 @@
 """Refuse arrangements of several processes in which gradients would be wrong or ranks would deadlock."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,10 +23,20 @@ def _has_several_ranks(process_group: "dist.ProcessGroup | None") -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1
 
 
-def refuse_synchronized_modules(model: nn.Module) -> None:
+def synchronizing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules of `model` that may synchronize ranks in each pose, with their paths."""
+    kinds = (nn.SyncBatchNorm, *_data_parallel_wrappers())
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def refuse_synchronized_modules(model: nn.Module, synchronizing: Iterable[tuple[str, nn.Module]]) -> None:
     """Refuse a model that contains, or is inside, a module that synchronizes ranks in each pose.
 
     These are data-parallel wrappers inside `MultiPose`, `DataParallel` around it, and `SyncBatchNorm` in training mode.
+
+    Args:
+        model: The model.
+        synchronizing: Its `synchronizing_modules`.
 
     Raises:
         DistributedError: The model has such a module.
@@ -38,20 +48,20 @@ def refuse_synchronized_modules(model: nn.Module) -> None:
             "does so under torchrun or accelerate launch; under plain python it uses DataParallel if it sees several "
             "GPUs (CUDA_VISIBLE_DEVICES=0 shows it one)"
         )
-    wrappers = _data_parallel_wrappers()
-    for path, module in model.named_modules():
+    for path, module in synchronizing:
         where = f"module {path!r} of the model" if path else "the model"
-        if isinstance(module, nn.SyncBatchNorm) and module.training and _has_several_ranks(module.process_group):
+        if isinstance(module, nn.SyncBatchNorm):
+            if not (module.training and _has_several_ranks(module.process_group)):
+                continue
             raise DistributedError(
                 f"{where} is a SyncBatchNorm in training mode, which mixes poses across ranks: gradients would be "
                 "wrong, or ranks with different numbers of poses would deadlock; use BatchNorm, or put the module in "
                 "evaluation mode: module.eval()"
             )
-        if isinstance(module, wrappers):
-            raise DistributedError(
-                f"{where} is a {type(module).__name__}, which would synchronize gradients once for each pose; wrap the "
-                "bare model in MultiPose and put the wrapper outside: DistributedDataParallel(MultiPose(model))"
-            )
+        raise DistributedError(
+            f"{where} is a {type(module).__name__}, which would synchronize gradients once for each pose; wrap the "
+            "bare model in MultiPose and put the wrapper outside: DistributedDataParallel(MultiPose(model))"
+        )
 
 
 def refuse_sharded_parameters(

@@ -18,7 +18,7 @@ from gradhooks.engine.lazy_parameters import initialize_lazy_parameters
 from gradhooks.engine.learned import Learned
 from gradhooks.engine.memory_need import MemoryNeed, mode_of
 from gradhooks.engine.model_parts import ModelParts, ModelPartsCache
-from gradhooks.engine.pose_inputs import Poses, as_poses
+from gradhooks.engine.pose_inputs import Poses, as_poses, inputs_that_require_grad
 from gradhooks.engine.pose_runner import PoseRunner
 from gradhooks.engine.report import Report
 from gradhooks.engine.schedule import Schedule
@@ -65,7 +65,7 @@ def read_batch(
         poses, index, group_count = _separate(poses, groups)
         prepared = _prepare(poses, options, may_be_empty=not collectives.is_single)
         if not collectives.is_single:
-            refuse_pose_parallel(_inputs_that_require_grad(prepared), combination)
+            refuse_pose_parallel(inputs_that_require_grad(prepared), combination)
         index = None if index is None else read_index(index, len(prepared))
         parts = _current_parts(model, options, prepared, cache)
         message.sent = [len(prepared), -1 if index is None else group_count or 0]
@@ -122,19 +122,6 @@ def _prepare(poses: Any, options: Options, *, may_be_empty: bool) -> Poses:
             "chunks of more than one pose need collate= to make a batch of a list, or poses stacked in a tensor"
         )
     return prepared
-
-
-def _inputs_that_require_grad(poses: Poses) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def collect(tensor: Tensor) -> Tensor:
-        if tensor.requires_grad:
-            found.append(tensor)
-        return tensor
-
-    if torch.is_grad_enabled():
-        poses.map_tensors(collect)
-    return found
 
 
 def _current_parts(model: nn.Module, options: Options, poses: Poses, cache: ModelPartsCache) -> ModelParts:

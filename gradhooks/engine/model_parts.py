@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gradhooks.distributed.sharded_model import ShardedModel
+from gradhooks.distributed.validation import synchronizing_modules
 from gradhooks.engine.model_state import ModelState
 from gradhooks.engine.open_graphs import OpenGraphs
 from gradhooks.engine.shadow_parameters import ShadowParameters, refuse_concurrent_use
@@ -28,6 +30,7 @@ class ModelParts:
         gradient_bytes: One copy of the gradients, in the dtype of sums.
         has_lazy_parameters: Whether a lazy parameter or buffer has no shape yet.
         trainable: Whether any parameter requires grad.
+        synchronizing: Modules that may synchronize ranks in each pose, with their paths.
 
     Raises:
         ConcurrentUseError: Another thread runs a batch through the model.
@@ -50,11 +53,18 @@ class ModelParts:
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self.has_lazy_parameters = any(map(is_lazy, chain(model.parameters(), model.buffers())))
         self.trainable = bool(trainable)
+        self.synchronizing = synchronizing_modules(model)
+        self._sharded = ShardedModel(model)
         self._shadows: ShadowParameters | None = None
 
     def are_current(self, generators: Sequence[object]) -> bool:
         """Return whether modules, parameters and generators are still the same."""
         return generators is self._generators and _fingerprint(self._modules) == self._fingerprint
+
+    @property
+    def sharded(self) -> ShardedModel:
+        """How the parameters are sharded, if they are; parameters that FSDP2 left unsharded are resharded."""
+        return ShardedModel(self._model) if self._sharded else self._sharded
 
     @property
     def shadows(self) -> ShadowParameters:

@@ -193,6 +193,20 @@ def as_poses(poses: Any, collate: Collate | None, *, may_be_empty: bool = False)
     return ListedPoses(listed, collate)
 
 
+def inputs_that_require_grad(poses: Poses) -> list[Tensor]:
+    """Return the tensors in the poses that require grad; none outside grad mode."""
+    found: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        if tensor.requires_grad:
+            found.append(tensor)
+        return tensor
+
+    if torch.is_grad_enabled():
+        poses.map_tensors(collect)
+    return found
+
+
 def _stack_length(stack: Stack) -> int:
     tensors = {"poses": stack} if isinstance(stack, Tensor) else stack
     for name, tensor in tensors.items():

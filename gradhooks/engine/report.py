@@ -13,8 +13,8 @@ class MemoryUse(NamedTuple):
 
     Attributes:
         allowed: What the option `memory` allows.
-        used: What the batch needs, as far as it was measured: graphs of plain chunks, or an intercepted chunk and
-            copies of the gradients.
+        used: What the batch keeps until its backward, as far as it was measured: graphs of plain chunks, and copies of
+            the gradients.
     """
 
     allowed: int

@@ -21,6 +21,7 @@ from gradhooks.engine.learned import Learned
 from gradhooks.engine.memory_budget import memory_in_bytes, ran_out_of_memory
 from gradhooks.engine.memory_need import HooksRefusedError, MemoryNeed
 from gradhooks.engine.open_graphs import OpenGraphs
+from gradhooks.engine.report import MemoryUse
 from gradhooks.units import format_bytes
 
 Result = TypeVar("Result")
@@ -59,6 +60,7 @@ class Schedule:
         self._chunk_size = chunk_size
         self._batched = batched
         self._gradient_bytes = gradient_bytes
+        self._open_graphs = open_graphs
         self._held = open_graphs.bytes
         self._learned = learned
         self.need = need
@@ -78,6 +80,11 @@ class Schedule:
     def left(self) -> int:
         """The bytes that this batch may use: the limit without what earlier batches hold."""
         return max(0, self.limit - self._held)
+
+    @property
+    def use(self) -> MemoryUse:
+        """What is allowed, and what this batch holds now until its backward."""
+        return MemoryUse(self.limit, max(0, self._open_graphs.bytes - self._held))
 
     @property
     def room(self) -> int:
