@@ -98,3 +98,29 @@ def test_top_k_mean_reruns_k_poses() -> None:
     scorer = MultiPose(torch.nn.Linear(2, 1), gradhooks_mil.TopKMean(2))
     scorer(torch.randn(20, 2).unbind()).combined.sum().backward()
     assert scorer.report.recomputed == 2
+
+
+BAGS = torch.tensor([2, 0, 2, 0, 0, 3, 2])
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (2, 3)], ids=str)
+@pytest.mark.parametrize("k", [1, 2, 9])
+def test_top_k_mean_of_bags(k: int, shape: tuple[int, ...]) -> None:
+    logits = torch.randn(7, *shape, dtype=torch.float64).requires_grad_()
+    groups = torch.tensor([1, 0, 1, 0, 0, 2, 1])
+    combination = gradhooks_mil.TopKMean(k)
+    combined = combination.forward_groups(logits, groups, 3)
+    expected = torch.stack([combination(logits[groups == number]) for number in range(3)])
+    torch.testing.assert_close(combined, expected)
+    gradients = [torch.autograd.grad(result.sum(), logits)[0] for result in (combined, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_noisy_or_of_an_empty_bag_has_probability_zero() -> None:
+    logits = torch.randn(7, dtype=torch.float64).requires_grad_()
+    combined = gradhooks_mil.NoisyOr().forward_groups(logits, BAGS, 5)
+    assert combined.sigmoid()[[1, 4]].tolist() == [0, 0]
+    assert gradhooks_mil.NoisyOr()(logits[:0]).sigmoid().item() == 0
+    combined[[0, 2, 3]].sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
