@@ -1,4 +1,4 @@
-"""Batches of groups for the accumulators: a combination that combines each group, and an engine that knows the groups."""
+"""Batches of groups for the accumulators: a combination that combines each group, an engine that knows the groups."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
