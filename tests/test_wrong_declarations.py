@@ -156,7 +156,7 @@ def test_other_accumulators_do_not_depend_on_a_declaration(mistake: str, double:
     [
         (lambda y: StreamWeights(y.sum()), r"got \(\)"),
         (lambda y: StreamWeights(y.repeat(2)), r"got \(2,\)"),
-        (lambda y: StreamWeights(y, y.repeat(2)), r"and \(2, 1\)"),
+        (lambda y: StreamWeights(y, y.repeat(2)), r"and \(2,\)"),
         (lambda y: StreamWeights(y, y.view(1, -1, 1)), r"and \(1, 1, 1\)"),
     ],
     ids=["no axis", "too many", "too many features", "too many axes"],

@@ -78,7 +78,7 @@ class Auto(Accumulator):
         self._streams = streamed * (1 / INERTIA if self._streams else INERTIA) <= recomputed
         costs = f"a pose costs {streamed:.2f} steps streamed, {recomputed:.2f} recomputed"
         if declaration.uniform:
-            return f"all poses have the same weight: {costs}"
+            return "all poses have the same weight" + ("" if self._streams else f": {costs}")
         return (
             f"{online:.0%} of the poses were significant when they ran, {shares.significant:.0%} in the end, and the "
             f"loss read {shares.read_directly:.0%} directly: {costs}"

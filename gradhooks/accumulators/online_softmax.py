@@ -43,7 +43,7 @@ def declaration_of(engine: Engine, predictions: Tensor, start: int = 0) -> Decla
     Raises:
         CombinationError: The declaration does not have the shapes of its contract.
     """
-    count = len(predictions)
+    count = predictions.shape[0]
     if predictions.numel() != count:
         return None
     declared = engine.declare(predictions.detach().flatten(), start)
@@ -52,21 +52,27 @@ def declaration_of(engine: Engine, predictions: Tensor, start: int = 0) -> Decla
     log_weights, features = declared
     if log_weights is None and features is None:
         return Declaration([0.0] * count, [[]] * count, uniform=True)
-    log_weights = torch.zeros(count) if log_weights is None else log_weights
-    features = torch.zeros(count, 0) if features is None else features
-    features = features.unsqueeze(1) if features.dim() == 1 else features
-    if log_weights.shape != (count,) or features.shape != (count, features[:1].numel()):
+    wrong_log_weights = log_weights is not None and log_weights.shape != (count,)
+    wrong_features = features is not None and (features.dim() not in {1, 2} or features.shape[0] != count)
+    if wrong_log_weights or wrong_features:
+        shapes = ["none" if one is None else str(tuple(one.shape)) for one in declared]
         raise CombinationError(
             f"combination {engine.combination.name}: stream_weights of {count} predictions must give log_weights of "
-            f"shape ({count},) and features of shape ({count},) or ({count}, K), got {tuple(log_weights.shape)} and "
-            f"{tuple(features.shape)}"
+            f"shape ({count},) and features of shape ({count},) or ({count}, K), got {shapes[0]} and {shapes[1]}"
         )
-    if features.numel() == 0:
-        return Declaration(log_weights.tolist(), [[]] * count)
-    if log_weights.device.type == features.device.type == "cpu":
-        return Declaration(log_weights.tolist(), features.tolist())
-    rows = torch.cat([log_weights.unsqueeze(1), features], 1).tolist()  # waits for the device once
-    return Declaration([row[0] for row in rows], [row[1:] for row in rows])
+    return Declaration(*_on_host(log_weights, features, count))
+
+
+def _on_host(log_weights: Tensor | None, features: Tensor | None, count: int) -> tuple[list[float], list[list[float]]]:
+    """Return both as Python numbers. Waits for a device once."""
+    if features is None:
+        return [0.0] * count if log_weights is None else log_weights.tolist(), [[]] * count
+    if log_weights is not None and features.device.type != "cpu":
+        rows = torch.cat([log_weights.to(features.device).unsqueeze(1), features.view(count, -1)], 1).tolist()
+        return [row[0] for row in rows], [row[1:] for row in rows]
+    numbers = features.tolist()
+    listed = [[number] for number in numbers] if features.dim() == 1 else numbers
+    return [0.0] * count if log_weights is None else log_weights.tolist(), listed
 
 
 class Rescaling(NamedTuple):

@@ -191,10 +191,9 @@ class StreamAccumulation(Accumulation):
         factors = torch.ones(count, 1, dtype=torch.float64) if self._uniform else self._softmax.factors()
         groups = torch.zeros(count, dtype=torch.int64) if engine.groups is None else torch.tensor(engine.groups)
         fit = fit_groups(factors, coefficients, groups, engine.group_count)
-        postponed = torch.tensor(self._postponed, dtype=torch.bool)
-        explained = (fit.left.abs() <= self._rounding(fit.terms, dtype)) & ~postponed
-        left = torch.where(explained, 0.0, fit.left)
-        warn_unexplained(engine.combination, int(((left != 0) & ~postponed & fit.fitted).sum()), count)
+        summed = fit.fitted & ~torch.tensor(self._postponed, dtype=torch.bool)
+        left = torch.where(summed & (fit.left.abs() <= self._rounding(fit.terms, dtype)), 0.0, fit.left)
+        warn_unexplained(engine.combination, int(((left != 0) & summed).sum()), count)
         return fit.numbers.flatten().tolist(), left
 
     def _rounding(self, terms: Tensor, dtype: torch.dtype) -> Tensor:

@@ -82,7 +82,7 @@ def zeros_like_gradient(gradient: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.zeros_like(gradient, dtype=dtype)
     entries = gradient.coalesce()
     values = torch.zeros_like(entries.values(), dtype=dtype)
-    return torch.sparse_coo_tensor(entries.indices(), values, entries.shape, is_coalesced=True)
+    return torch.sparse_coo_tensor(entries.indices(), values, entries.shape, is_coalesced=True, check_invariants=False)
 
 
 def all_finite(sums: Sequence[Gradients]) -> bool:

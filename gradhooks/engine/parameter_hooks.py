@@ -19,8 +19,9 @@ sum would lose digits, and where a gradient that enters several sums is so large
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
+from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
@@ -118,8 +119,9 @@ class RunningSums:
         self._leaves = engine.leaves
         self._count = count
         self._sums: dict[int, Gradients] = {}
+        self._dense: dict[int, tuple[list[int], list[Tensor]]] = {}  # leaves and tensors of sums that `_fold` knows
         self._in_leaves: int | None = None
-        self._targets: list[tuple[Gradients, float]] = []
+        self._targets: list[tuple[int, float]] = []
         self._unhooked = list(range(len(self._leaves)))
         self._unreached = set(self._unhooked)
         self._hooks = ExitStack()
@@ -134,8 +136,9 @@ class RunningSums:
             self._unhooked = sorted({*self._unhooked} - {*indices})
 
     def _receive(self, index: int, gradient: Tensor) -> None:
-        for sums, factor in self._targets:
-            sums[index] = accumulate(sums[index], gradient, factor, copy=sums is not self._targets[-1][0])
+        for k, factor in self._targets:
+            sums = self._sums[k]
+            sums[index] = accumulate(sums[index], gradient, factor, copy=k != self._targets[-1][0])
 
     def add_to(self, k: int) -> None:
         """Let the next backwards add to sum `k`."""
@@ -143,9 +146,10 @@ class RunningSums:
             return
         self._put_back()
         sums = self._sum(k)
+        self._dense.pop(k, None)
         for index in self._unhooked:
             self._leaves[index].grad = sums[index]
-        self._in_leaves, self._targets = k, [(sums, 1.0)]
+        self._in_leaves, self._targets = k, [(k, 1.0)]
 
     @contextmanager
     def fold_into(self, first: int, factors: Sequence[float]) -> Iterator[None]:
@@ -155,23 +159,31 @@ class RunningSums:
             self._hook(self._large)
             self._large = []
         # The last target may take over the gradient; it is the sum whose factor is 1.
-        targets = [(self._sum(first + k), factor) for k, factor in reversed(list(enumerate(factors)))]
-        self._targets = [(sums, factor) for sums, factor in targets if factor != 0]
+        self._targets = [(first + k, factor) for k, factor in enumerate(factors) if factor != 0][::-1]
+        for k, _ in self._targets:
+            self._sum(k)
         yield
-        leaves = self._leaves
-        gradients = [leaves[index].grad for index in self._unhooked]
-        for index in self._unhooked:
-            leaves[index].grad = None
-        for sums, factor in self._targets:
-            self._fold(sums, gradients, factor)
+        leaves = [self._leaves[index] for index in self._unhooked]
+        arrived = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        reached = [index for index, gradient in zip(self._unhooked, arrived, strict=True) if gradient is not None]
+        gradients = [gradient for gradient in arrived if gradient is not None]
+        for k, factor in self._targets if reached else ():
+            self._fold(k, reached, gradients, factor)
 
-    def _fold(self, sums: Gradients, gradients: Sequence[Tensor | None], factor: float) -> None:
-        hooked = len(gradients) < len(sums)
-        totals = [sums[index] for index in self._unhooked] if hooked else sums
-        add_into(totals, gradients, factor, copy=sums is not self._targets[-1][0])
-        if hooked:
-            for index, total in zip(self._unhooked, totals, strict=True):
-                sums[index] = total
+    def _fold(self, k: int, reached: list[int], gradients: list[Tensor], factor: float) -> None:
+        """Add the gradients of the leaves `reached` to sum `k`, which may lack some of them."""
+        known, totals = self._dense.get(k, ([], []))
+        if known == reached:  # the common path: no Python per parameter
+            torch._foreach_add_(totals, gradients, alpha=factor)
+            return
+        sums, copy = self._sums[k], k != self._targets[-1][0]
+        for index, gradient in zip(reached, gradients, strict=True):
+            sums[index] = accumulate(sums[index], gradient, factor, copy=copy)
+        totals = [cast("Tensor", sums[index]) for index in reached]
+        if not any(total.is_sparse for total in totals):
+            self._dense[k] = reached, totals
 
     def _put_back(self) -> None:
         """Move the sum that is in the leaves to the others."""
@@ -225,4 +237,4 @@ class RunningSums:
         self._hooks.close()
         for leaf in self._leaves:
             leaf.grad = None
-        self._sums = {}
+        self._sums, self._dense = {}, {}
