@@ -65,7 +65,7 @@ def _check(batch: Batch, predictions: Tensor) -> None:
 
 def _may_run_plainly(batch: Batch, accumulator: Accumulator) -> bool:
     return (
-        accumulator.uses_plain_chunks()
+        accumulator.uses_plain_chunks
         and batch.partition.collectives.is_single
         and not batch.sharded
         and batch.combination.combine_gradients is None
