@@ -11,7 +11,7 @@ from gradhooks.autograd_function import attach_to_graph
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.context import intercept
 from gradhooks.engine.forward import predict, run_forward
-from gradhooks.engine.model_output import check_shape, refuse_nonfinite
+from gradhooks.engine.model_output import refuse_nonfinite
 from gradhooks.engine.pose_inputs import inputs_that_require_grad
 from gradhooks.engine.plain import run_plain_chunks
 from gradhooks.engine.schedule import MemoryExceededError
@@ -69,7 +69,8 @@ def _check(batch: Batch, predictions: Tensor) -> None:
 
 def _may_run_plainly(batch: Batch, accumulator: Accumulator) -> bool:
     return (
-        accumulator.uses_plain_chunks()
+        batch.schedule.left > 0
+        and accumulator.uses_plain_chunks()
         and batch.partition.collectives.is_single
         and not batch.sharded
         and batch.combination.combine_gradients is None
@@ -81,8 +82,8 @@ def _run(batch: Batch, accumulator: Accumulator) -> Predictions:
     parts: list[Predictions] = []
 
     def run_plainly(first: int, last: int) -> None:
-        rows = run_plain_chunks(batch, first, last, accumulator.observe_plain)
-        check_shape(parts[0].for_user if parts else rows[0], rows[0], first)
+        earlier = parts[0].for_user if parts else None
+        rows = run_plain_chunks(batch, first, last, accumulator.observe_plain, earlier=earlier)
         live = rows[0] if len(rows) == 1 else torch.cat(rows)
         parts.append(Predictions(live.to(at_least_float32(live.dtype)), live))
 

@@ -62,12 +62,12 @@ def run_forward(context: ForwardContext, begin: Begin) -> FirstRun:
             batch.runner.require_grad_mode()
             accumulation, rows, differentiable = schedule.retry_smaller(attempt)
         message.sent = partition.encode_metadata(rows, differentiable=differentiable)
-    if not any(differentiable for differentiable, *_ in message.received):
+    if context.leaves.real and not any(differentiable for differentiable, *_ in message.received):
         raise PredictionError(
             f"no prediction of the {partition.total} poses requires grad, though the model has parameters that do; "
             "does it detach its output, or compute it under torch.no_grad()? (To predict only, call it under no_grad.)"
         )
-    return FirstRun(accumulation, partition.gather_predictions(rows, message.received, context.leaves.shadows[0].device))
+    return FirstRun(accumulation, partition.gather_predictions(rows, message.received, batch.parts.device))
 
 
 def _run_local_poses(context: ForwardContext, begin: Begin) -> tuple[Accumulation, Tensor, bool]:
@@ -126,7 +126,8 @@ def _predict_local_poses(batch: Batch) -> Tensor:
     with progress_of(batch.options.progress, count, "poses") as report_progress:
         while start < count:
             size = batch.schedule.prediction_chunk_size(count - start)
-            run = batch.runner.run_plainly(batch.poses, start, start + size, batch.schedule.room, measure=False)
+            limit = batch.schedule.split_beyond(batch.schedule.room)
+            run = batch.runner.run_plainly(batch.poses, start, start + size, limit, measure=False)
             rows.append(run.predictions.detach())
             check_shape(rows[0], rows[-1], start)
             start += len(rows[-1])

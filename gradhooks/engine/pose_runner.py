@@ -102,20 +102,20 @@ class PoseRunner:
             )
         return predictions
 
-    def run_plainly(self, poses: Poses, start: int, stop: int, room: int, *, measure: bool) -> PlainRun:
+    def run_plainly(self, poses: Poses, start: int, stop: int, room: int | None, *, measure: bool) -> PlainRun:
         """Run some poses that will not run again, and may be changed in place.
 
         Args:
             poses: The poses.
             start: The index of the first.
             stop: The index after the last; fewer poses run if these are expected to need more than `room`.
-            room: The bytes that their graph may need.
+            room: The bytes that their graph may need; None if all of them must run together.
             measure: Measure the need even if larger inputs were measured before.
         """
         inputs = poses.slice(start, stop)
         count, size = stop - start, sum(tensor.nbytes for _, tensor in tensors_in(inputs))
         expected = self._need.expected(size, count)
-        if expected > room and count > 1:
+        if room is not None and expected > room and count > 1:
             return self.run_plainly(poses, start, start + max(1, count * room // expected), room, measure=True)
 
         def forward() -> Tensor:

@@ -104,6 +104,10 @@ class Schedule:
         size = self._chunk_size or 1  # chunks of a fixed size begin at its multiples
         return min(count, -(-(count - fitting) // size) * size)
 
+    def split_beyond(self, room: int) -> int | None:
+        """Return beyond which need a chunk is split, given the bytes left; None if chunks have a fixed size."""
+        return max(0, room) if self._chunk_size is None else None
+
     def plain_chunk_size(self, remaining: int) -> int:
         """Return the size of the next plain chunk."""
         return self._capped(remaining, remaining)
