@@ -211,7 +211,7 @@ class BoundCombination:
         if self.accepts_empty_groups:
             return
         for number, (size, remaining) in enumerate(zip(groups.sizes, left.sizes, strict=True)):
-            if size and not remaining:
+            if not remaining:
                 raise PredictionError(
                     f"group {number}: none of its {size} predictions is finite, so none is left, and the combination "
                     f"{self.name} does not accept empty groups"

@@ -11,7 +11,7 @@ from gradhooks.autograd_function import attach_to_graph
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.context import intercept
 from gradhooks.engine.forward import predict, run_forward
-from gradhooks.engine.model_output import refuse_nonfinite
+from gradhooks.engine.model_output import refuse_detached, refuse_nonfinite
 from gradhooks.engine.pose_inputs import inputs_that_require_grad
 from gradhooks.engine.plain import run_plain_chunks
 from gradhooks.engine.schedule import MemoryExceededError
@@ -32,7 +32,8 @@ class Predictions(NamedTuple):
 
 def run_batch(batch: Batch, accumulator: Accumulator) -> Predictions:
     """Return the predictions of a batch as part of autograd's graph. If it raises, the model's state is as before."""
-    if not _needs_gradients(batch, accumulator):
+    plainly = _may_run_plainly(batch, accumulator)
+    if not (torch.is_grad_enabled() and (plainly or _requires_grad(batch))):
         batch.report.accumulator = accumulator.name
         batch.report.reason = "no gradient is computed: grad mode is off, or nothing requires grad"
         predictions = predict(batch)
@@ -43,23 +44,18 @@ def run_batch(batch: Batch, accumulator: Accumulator) -> Predictions:
     def attempt() -> Predictions:
         with state.preserved(only_on_error=True):
             batch.report.reset_counts()
-            predictions = _run(batch, accumulator)
+            predictions = _run(batch, accumulator, plainly=plainly)
+            if batch.parts.trainable and not predictions.for_user.requires_grad:
+                refuse_detached(len(predictions.for_user))
             _check(batch, predictions.for_user)
             batch.report.memory = batch.schedule.use
             return predictions
 
-    return batch.schedule.retry_smaller(attempt) if _may_run_plainly(batch, accumulator) else attempt()
+    return batch.schedule.retry_smaller(attempt) if plainly else attempt()
 
 
-def _needs_gradients(batch: Batch, accumulator: Accumulator) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    # Whether anything requires grad is autograd's business where poses run plainly.
-    return (
-        batch.parts.trainable
-        or _may_run_plainly(batch, accumulator)
-        or bool(inputs_that_require_grad(batch.poses))
-    )
+def _requires_grad(batch: Batch) -> bool:
+    return batch.parts.trainable or bool(inputs_that_require_grad(batch.poses))
 
 
 def _check(batch: Batch, predictions: Tensor) -> None:
@@ -70,14 +66,14 @@ def _check(batch: Batch, predictions: Tensor) -> None:
 def _may_run_plainly(batch: Batch, accumulator: Accumulator) -> bool:
     return (
         batch.schedule.left > 0
-        and accumulator.uses_plain_chunks()
+        and accumulator.uses_plain_chunks
         and batch.partition.collectives.is_single
         and not batch.sharded
         and batch.combination.combine_gradients is None
     )
 
 
-def _run(batch: Batch, accumulator: Accumulator) -> Predictions:
+def _run(batch: Batch, accumulator: Accumulator, *, plainly: bool) -> Predictions:
     count, schedule = len(batch.poses), batch.schedule
     parts: list[Predictions] = []
 
@@ -88,7 +84,7 @@ def _run(batch: Batch, accumulator: Accumulator) -> Predictions:
         parts.append(Predictions(live.to(at_least_float32(live.dtype)), live))
 
     start, stop = 0, count
-    if _may_run_plainly(batch, accumulator):
+    if plainly:
         if schedule.needs_measuring:  # the first poses show what a pose needs
             start = min(count, batch.options.chunk_size or 1)
             run_plainly(0, start)

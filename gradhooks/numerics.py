@@ -1,7 +1,6 @@
 """Precision and shapes: what sums of gradients and combinations share."""
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 
@@ -12,7 +11,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def per_row(values: Tensor, rows: Tensor) -> Tensor:
     """Return `values`, shape `(N,)`, with axes of length 1 so that it broadcasts over `rows`, shape `(N, ...)`."""
-    return rearrange(values, "n -> n" + " 1" * (rows.dim() - 1))
+    return values.view(-1, *(1,) * (rows.dim() - 1))
 
 
 def to_float64(tensor: Tensor) -> Tensor:

@@ -223,6 +223,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
             poses,
             groups,
             arguments,
+            parts=parts,
             sharded=sharded,
             learned=self._learned,
             cache=self._parts,

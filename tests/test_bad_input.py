@@ -132,7 +132,7 @@ def _without_graph(prediction: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("process", [Tensor.detach, _without_graph], ids=["detach", "no_grad"])
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 def test_a_prediction_that_does_not_require_grad(
     process: Callable[[Tensor], Tensor], accumulator: str, double: TensorFactory
 ) -> None:

@@ -11,6 +11,7 @@ from broken_combinations import BROKEN_COMBINATIONS, DetachesWeights, FirstPose,
 import gradhooks
 from gradhooks import registry
 from gradhooks.accumulators import Accumulator
+from gradhooks.accumulators.declaration_warning import forget_warnings
 from gradhooks.errors import GradhooksWarning, PluginError
 from gradhooks.testing import (
     ACCUMULATOR_CHECKS,
@@ -108,6 +109,7 @@ def test_wrong_declaration_fails_one_check_and_trains_with_exact_gradients() -> 
     assert states.pop("check_stream_declaration") == "failed"
     assert set(states.values()) == {"passed"}
 
+    forget_warnings()
     poses = torch.randn(6, 3, dtype=torch.float64)
     model, expected_model = (torch.nn.Linear(3, 1, dtype=torch.float64) for _ in range(2))
     expected_model.load_state_dict(model.state_dict())

@@ -118,8 +118,8 @@ def test_a_combination_may_change_between_module_and_function() -> None:
     assert [name for name, _ in scorer.named_children()] == ["model", "combination"]
 
 
-@pytest.mark.parametrize(("accumulator", "name"), [("store", "tolerance")])
-def test_an_option_that_the_accumulator_ignores_is_refused(accumulator: str, name: str) -> None:
+def test_an_option_that_the_accumulator_ignores_is_refused() -> None:
+    accumulator, name = "store", "tolerance"
     message = f"the accumulator '{accumulator}' does not use {name}="
     with pytest.raises(ValueError, match=message):
         make_scorer(accumulator=accumulator, **{name: VALID[name]})

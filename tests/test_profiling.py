@@ -91,8 +91,8 @@ def test_options_reach_the_accumulators_that_use_them(function: Any) -> None:
 
 
 def test_an_option_that_every_accumulator_ignores_is_refused() -> None:
-    with pytest.raises(ValueError, match="'stream' does not use memory="):
-        gradhooks.compare(Wide(), random_poses(2), "min", accumulators=["stream", "store"], memory="1MiB")
+    with pytest.raises(ValueError, match="'store' does not use tolerance="):
+        gradhooks.compare(Wide(), random_poses(2), "min", accumulators=["store"], tolerance=0.1)
 
 
 def test_gradcheck_passes_a_good_model_and_names_unused_parameters() -> None:

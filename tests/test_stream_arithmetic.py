@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradhooks.accumulators.auto import CLEARLY_CHEAPER, FORWARD_SHARE, Auto
+from gradhooks.accumulators.auto import Auto
 from gradhooks.accumulators.declared_fit import fit_groups
 from gradhooks.accumulators.online_softmax import Declaration, OnlineSoftmax
 from gradhooks.accumulators.pose_shares import NEWEST_SHARE, PoseShares, observe, observe_plain
@@ -155,22 +155,6 @@ def test_parts_of_a_batch_are_compared_with_its_largest_coefficient() -> None:
     part = Coefficients(torch.tensor([1e-12, 1.0, math.nan]), None, torch.tensor(1e9))
     shares.learn([observe(part, 1e-6, None, None)])
     assert shares.significant == pytest.approx(1 / 3)
-
-
-def test_auto_intercepts_what_fits_only_where_few_poses_matter() -> None:
-    auto = Auto()
-    assert auto.uses_plain_chunks()
-    few = torch.zeros(100, 2)
-    few[3, 1] = -1.0
-    for coefficients in (torch.ones(100), few, few, few, few):
-        auto.observe_plain(coefficients)
-        plain = auto.uses_plain_chunks()
-        assert plain == (FORWARD_SHARE + auto._shares.significant >= CLEARLY_CHEAPER)
-    assert not plain
-    for _ in range(4):
-        auto.observe_plain(torch.ones(100))
-        plain = auto.uses_plain_chunks()
-    assert plain
 
 
 def test_auto_keeps_no_graph_of_what_it_observes() -> None:

@@ -102,21 +102,23 @@ def test_a_mistake_of_any_size(size: float, double: TensorFactory) -> None:
     assert bool(messages) == (size > 1e-12)
 
 
-def test_one_warning_for_each_backward(double: TensorFactory) -> None:
-    case = build("plain_mlp", double)
-    scorer = gradhooks.MultiPose(case.model, Thermal(WRONG["sign"]), accumulator="stream")
-    first, second = (scorer(case.make_poses(count)).combined.sum() for count in (5, 6))
+def test_one_warning_for_each_type_of_combination(double: TensorFactory) -> None:
+    class OtherThermal(Thermal):
+        pass
+
+    def train(combination: Thermal, count: int) -> None:
+        case = build("plain_mlp", double)
+        loss = gradhooks.MultiPose(case.model, combination, accumulator="stream")(case.make_poses(count)).combined.sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+
     with gradhooks_warnings() as messages:
-        first.backward(retain_graph=True)
-    assert len(messages) == 1
-    with gradhooks_warnings() as messages:
-        first.backward()
-    assert len(messages) == 1
+        train(Thermal(WRONG["sign"]), 5)
+        train(Thermal(WRONG["steep"]), 6)
+        train(OtherThermal(WRONG["sign"]), 7)
+    assert [message.split(":")[0] for message in messages] == ["combination Thermal", "combination OtherThermal"]
     assert "of 5 poses" in messages[0]
-    with gradhooks_warnings() as messages:
-        second.backward()
-    assert len(messages) == 1
-    assert "of 6 poses" in messages[0]
+    assert "of 7 poses" in messages[1]
 
 
 def test_the_warning_counts_the_poses(double: TensorFactory) -> None:

@@ -23,8 +23,6 @@ to the same choice, and to the same bits, in every process.
 """
 INERTIA = 1.1
 """The choice changes only if the other accumulator is cheaper by this factor."""
-CLEARLY_CHEAPER = 0.6
-"""Chunks that fit are intercepted if recomputing costs less than this part of a training step per pose."""
 
 Observer = Callable[[Tensor, Coefficients], None]
 
@@ -43,6 +41,7 @@ class Auto(Accumulator):
 
     name = "auto"
     supports_sharded = True
+    uses_plain_chunks = True
 
     def __init__(self) -> None:
         self._shares = PoseShares()
@@ -83,10 +82,6 @@ class Auto(Accumulator):
             f"{online:.0%} of the poses were significant when they ran, {shares.significant:.0%} in the end, and the "
             f"loss read {shares.read_directly:.0%} directly: {costs}"
         )
-
-    def uses_plain_chunks(self) -> bool:
-        self._learn()
-        return not self._shares.batches or FORWARD_SHARE + self._shares.significant >= CLEARLY_CHEAPER
 
     def observe_plain(self, coefficients: Tensor) -> None:
         self._pending.append(observe_plain(coefficients))

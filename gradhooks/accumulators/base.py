@@ -121,11 +121,13 @@ class Accumulator(ABC):
         ignored_options: Names of the options of `MultiPose` that this accumulator does not use; setting one is an
             error.
         supports_sharded: Whether the second run may take its place where parameters are sharded over ranks.
+        uses_plain_chunks: Whether poses whose graphs fit in `memory` run plainly, without this accumulator.
     """
 
     name: ClassVar[str]
     ignored_options: ClassVar[frozenset[str]] = frozenset()
     supports_sharded: ClassVar[bool] = False
+    uses_plain_chunks: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return self.name
@@ -138,10 +140,6 @@ class Accumulator(ABC):
             engine: The batch.
             predictions: Live, shape `(n, *prediction)`: the first chunk, which `Accumulation.add` gets next.
         """
-
-    def uses_plain_chunks(self) -> bool:
-        """Return whether chunks whose graph fits in memory should run plainly, without this accumulator."""
-        return False
 
     def observe_plain(self, coefficients: Tensor) -> None:
         """Take note of the coefficients, shape `(n, *prediction)`, of poses that ran plainly.

@@ -37,6 +37,7 @@ def read_batch(
     groups: Any,
     arguments: Mapping[str, Any],
     *,
+    parts: ModelParts,
     sharded: ShardedModel,
     learned: Learned,
     cache: ModelPartsCache,
@@ -50,6 +51,7 @@ def read_batch(
         poses: What the user passed: poses, or `Groups`.
         groups: The group number of each pose, or None.
         arguments: The keyword arguments of the call, which go to the combination.
+        parts: The parts of the model; lazy parameters may have no shapes yet.
         sharded: How the parameters are sharded, if they are.
         learned: What earlier batches have shown.
         cache: Keeps the parts of the model.
@@ -67,7 +69,9 @@ def read_batch(
         if not collectives.is_single:
             refuse_pose_parallel(inputs_that_require_grad(prepared), combination)
         index = None if index is None else read_index(index, len(prepared))
-        parts = _current_parts(model, options, prepared, cache)
+        if parts.has_lazy_parameters and len(prepared):
+            initialize_lazy_parameters(model, lambda: options.call(model, prepared.slice(0, 1)))
+            parts = cache.get(model, options.generators)
         message.sent = [len(prepared), -1 if index is None else group_count or 0]
     partition = PosePartition(collectives, [int(count) for count, _ in message.received])
     if partition.total == 0:
@@ -122,14 +126,6 @@ def _prepare(poses: Any, options: Options, *, may_be_empty: bool) -> Poses:
             "chunks of more than one pose need collate= to make a batch of a list, or poses stacked in a tensor"
         )
     return prepared
-
-
-def _current_parts(model: nn.Module, options: Options, poses: Poses, cache: ModelPartsCache) -> ModelParts:
-    parts = cache.get(model, options.generators)
-    if parts.has_lazy_parameters and len(poses):
-        initialize_lazy_parameters(model, lambda: options.call(model, poses.slice(0, 1)))
-        parts = cache.get(model, options.generators)
-    return parts
 
 
 def _gather_groups(

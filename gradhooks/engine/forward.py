@@ -10,11 +10,10 @@ from gradhooks.distributed.pose_parallel import METADATA_LENGTH
 from gradhooks.engine.accumulation import Accumulation, Chunk, NoPoses
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.context import ForwardContext
-from gradhooks.engine.model_output import check_shape
+from gradhooks.engine.model_output import check_shape, refuse_detached
 from gradhooks.engine.pose_engine import PoseEngine
 from gradhooks.engine.pose_runner import NeedsGradModeError
 from gradhooks.engine.progress import progress_of
-from gradhooks.errors import PredictionError
 
 Begin = Callable[[PoseEngine, Tensor], Accumulation]
 
@@ -63,10 +62,7 @@ def run_forward(context: ForwardContext, begin: Begin) -> FirstRun:
             accumulation, rows, differentiable = schedule.retry_smaller(attempt)
         message.sent = partition.encode_metadata(rows, differentiable=differentiable)
     if context.leaves.real and not any(differentiable for differentiable, *_ in message.received):
-        raise PredictionError(
-            f"no prediction of the {partition.total} poses requires grad, though the model has parameters that do; "
-            "does it detach its output, or compute it under torch.no_grad()? (To predict only, call it under no_grad.)"
-        )
+        refuse_detached(partition.total)
     return FirstRun(accumulation, partition.gather_predictions(rows, message.received, batch.parts.device))
 
 

@@ -1,7 +1,7 @@
 """Check that the output of the model can be used as a prediction."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -60,6 +60,18 @@ def check_shape(first: Tensor, rows: Tensor, start: int) -> None:
             f"pose {start}: its prediction has shape {tuple(rows.shape[1:])}, that of pose 0 {tuple(first.shape[1:])}; "
             "all poses must give predictions of one shape"
         )
+
+
+def refuse_detached(count: int) -> NoReturn:
+    """Raise the error for `count` predictions none of which requires grad.
+
+    Raises:
+        PredictionError: Always.
+    """
+    raise PredictionError(
+        f"no prediction of the {count} poses requires grad, though the model has parameters that do; does it detach its "
+        "output, or compute it under torch.no_grad()? (To predict only, call it under no_grad.)"
+    )
 
 
 def refuse_nonfinite(predictions: Tensor) -> None:
