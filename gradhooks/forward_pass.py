@@ -18,6 +18,10 @@ from gradhooks.engine.schedule import MemoryExceededError
 from gradhooks.numerics import at_least_float32
 
 
+class DroppedPosesError(Exception):
+    """Internal: a plain pose is dropped. A backward with the coefficient 0 would make NaN of its gradients."""
+
+
 class Predictions(NamedTuple):
     """The predictions of a batch, of shape `(M, *prediction)`, twice, so that two parts of a coefficient stay apart.
 
@@ -39,10 +43,10 @@ def run_batch(batch: Batch, accumulator: Accumulator) -> Predictions:
         predictions = predict(batch)
         _check(batch, predictions)
         return Predictions(predictions, predictions)
-    state = batch.parts.state
 
-    def attempt() -> Predictions:
-        with state.preserved(only_on_error=True):
+    def attempt(*, plainly: bool = plainly) -> Predictions:
+        batch.runner.refuse_changed_poses()
+        with batch.parts.state.preserved(only_on_error=True):
             batch.report.reset_counts()
             predictions = _run(batch, accumulator, plainly=plainly)
             if batch.parts.trainable and not predictions.for_user.requires_grad:
@@ -51,7 +55,10 @@ def run_batch(batch: Batch, accumulator: Accumulator) -> Predictions:
             batch.report.memory = batch.schedule.use
             return predictions
 
-    return batch.schedule.retry_smaller(attempt) if plainly else attempt()
+    try:
+        return batch.schedule.retry_smaller(attempt) if plainly else attempt()
+    except DroppedPosesError:
+        return attempt(plainly=False)
 
 
 def _requires_grad(batch: Batch) -> bool:
@@ -61,6 +68,8 @@ def _requires_grad(batch: Batch) -> bool:
 def _check(batch: Batch, predictions: Tensor) -> None:
     if batch.options.nonfinite == "raise":
         refuse_nonfinite(predictions.detach())
+    if batch.options.nonfinite == "drop" and batch.report.plain and not predictions.detach().isfinite().all():
+        raise DroppedPosesError
 
 
 def _may_run_plainly(batch: Batch, accumulator: Accumulator) -> bool:
