@@ -9,12 +9,12 @@ import pytest
 import torch
 from seeding import manual_seed
 from torch import Tensor, nn
+from training_reference import ACCUMULATORS_AND_PLAIN, options_of
 
 import gradhooks
 from gradhooks.testing import full_graph
 
 POSES = 6
-ACCUMULATORS = ["store", "stream", "recompute", "auto"]
 
 
 class Model(nn.Module):
@@ -114,12 +114,12 @@ FAULTS: dict[str, Callable[[], BaseException]] = {
 }
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 @pytest.mark.parametrize("pose", range(POSES))
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_in_the_forward_of_a_pose(accumulator: str, pose: int, fault: str) -> None:
     model = make_model()
-    scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator)
+    scorer = gradhooks.MultiPose(model, "boltzmann", **options_of(accumulator))
     before = State.of(model)
     model.fails_at_run, model.fault = pose, FAULTS[fault]()
     with pytest.raises(type(model.fault)):
@@ -151,7 +151,7 @@ def test_fault_in_a_second_run_during_the_outer_backward(accumulator: str, pose:
     assert_next_group_is_exact(scorer, model)
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 @pytest.mark.parametrize("pose", range(POSES))
 def test_fault_in_the_progress_callback(accumulator: str, pose: int) -> None:
     model = make_model()
@@ -163,7 +163,7 @@ def test_fault_in_the_progress_callback(accumulator: str, pose: int) -> None:
         if len(calls) == pose + 1:
             raise KeyboardInterrupt
 
-    scorer = gradhooks.MultiPose(model, "min", accumulator=accumulator, progress=progress)
+    scorer = gradhooks.MultiPose(model, "min", progress=progress, **options_of(accumulator))
     before = State.of(model)
     with pytest.raises(KeyboardInterrupt):
         scorer(make_poses())
@@ -173,10 +173,10 @@ def test_fault_in_the_progress_callback(accumulator: str, pose: int) -> None:
     assert_next_group_is_exact(scorer, model)
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 def test_fault_in_a_users_hook_at_delivery(accumulator: str) -> None:
     model = make_model()
-    scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator)
+    scorer = gradhooks.MultiPose(model, "boltzmann", **options_of(accumulator))
 
     def fail(_: Tensor) -> None:
         raise RuntimeError("hook of the user")
@@ -223,7 +223,7 @@ def test_fault_in_a_combination(accumulator: str, where: str, message: str) -> N
     model = make_model()
     before = State.of(model)
     with pytest.raises((RuntimeError, gradhooks.errors.CombinationError), match=message):
-        gradhooks.MultiPose(model, Broken(where), accumulator=accumulator)(make_poses())
+        gradhooks.MultiPose(model, Broken(where), **options_of(accumulator))(make_poses())
     before.assert_equal(State.of(model))
 
 
@@ -240,5 +240,5 @@ def test_fault_notes_say_which_pose() -> None:
     model.fails_at_run = 4
     with pytest.raises(RuntimeError) as caught:
         gradhooks.MultiPose(model)(make_poses())
-    notes: list[Any] = getattr(caught.value, "__notes__", ["pose 4 of a group of 6"])  # Python 3.11
-    assert any("pose 4 of a group of 6" in note for note in notes)
+    notes: list[Any] = getattr(caught.value, "__notes__", ["pose 4 of 6"])  # Python 3.11
+    assert any("pose 4 of 6" in note for note in notes)

@@ -113,7 +113,7 @@ def test_an_error_names_the_index_of_a_packed_pose(double: TensorFactory) -> Non
     with pytest.raises(ZeroDivisionError) as caught:
         loss_on_some(prediction).backward()
     if hasattr(caught.value, "__notes__"):
-        assert "this was pose 14 of a group of 16" in caught.value.__notes__[0]
+        assert "this was pose 14 of 16" in caught.value.__notes__[0]
 
 
 def test_a_leaf_reached_only_by_skipped_poses_gets_zeros(double: TensorFactory) -> None:

@@ -29,7 +29,8 @@ def depends_on_chunk(batch: Batch) -> bool:
         return False
     known = batch.learned.chunk_dependent
     if batch.mode not in known:
-        poses, state = batch.poses.narrow(0, 2), batch.parts.state
+        # Copies, since a model may change its poses in place.
+        poses, state = batch.poses.narrow(0, 2).map_tensors(_copy), batch.parts.state
         with state.preserved() as before:
             try:
                 alone = _predict(batch, poses.slice(0, 1), 1)
@@ -80,6 +81,10 @@ def _with_other_second_pose(poses: Poses) -> Poses | None:
         if any(changed):
             return others
     return None
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _scaled(tensor: Tensor) -> Tensor:

@@ -61,11 +61,9 @@ def run_forward(context: ForwardContext, begin: Begin) -> FirstRun:
             batch.runner.require_grad_mode()
             accumulation, rows, differentiable = schedule.retry_smaller(attempt)
         message.sent = partition.encode_metadata(rows, differentiable=differentiable)
-    if not any(differentiable for differentiable, *_ in message.received):
+    if context.leaves.real and not any(differentiable for differentiable, *_ in message.received):
         refuse_detached(partition.total)
-    return FirstRun(
-        accumulation, partition.gather_predictions(rows, message.received, context.leaves.shadows[0].device)
-    )
+    return FirstRun(accumulation, partition.gather_predictions(rows, message.received, batch.parts.device))
 
 
 def _run_local_poses(context: ForwardContext, begin: Begin) -> tuple[Accumulation, Tensor, bool]:
@@ -125,7 +123,8 @@ def _predict_local_poses(batch: Batch) -> Tensor:
     with progress_of(batch.options.progress, count, "poses") as report_progress:
         while start < count:
             size = batch.schedule.prediction_chunk_size(count - start)
-            run = batch.runner.run_plainly(batch.poses, start, start + size, batch.schedule.room, measure=False)
+            limit = batch.schedule.split_beyond(batch.schedule.room)
+            run = batch.runner.run_plainly(batch.poses, start, start + size, limit, measure=False)
             rows.append(run.predictions.detach())
             check_shape(rows[0], rows[-1], start)
             start += len(rows[-1])

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -65,6 +66,7 @@ class PoseRunner:
         self._detach_for: Leaves | None = None
         self._needs_grad_mode = False
         self._tried_without_graph = False
+        self._changed_poses: PosesError | None = None
 
     @property
     def detaches_inputs(self) -> bool:
@@ -96,31 +98,41 @@ class PoseRunner:
         predictions = self._predict_measured(inputs, poses, start, stop)
         changed = [path for tensor, path, version in versions if tensor._version != version]
         if changed:
-            raise PosesError(
-                f"pose {poses.original_index(start)}: the model changed {', '.join(changed)} in place, so the pose "
-                "cannot be run again; let the model work on a copy (clone), or pass one with "
-                "call=lambda model, pose: ..."
-            )
+            raise _changed_in_place(poses.original_index(start), changed)
         return predictions
 
-    def run_plainly(self, poses: Poses, start: int, stop: int, room: int, *, measure: bool) -> PlainRun:
+    def refuse_changed_poses(self) -> None:
+        """Refuse to run poses again that the model changed in place when they ran plainly.
+
+        Raises:
+            PosesError: It did.
+        """
+        if self._changed_poses is not None:
+            raise self._changed_poses
+
+    def run_plainly(self, poses: Poses, start: int, stop: int, room: int | None, *, measure: bool) -> PlainRun:
         """Run some poses that will not run again, and may be changed in place.
 
         Args:
             poses: The poses.
             start: The index of the first.
             stop: The index after the last; fewer poses run if these are expected to need more than `room`.
-            room: The bytes that their graph may keep.
+            room: The bytes that their graph may keep; None if all of them must run together.
             measure: Measure the need even if larger inputs were measured before.
         """
         inputs = poses.slice(start, stop)
-        count, size = stop - start, input_bytes(inputs)
+        versions = [(tensor, path, _version(tensor)) for path, tensor in tensors_in(inputs)]
+        count, size = stop - start, sum(tensor.nbytes for tensor, _, _ in versions)
         expected = self._need.expected_graph(size, count)
-        if expected > room and count > 1:
+        if room is not None and expected > room and count > 1:
             return self.run_plainly(poses, start, start + max(1, count * room // expected), room, measure=True)
 
         def forward() -> Tensor:
-            return self._predict(inputs, poses, start, stop)
+            predictions = self._predict(inputs, poses, start, stop)
+            changed = [path for tensor, path, version in versions if _version(tensor) != version]
+            if changed and not poses.collated:
+                self._changed_poses = _changed_in_place(poses.original_index(start), changed)
+            return predictions
 
         if measure or self._need.is_unmeasured(size, count):
             excluded = self._not_counted(poses, inputs)
@@ -173,3 +185,14 @@ class PoseRunner:
     def _detach_input(self, tensor: Tensor) -> Tensor:
         kept = tensor.grad_fn is not None or (self._detach_for is not None and self._detach_for.contain(tensor))
         return tensor if kept else tensor.detach()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _changed_in_place(index: int, changed: Sequence[str]) -> PosesError:
+    return PosesError(
+        f"pose {index}: the model changed {', '.join(changed)} in place, so the pose cannot be run again; let the "
+        "model work on a copy (clone), or pass one with call=lambda model, pose: ..."
+    )

@@ -106,7 +106,7 @@ class Schedule:
         return self.need.known is None and self.left > 0
 
     def first_plain(self, count: int) -> int:
-        """Return the index of the first of `count` poses that runs plainly, after those that are intercepted (Rule 1)."""
+        """Return the index of the first of `count` poses that runs plainly; those before are intercepted (Rule 1)."""
         graph = self.need.graph_bytes
         for fitting in (count, self.room // (PARTS * self.need.step_bytes)):
             self._plain_chunk = self._capped(fitting, count)
@@ -117,6 +117,10 @@ class Schedule:
         self._planned = plain * graph
         size = self._chunk_size or 1  # chunks of a fixed size begin at its multiples
         return min(count, -(-(count - plain) // size) * size)
+
+    def split_beyond(self, room: int) -> int | None:
+        """Return beyond which need a chunk is split, given the bytes left; None if chunks have a fixed size."""
+        return max(0, room) if self._chunk_size is None else None
 
     def plain_chunk_size(self, remaining: int) -> int:
         """Return the size of the next plain chunk."""
