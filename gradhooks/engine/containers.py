@@ -1,0 +1,113 @@
+"""Containers of Python: read their contents, and put contents back into the same container."""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any, NamedTuple
+
+LARGE = 1024  # items; of larger containers that were not seen to change, only length and ends are compared
+
+
+class ContainerRecord(NamedTuple):
+    """The contents of a container at one time.
+
+    Attributes:
+        target: A dict, list, set or deque.
+        keys: The keys of a dict, else None.
+        items: The values of a dict, else the items. `LeftAsIs` and weak references stand for what is not recorded.
+        skipped: Keys that are none of ours.
+    """
+
+    target: Any
+    keys: tuple[Any, ...] | None
+    items: tuple[Any, ...]
+    skipped: frozenset[str] = frozenset()
+
+    def restore(self) -> None:
+        """Put the contents back, into the same container, so that its aliases stay valid."""
+        base = base_of(self.target)
+        if self.keys is not None:
+            _restore_dict(base, self.target, dict(zip(self.keys, self.items, strict=True)), self.skipped)
+            return
+        items = [item for item in map(resolve, self.items) if item is not LEFT_AS_IS]
+        base.clear(self.target)
+        (base.update if base is set else base.extend)(self.target, items)
+
+
+class GraphReference:
+    """Stands for a tensor that has a graph, which a snapshot must not keep alive."""
+
+    __slots__ = ("get",)
+
+    def __init__(self, get: Any) -> None:
+        self.get = get
+
+
+LEFT_AS_IS = object()  # stands for a value that cannot be restored
+
+
+def resolve(item: Any) -> Any:
+    """Return the value for which a recorded item stands; `LEFT_AS_IS` if it is gone."""
+    if type(item) is not GraphReference:
+        return item
+    value = item.get()
+    return LEFT_AS_IS if value is None else value
+
+
+def base_of(container: object) -> Any:
+    """Return the standard type whose methods read and write a container; None if it is no container."""
+    return next((base for base in (OrderedDict, dict, list, set, deque) if isinstance(container, base)), None)
+
+
+def _restore_dict(base: Any, target: Any, values: dict[Any, Any], skipped: frozenset[str]) -> None:
+    # A key keeps its place where it can: only an OrderedDict shows another order, and only after a change of keys.
+    kept = [key for key in target if key not in skipped]
+    if kept != list(values) and not skipped:
+        present = {key: target[key] for key in kept}
+        base.clear(target)
+        kept = []
+    else:
+        present = target
+    for key in kept:
+        if key not in values:
+            base.__delitem__(target, key)
+    for key, item in values.items():
+        value = resolve(item)
+        if value is not LEFT_AS_IS:
+            base.__setitem__(target, key, value)
+        elif key in present:
+            base.__setitem__(target, key, present[key])
+
+
+class ContainerWatch:
+    """Tells in a few calls of C whether any of many containers changed since their records were made.
+
+    Values are compared by identity and, where that differs, by `==`: an equal number is no change. What cannot be
+    compared counts as changed.
+    """
+
+    def __init__(self, records: Iterable[ContainerRecord]) -> None:
+        targets = list({id(record.target): record.target for record in records}.values())
+        self._targets = targets
+        self._lengths = list(map(len, targets))
+        self._views: list[Iterable[Any]] = []
+        self._large = [target for target in targets if len(target) > LARGE and isinstance(target, (list, deque))]
+        for target in targets:
+            if len(target) <= LARGE:
+                self._views += [target.values(), target] if isinstance(target, dict) else [target]
+        self._items = tuple(chain.from_iterable(self._views))
+        self._ends = self._read_ends()
+
+    def unchanged(self) -> bool:
+        """Return whether nothing shows that a container changed."""
+        try:
+            return (
+                list(map(len, self._targets)) == self._lengths
+                and tuple(chain.from_iterable(self._views)) == self._items
+                and self._read_ends() == self._ends
+            )
+        except Exception:  # `==` of any object
+            return False
+
+    def _read_ends(self) -> list[Any]:
+        return [end for target in self._large for end in (target[0], target[-1])]
