@@ -25,16 +25,23 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from gradhooks.engine.module_attributes import ModuleRecord, Thoroughness, is_write_only
 from gradhooks.engine.module_values import ModuleValues
 from gradhooks.engine.module_watch import modules_in_use
 from gradhooks.engine.parameter_values import ParameterValues
-from gradhooks.engine.tensor_records import TensorRecord, all_equal
+from gradhooks.engine.tensor_records import TensorRecord, equal_values
 from gradhooks.errors import ReplayError
 from gradhooks.random_state import GeneratorStates, default_source, global_sources, user_sources
+
+
+class StatisticsCopy(NamedTuple):
+    """A running statistic and a copy of its values."""
+
+    tensor: Tensor
+    value: Tensor
 
 
 class Snapshot(NamedTuple):
@@ -50,7 +57,7 @@ class Snapshot(NamedTuple):
     random: tuple[Any, ...]
     modules: tuple[ModuleRecord, ...]
     parameters: tuple[TensorRecord, ...]
-    statistics: tuple[TensorRecord, ...] = ()
+    statistics: tuple[StatisticsCopy, ...] = ()
 
 
 class ModelState:
@@ -105,7 +112,7 @@ class ModelState:
             _are_identical(now.random, snapshot.random)
             and _are_identical(now.modules, snapshot.modules)
             and _are_identical(now.parameters, snapshot.parameters)
-            and all_equal(self._read_statistics(), snapshot.statistics)
+            and self._statistics_equal(snapshot.statistics)
         )
 
     @contextmanager
@@ -160,8 +167,8 @@ class ModelState:
         self._random.restore(snapshot.random, every=every_generator)
         self._modules.restore(snapshot.modules, self._thoroughness)
         lost = self._parameters.restore(snapshot.parameters)
-        for record in snapshot.statistics:
-            record.restore()
+        for statistics in snapshot.statistics:
+            statistics.tensor.data.copy_(statistics.value)
         if lost and may_raise:
             raise ReplayError(
                 f"a forward changed {', '.join(lost)}, which no forward changed before, so no copy was made and the "
@@ -169,10 +176,17 @@ class ModelState:
                 "register it as a buffer"
             )
 
-    def _read_statistics(self) -> tuple[TensorRecord, ...]:
+    def _read_statistics(self) -> tuple[StatisticsCopy, ...]:
         modules = filter(is_write_only, self._normalizations)
         buffers = [buffer for module in modules for buffer in module._buffers.values() if buffer is not None]
-        return tuple([TensorRecord(buffer, with_values=True) for buffer in buffers])
+        return tuple([StatisticsCopy(buffer, buffer.detach().clone()) for buffer in buffers])
+
+    def _statistics_equal(self, copies: tuple[StatisticsCopy, ...]) -> bool:
+        now = self._read_statistics()
+        return len(now) == len(copies) and all(
+            one.tensor is other.tensor and equal_values(one.value, other.value)
+            for one, other in zip(now, copies, strict=True)
+        )
 
 
 def _are_identical(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:

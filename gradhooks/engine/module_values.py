@@ -55,7 +55,7 @@ class ModuleValues:
 
     def _refresh(self, thoroughness: Thoroughness, *, by_forward: bool, only_quiet: bool = False) -> None:
         changed = False
-        if thoroughness != "signs" or not (self._containers.unchanged() and self._tensors.unchanged()):
+        if not (self._records and self._quiet_unchanged(thoroughness)):
             for watch in [watch for watch in self._watches if watch.is_quiet]:
                 changed |= watch.refresh(thoroughness, by_forward=by_forward)
             self._watch_quiet()
@@ -67,8 +67,18 @@ class ModuleValues:
     def _update_records(self) -> None:
         self._records = tuple([watch.record for watch in self._watches])
 
+    def _quiet_unchanged(self, thoroughness: Thoroughness) -> bool:
+        if not (self._containers.unchanged() and self._tensors.unchanged()):
+            return False
+        compared = [] if thoroughness == "signs" else self._partly_shown
+        if thoroughness == "cpu":
+            compared = [record for record in compared if record.tensor.device.type == "cpu"]
+        return all(record.has_same_values() for record in compared)
+
     def _watch_quiet(self) -> None:
         quiet = [watch.record for watch in self._watches if watch.is_quiet]
+        tensors = [tensor for record in quiet for tensor in record.tensors]
         self._noisy = [watch for watch in self._watches if not watch.is_quiet]
         self._containers = ContainerWatch(container for record in quiet for container in record.containers)
-        self._tensors = TensorWatch(tensor for record in quiet for tensor in record.tensors)
+        self._tensors = TensorWatch(tensors)
+        self._partly_shown = [tensor for tensor in tensors if not tensor.shows_all]
