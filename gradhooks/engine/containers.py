@@ -23,6 +23,12 @@ class ContainerRecord(NamedTuple):
     items: tuple[Any, ...]
     skipped: frozenset[str] = frozenset()
 
+    def views(self) -> list[Iterable[Any]]:
+        """Return iterables over what to watch. Names of attributes are not: their number and values suffice."""
+        if self.keys is None:
+            return [self.target]
+        return [self.target.values()] if self.skipped else [self.target.values(), self.target]
+
     def restore(self) -> None:
         """Put the contents back, into the same container, so that its aliases stay valid."""
         base = base_of(self.target)
@@ -87,14 +93,15 @@ class ContainerWatch:
     """
 
     def __init__(self, records: Iterable[ContainerRecord]) -> None:
-        targets = list({id(record.target): record.target for record in records}.values())
+        unique = list({id(record.target): record for record in records}.values())
+        targets = [record.target for record in unique]
         self._targets = targets
         self._lengths = list(map(len, targets))
         self._views: list[Iterable[Any]] = []
         self._large = [target for target in targets if len(target) > LARGE and isinstance(target, (list, deque))]
-        for target in targets:
-            if len(target) <= LARGE:
-                self._views += [target.values(), target] if isinstance(target, dict) else [target]
+        for record in unique:
+            if len(record.target) <= LARGE:
+                self._views += record.views()
         self._items = tuple(chain.from_iterable(self._views))
         self._ends = self._read_ends()
 

@@ -40,8 +40,8 @@ def fresh_containers(pose: Any) -> Any:
     """Return a copy of the containers of a pose that shares everything else, tensors above all.
 
     What a model writes into its pose (`pose["features"] = ...`, `data.h = ...`) then stays in the copy. Copied, at
-    every level, are lists, mappings, sets, tuples of these, dataclasses, the data objects of PyTorch Geometric, objects that
-    define `__copy__`, and objects of plain Python classes. A pose without them is returned as it is.
+    every level, are lists, mappings, sets, tuples of these, dataclasses, the data objects of PyTorch Geometric, objects
+    that define `__copy__`, and objects of plain Python classes. A pose without them is returned as it is.
     """
     if isinstance(pose, Tensor) or (type(pose) is tuple and all(isinstance(part, Tensor) for part in pose)):
         return pose

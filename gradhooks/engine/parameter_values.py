@@ -8,12 +8,13 @@ Rules:
        copied, and as many frozen ones as need no more memory than these or 64 MiB. After this forward whole contents
        are compared, and the copies of what did not change are dropped.
     2. What changed is copied before each chunk from then on.
-    3. The others are watched (`TensorWatch`): version counter, address, number of elements, on the CPU the first 4 KiB.
+    3. The others are watched (`TensorWatch`): version counter, address, number of elements, on the CPU the first 1 KiB.
        Not seen is a write through `.data`, behind these bytes or on a device, that begins only later.
     4. What is seen to change, but was not copied, cannot be restored: an error, once, that names the parameter.
     5. While shadows are in the model, they are recorded: their memory is that of the parameters.
 """
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,10 +48,11 @@ class ParameterValues:
                 if parameter is not None and address_of(parameter) is not None and not is_lazy(parameter):
                     found.setdefault(id(parameter), _Slot(module._parameters, name, f"{path}.{name}".lstrip(".")))
         self._slots = list(found.values())
+        self._tables = [slot.parameters for slot in self._slots]
+        self._names = [slot.name for slot in self._slots]
         self._changing: set[int] = set()
         self._probing: set[int] = set()
-        self._records: tuple[TensorRecord, ...] = ()
-        self._watch = TensorWatch(())
+        self._set(())
 
     def begin(self, *, probe: bool) -> None:
         """Record all parameters as they are; what changed before was not changed by a forward.
@@ -114,17 +116,14 @@ class ParameterValues:
         return lost
 
     def _tensors(self) -> list[Tensor]:
-        return [slot.parameters[slot.name] for slot in self._slots]
+        return list(map(operator.getitem, self._tables, self._names))
 
     def _is_current(self, tensors: list[Tensor]) -> bool:
-        return (
-            len(self._records) == len(tensors)
-            and all(record.tensor is tensor for record, tensor in zip(self._records, tensors, strict=True))
-            and self._watch.unchanged()
-        )
+        return all(map(operator.is_, self._recorded, tensors)) and self._watch.unchanged()
 
     def _set(self, records: Iterable[TensorRecord]) -> None:
         self._records = tuple(records)
+        self._recorded = [record.tensor for record in self._records]
         self._watch = TensorWatch(self._records)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HEAD_BYTES = 4096
+HEAD_BYTES = 1024
 _PLAIN_TYPES = {Tensor, nn.Parameter, getattr(nn, "Buffer", nn.Parameter)}
 _counter_of = attrgetter("_version")
 _bytes_of = attrgetter("raw")
