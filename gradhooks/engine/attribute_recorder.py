@@ -73,7 +73,7 @@ class Recorder:
         else:
             skipped = _RNN_MACHINERY if isinstance(module, nn.RNNBase) else MACHINERY
             self.add_container(vars(module), skipped | _computed_attributes(module))
-            if module._buffers and not is_write_only(module):
+            if not is_write_only(module):
                 self.add_container(module._buffers)
                 self.add_container(module._non_persistent_buffers_set)
         record = ModuleRecord(

@@ -46,6 +46,11 @@ class ModuleRecord(NamedTuple):
     script: ScriptRecord | None
     has_graph: bool
 
+    @property
+    def shows_changes(self) -> bool:
+        """Whether watching containers and tensors suffices to see a change."""
+        return not (self.generators or self.script or self.has_graph)
+
     def restore(self, present: "ModuleRecord", *, hidden: bool) -> None:
         """Put everything back.
 

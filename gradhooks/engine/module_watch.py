@@ -14,7 +14,7 @@ class ModuleWatch:
 
     Attributes:
         record: What the module held when it was recorded last, or restored.
-        changes: Whether a forward was seen to change it, or changes do not show (graphs, TorchScript attributes).
+        changes: Whether a forward was seen to change it, or changes do not show.
         hidden: Whether a tensor was seen to change without a sign (see `TensorWatch`): compared by content.
     """
 
@@ -46,7 +46,7 @@ class ModuleWatch:
         if record is self.record:
             return False
         self.record = record
-        self.changes |= by_forward or record.has_graph or record.script is not None
+        self.changes |= by_forward or not record.shows_changes
         return True
 
     def restore(self, record: ModuleRecord) -> None:

@@ -5,8 +5,8 @@ a forward. Copies of all parameters at each step would be too expensive, so whic
 
 Rules:
     1. Before the first forward, and the first one in another mode (training flags), all trainable parameters are
-       copied, and as many frozen ones as need no more memory than these or 64 MiB. After this forward whole contents
-       are compared, and the copies of what did not change are dropped.
+       copied, and as many frozen ones as need no more memory than these or 64 MiB. Whole contents are compared in the
+       next snapshots, of which at least one follows a forward; then the copies of what did not change are dropped.
     2. What changed is copied before each chunk from then on.
     3. The others are watched (`TensorWatch`): version counter, address, number of elements, on the CPU the first 1 KiB.
        Not seen is a write through `.data`, behind these bytes or on a device, that begins only later.
@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from gradhooks.engine.tensor_records import TensorRecord, TensorWatch, address_of
 
 _LEAST_BUDGET = 64 << 20
+_PROBES = 3  # snapshots: at the beginning of the batch, perhaps once more before the first forward, and after it
 
 
 class _Slot(NamedTuple):
@@ -52,6 +53,7 @@ class ParameterValues:
         self._names = [slot.name for slot in self._slots]
         self._changing: set[int] = set()
         self._probing: set[int] = set()
+        self._probes_left = 0
         self._set(())
 
     def begin(self, *, probe: bool) -> None:
@@ -63,6 +65,7 @@ class ParameterValues:
         tensors = self._tensors()
         if probe:
             self._probing = _affordable(tensors) - self._changing
+            self._probes_left = _PROBES
         elif self._is_current(tensors):
             return
         copied = self._changing | self._probing
@@ -77,7 +80,7 @@ class ParameterValues:
     def snapshot(self) -> tuple[TensorRecord, ...]:
         """Return the records of now: those of before, if no parameter changed."""
         tensors = self._tensors()
-        probed, self._probing = self._probing, set()
+        probed = self._probing
         if not probed and not self._changing and self._is_current(tensors):
             return self._records
         records = list(self._records)
@@ -88,20 +91,21 @@ class ParameterValues:
             kept = tensor is record.tensor and record.looks_unchanged()
             compared = index in probed or index in self._changing
             if kept and not (compared and not record.has_same_values()):
-                if index in probed:
-                    record.value = None
                 continue
             if compared and tensor is record.tensor and record.looks_in_place() and record.has_same_values():
                 records[index] = record.renewed()  # only the counter moved
             else:
                 records[index] = TensorRecord(tensor, with_values=True)
             self._changing.add(index)
+        self._end_probe()
         if any(new is not old for new, old in zip(records, self._records, strict=True)):
             self._set(records)
         return self._records
 
     def restore(self, records: Sequence[TensorRecord]) -> list[str]:
         """Give parameters the values of a snapshot; return the names of those whose values are lost (Rule 4)."""
+        if self._probing:
+            self.snapshot()  # marks what changed
         if records is self._records and not self._changing and self._watch.unchanged():
             return []
         lost = []
@@ -114,6 +118,14 @@ class ParameterValues:
                 self._changing.add(index)
         self._set(record if record.looks_unchanged() else record.renewed() for record in records)
         return lost
+
+    def _end_probe(self) -> None:
+        self._probes_left = max(0, self._probes_left - 1)
+        self._probing -= self._changing
+        if self._probes_left == 0:
+            for index in self._probing:
+                self._records[index].value = None
+            self._probing = set()
 
     def _tensors(self) -> list[Tensor]:
         return list(map(operator.getitem, self._tables, self._names))
