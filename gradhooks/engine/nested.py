@@ -5,7 +5,7 @@ import dataclasses
 import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ def _shallow_copy(value: Any) -> Any:
     kind = type(value)
     if isinstance(value, (dict, list, MutableMapping, set, deque)) or _is_dataclass(value) or _is_graph(value):
         return copy.copy(value)
-    if hasattr(kind, "__copy__") and hasattr(value, "__dict__"):
+    if kind is SimpleNamespace or (hasattr(kind, "__copy__") and hasattr(value, "__dict__")):
         return copy.copy(value)
     make: object = kind.__new__
     if make is not object.__new__ or not hasattr(value, "__dict__"):
