@@ -31,52 +31,7 @@ class RandomSource(NamedTuple):
         if known is not None and self.is_still(known):
             return known
         state = self.get()
-        return known if _same_state(known, state) else state
-
-
-class GeneratorStates:
-    """Records and restores the states of several random sources.
-
-    A costly source from which no forward was seen to draw is read only where `every` is asked for.
-
-    Args:
-        sources: The sources.
-    """
-
-    def __init__(self, sources: Iterable[RandomSource]) -> None:
-        self._sources = tuple(sources)
-        self._states: tuple[Any, ...] = (None,) * len(self._sources)
-        self._drawn: set[int] = set()
-
-    def begin(self) -> None:
-        """Read all states; what was drawn before was not drawn by a forward."""
-        self._read(every=True)
-
-    def snapshot(self, *, every: bool) -> tuple[Any, ...]:
-        """Return the states of now: those of before, if none changed."""
-        self._drawn |= self._read(every=every)
-        return self._states
-
-    def restore(self, states: tuple[Any, ...], *, every: bool) -> None:
-        """Set all generators to the states of a snapshot."""
-        self._drawn |= self._read(every=every)
-        for source, wanted, present in zip(self._sources, states, self._states, strict=True):
-            if wanted is not present:
-                source.set(wanted)
-        self._states = states
-
-    def _read(self, *, every: bool) -> set[int]:
-        """Read the states; return which ones changed."""
-        states = [
-            source.read_if_changed(known) if every or not source.costly or index in self._drawn else known
-            for index, (source, known) in enumerate(zip(self._sources, self._states, strict=True))
-        ]
-        changed = {
-            index for index, (state, known) in enumerate(zip(states, self._states, strict=True)) if state is not known
-        }
-        if changed:
-            self._states = tuple(states)
-        return changed
+        return known if same_state(known, state) else state
 
 
 def default_source(device: torch.device) -> RandomSource:
@@ -172,15 +127,16 @@ def _legacy_source(generator: Any) -> RandomSource:
     )
 
 
-def _same_state(one: Any, other: Any) -> bool:
+def same_state(one: Any, other: Any) -> bool:
+    """Return whether two states of a generator are equal."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and torch.equal(one, other)
     if isinstance(one, _LegacyState):
-        return isinstance(other, _LegacyState) and one.twister == other.twister and _same_state(one.state, other.state)
+        return isinstance(other, _LegacyState) and one.twister == other.twister and same_state(one.state, other.state)
     if isinstance(one, Mapping):
-        return isinstance(other, Mapping) and all(_same_state(value, other.get(key)) for key, value in one.items())
+        return isinstance(other, Mapping) and all(same_state(value, other.get(key)) for key, value in one.items())
     if hasattr(one, "tobytes"):  # an array of numpy
         return hasattr(other, "tobytes") and bool(one.tobytes() == other.tobytes())
     if isinstance(one, tuple) and isinstance(other, tuple) and any(hasattr(part, "tobytes") for part in one):
-        return len(one) == len(other) and all(map(_same_state, one, other))
+        return len(one) == len(other) and all(map(same_state, one, other))
     return bool(one == other)

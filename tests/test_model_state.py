@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import gradhooks
 from gradhooks.engine.model_state import ModelState
+from gradhooks.engine.parameter_values import carry_over_data
+from gradhooks.engine.shadow_parameters import ShadowParameters
 
 COUNT = 5
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -103,11 +105,10 @@ def trained(name: str, accumulator: str | None) -> tuple[dict[str, Any], list[Te
     return contents(model), gradients, predictions
 
 
-# What the full graph itself refuses, or what needs the function that carries over the memory of shadows.
-NOT_YET = {"NormOfWeightLimited", "DecayingWeight", "LimitedEmbedding"}
+REBINDS_WEIGHTS = ["DecayingWeight", "NormOfWeightLimited"]  # needs `carry_over_data`
 
 
-@pytest.mark.parametrize("name", sorted(set(CHANGING) - NOT_YET))
+@pytest.mark.parametrize("name", sorted(set(CHANGING) - set(REBINDS_WEIGHTS)))
 def test_recompute_trains_as_the_full_graph(name: str) -> None:
     result, gradients, predictions = trained(name, "recompute")
     expected, expected_gradients, expected_predictions = trained(name, None)
@@ -115,6 +116,34 @@ def test_recompute_trains_as_the_full_graph(name: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     different = [key for key in expected if result.get(key) != expected[key] and "parameter" not in key]
     assert different == []
+
+
+@pytest.mark.parametrize("name", [*REBINDS_WEIGHTS, "WeightInPlace", "LimitedEmbedding"])
+def test_what_a_forward_does_to_shadows_reaches_the_parameters(name: str) -> None:
+    """The first run leaves what plain forwards leave, a second run leaves no trace."""
+    model, plain, poses = build(name), build(name), make_poses()
+    outputs = [plain(pose).detach() for pose in poses]
+    shadows, state = ShadowParameters(model), ModelState(model)
+    with torch.no_grad(), shadows, state.preserved(only_on_error=True):
+        snapshots, first = run_with_snapshots(model, state, poses)
+    carry_over_data(shadows.real, shadows.leaves)
+    with torch.no_grad(), shadows, state.preserved():
+        for snapshot, pose, output in reversed(list(zip(snapshots, poses, first, strict=True))):
+            state.restore(snapshot)
+            assert torch.equal(model(pose), output)
+    assert all(map(torch.equal, first, outputs))
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert all(leaf.is_set_to(real) for leaf, real in zip(shadows.leaves, shadows.real, strict=True))
+
+
+def test_a_failing_forward_leaves_parameters_and_shadows_together() -> None:
+    model = build("DecayingWeight")
+    shadows, before = ShadowParameters(model), contents(model)
+    with torch.no_grad(), pytest.raises(ZeroDivisionError), shadows, ModelState(model).preserved(only_on_error=True):
+        fail_after(model)
+    assert contents(model) == before
+    assert all(leaf.is_set_to(real) for leaf, real in zip(shadows.leaves, shadows.real, strict=True))
 
 
 def test_containers_and_buffers_keep_their_identity() -> None:

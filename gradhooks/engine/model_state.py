@@ -28,13 +28,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from gradhooks.engine.generator_states import GeneratorStates
 from gradhooks.engine.module_attributes import ModuleRecord, Thoroughness, is_write_only
 from gradhooks.engine.module_values import ModuleValues
 from gradhooks.engine.module_watch import modules_in_use
 from gradhooks.engine.parameter_values import ParameterValues
 from gradhooks.engine.tensor_records import TensorRecord, equal_values
 from gradhooks.errors import ReplayError
-from gradhooks.random_state import GeneratorStates, default_source, global_sources, user_sources
+from gradhooks.random_state import default_source, global_sources, user_sources
 
 
 class StatisticsCopy(NamedTuple):

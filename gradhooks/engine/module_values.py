@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from gradhooks.engine.containers import ContainerWatch
+from gradhooks.engine.container_watch import ContainerWatch
 from gradhooks.engine.module_attributes import ModuleRecord, Thoroughness
 from gradhooks.engine.module_watch import ModuleWatch
-from gradhooks.engine.tensor_records import TensorWatch
+from gradhooks.engine.tensor_watch import TensorWatch
 
 
 class ModuleValues:

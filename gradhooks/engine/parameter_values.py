@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gradhooks.engine.tensor_records import TensorRecord, TensorWatch, address_of
+from gradhooks.engine.tensor_records import TensorRecord, address_of
+from gradhooks.engine.tensor_watch import TensorWatch
 
 _LEAST_BUDGET = 64 << 20
 _PROBES = 3  # snapshots: at the beginning of the batch, perhaps once more before the first forward, and after it
