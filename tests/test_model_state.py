@@ -293,6 +293,30 @@ def test_a_parameter_that_is_first_changed_later_is_an_error_once() -> None:
         assert torch.equal(model.teacher.weight, before)
 
 
+class LargeWeightInPlace(Changing):
+    def prepare(self) -> None:
+        self.first = nn.Linear(4, 300, bias=False)
+
+    def change(self, pose: Tensor) -> Any:
+        self.first.weight.data[-1].mul_(0.9)
+        return self.first(pose)[-1]
+
+
+def test_large_trainable_parameters_are_copied_on_request() -> None:
+    model, poses = LargeWeightInPlace().double(), make_poses()
+    state, before = ModelState(model), contents(model)
+    with torch.no_grad():
+        with state.preserved(probe=True):
+            run_with_snapshots(model, state, poses[:1])
+        assert contents(model) == before
+        with state.preserved():  # it is known now
+            snapshots, outputs = run_with_snapshots(model, state, poses)
+            for index in reversed(range(COUNT)):
+                state.restore(snapshots[index])
+                assert torch.equal(model(poses[index]), outputs[index])
+        assert contents(model) == before
+
+
 def halve(weight: Tensor) -> float:
     weight.mul_(0.5)
     return 0.0

@@ -117,10 +117,17 @@ class ModelState:
         )
 
     @contextmanager
-    def preserved(self, *, only_on_error: bool = False) -> Iterator[Snapshot]:
-        """Restore the state at the end of the block, or only if the block raises; yields the snapshot."""
+    def preserved(self, *, only_on_error: bool = False, probe: bool = False) -> Iterator[Snapshot]:
+        """Restore the state at the end of the block, or only if the block raises; yields the snapshot.
+
+        Args:
+            only_on_error: Whether to keep what a block changes that does not raise.
+            probe: Whether to copy all trainable parameters for the block, if it is the outermost one, and to find out
+                which ones a forward changes. Without, only a new memory (`.data = ...`) can be undone of large ones
+                that no forward changed before.
+        """
         if self._depth == 0:
-            self._begin()
+            self._begin(copy_all=probe)
         before = self.snapshot(statistics=True)
         succeeded = False
         self._depth += 1
@@ -142,13 +149,13 @@ class ModelState:
     def _thoroughness(self) -> Thoroughness:
         return "everything" if self._is_first_in_mode else "signs"
 
-    def _begin(self) -> None:
+    def _begin(self, *, copy_all: bool = False) -> None:
         """Begin a batch (Rule 2)."""
         mode = self._modules.training_flags
         self._is_first_in_mode = mode not in self._known_modes
         self._random.begin()
         self._modules.begin(self._thoroughness)
-        self._parameters.begin(probe=self._is_first_in_mode)
+        self._parameters.begin(probe=self._is_first_in_mode or copy_all, copy_all=copy_all)
         self._latest = self._latest or Snapshot((), (), ())
 
     def _take(self, thoroughness: Thoroughness, *, every_generator: bool) -> Snapshot:

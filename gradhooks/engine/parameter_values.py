@@ -4,8 +4,9 @@ Frozen parameters that follow others (teachers, key encoders), `self.weight.data
 a forward. Copies of all parameters at each step would be too expensive, so which ones a forward changes is found out:
 
 Rules:
-    1. Before the first forward, and the first one in another mode (training flags), all trainable parameters are
-       copied, and as many frozen ones as need no more memory than these or 64 MiB. Whole contents are compared in the
+    1. Before the first forward, and the first one in another mode (training flags), small trainable parameters (1 KiB)
+       are copied, and as many frozen ones as need no more memory than all trainable ones or 64 MiB; all trainable ones
+       only on request, since it costs memory while the first pose runs. Whole contents are compared in the
        next snapshots, of which at least one follows a forward; then the copies of what did not change are dropped.
     2. What changed is copied before each chunk from then on.
     3. The others are watched (`TensorWatch`): version counter, address, number of elements, on the CPU the first 1 KiB.
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gradhooks.engine.tensor_records import TensorRecord, address_of
+from gradhooks.engine.tensor_records import HEAD_BYTES, TensorRecord, address_of
 from gradhooks.engine.tensor_watch import TensorWatch
 
 _LEAST_BUDGET = 64 << 20
@@ -57,15 +58,16 @@ class ParameterValues:
         self._probes_left = 0
         self._set(())
 
-    def begin(self, *, probe: bool) -> None:
+    def begin(self, *, probe: bool, copy_all: bool = False) -> None:
         """Record all parameters as they are; what changed before was not changed by a forward.
 
         Args:
             probe: Whether to find out which parameters the next forward changes (Rule 1).
+            copy_all: Whether to copy all trainable parameters for this.
         """
         tensors = self._tensors()
         if probe:
-            self._probing = _affordable(tensors) - self._changing
+            self._probing = _affordable(tensors, copy_all=copy_all) - self._changing
             self._probes_left = _PROBES
         elif self._is_current(tensors):
             return
@@ -152,12 +154,13 @@ def carry_over_data(parameters: Iterable[Tensor], shadows: Iterable[Tensor]) -> 
             parameter.data = shadow.data
 
 
-def _affordable(tensors: list[Tensor]) -> set[int]:
+def _affordable(tensors: list[Tensor], *, copy_all: bool) -> set[int]:
     """Return which parameters are copied to find out whether a forward changes them (Rule 1)."""
-    chosen = {index for index, tensor in enumerate(tensors) if tensor.requires_grad}
-    budget = max(_LEAST_BUDGET, sum(tensors[index].nbytes for index in chosen))
+    trainable = {index for index, tensor in enumerate(tensors) if tensor.requires_grad}
+    budget = max(_LEAST_BUDGET, sum(tensors[index].nbytes for index in trainable))
+    chosen = {index for index in trainable if copy_all or tensors[index].nbytes <= HEAD_BYTES}
     for index, tensor in enumerate(tensors):
-        if not tensor.requires_grad and tensor.nbytes <= budget:
+        if index not in trainable and tensor.nbytes <= budget:
             chosen.add(index)
             budget -= tensor.nbytes
     return chosen
