@@ -9,6 +9,7 @@ import pytest
 import torch
 from seeding import manual_seed
 from torch import Tensor, nn
+from unwatched import Unwatched
 
 import gradhooks
 from gradhooks.testing import full_graph
@@ -27,16 +28,16 @@ class Model(nn.Module):
         self.dropout = nn.Dropout(0.3)
         self.last = nn.Linear(8, 1)
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
-        self.runs = 0
+        self.log = Unwatched(runs=0)
         self.fails_at_run: int | None = None
         self.fault: BaseException = RuntimeError("injected")
 
     def forward(self, pose: Tensor) -> Tensor:
         hidden = self.dropout(self.norm(self.first(pose)).tanh())
         self.count += 1
-        if self.runs == self.fails_at_run:
+        if self.log.runs == self.fails_at_run:
             raise self.fault
-        self.runs += 1
+        self.log.runs += 1
         return self.last(hidden).mean(0)
 
 

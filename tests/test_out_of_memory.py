@@ -19,6 +19,7 @@ from training_reference import (
     gradients_of,
     loss_on_both,
 )
+from unwatched import Unwatched
 
 import gradhooks
 from gradhooks.engine.memory_budget import ran_out_of_memory
@@ -45,18 +46,18 @@ class LimitedMemory(nn.Module):
     Attributes:
         limit: The cost that fits; a pose costs 1 unless it brings its cost.
         where: "forward", "graph" (a forward in grad mode) or "backward".
-        chunk_sizes: The size of each chunk that ran.
+        log: The size of each chunk that ran.
     """
 
     def __init__(self, limit: float, where: str = "forward", inner: nn.Module | None = None) -> None:
         super().__init__()
         self.first, self.inner, self.last = nn.Linear(4, 6), inner or nn.Tanh(), nn.Linear(6, 1)
         self.limit, self.where = limit, where
-        self.chunk_sizes: list[int] = []
+        self.log = Unwatched(chunk_sizes=[])
 
     def forward(self, features: Tensor, cost: Tensor | None = None) -> Tensor:
         features = torch.atleast_2d(features)
-        self.chunk_sizes.append(len(features))
+        self.log.chunk_sizes.append(len(features))
         # Layers have run and state has changed before memory runs out.
         hidden = self.inner(self.first(features))
         if (len(features) if cost is None else cost.sum().item()) > self.limit:
@@ -88,16 +89,16 @@ def test_a_group_survives_running_out_of_memory(where: str, combination: str, do
     poses = double.randn(COUNT, 4)
     expected = full_graph_gradients(model, poses, combination)
     for accumulator in ACCUMULATORS:
-        model.chunk_sizes.clear()
+        model.log.chunk_sizes.clear()
         scorer = gradhooks.MultiPose(model, COMBINATIONS[combination](), accumulator=accumulator, chunk_size="auto")
         with case_label(accumulator):
             assert_same_gradients(train(scorer, poses), expected, tolerance=1e-10)
-            assert model.chunk_sizes[:4] == [2, 10, 5, 3]  # 2 to measure; then halves, rounded up
-            assert max(model.chunk_sizes[4:]) == 3
+            assert model.log.chunk_sizes[:4] == [2, 10, 5, 3]  # 2 to measure; then halves, rounded up
+            assert max(model.log.chunk_sizes[4:]) == 3
             assert scorer.report.poses == COUNT
-            model.chunk_sizes.clear()
+            model.log.chunk_sizes.clear()
             assert_same_gradients(train(scorer, poses), expected, tolerance=1e-10)
-            assert max(model.chunk_sizes) == 3  # the next group starts with the size that fitted
+            assert max(model.log.chunk_sizes) == 3  # the next group starts with the size that fitted
             assert_same_gradients(train(copy.deepcopy(scorer), poses), expected, tolerance=1e-10)
 
 
@@ -112,7 +113,7 @@ def test_running_out_of_memory_late_in_a_group(where: str, double: TensorFactory
     poses = list(zip(double.randn(12, 4), costs, strict=True))
     expected = full_graph_gradients(model, poses)
     for accumulator in ACCUMULATORS:
-        model.chunk_sizes.clear()
+        model.log.chunk_sizes.clear()
         scorer = gradhooks.MultiPose(
             model, "boltzmann", accumulator=accumulator, chunk_size="auto", collate=collate_with_costs
         )
@@ -120,7 +121,7 @@ def test_running_out_of_memory_late_in_a_group(where: str, double: TensorFactory
             for _ in range(3):
                 assert_same_gradients(train(scorer, poses), expected, tolerance=1e-10)
             # The six poses of the first chunk fit, the last three do not.
-            assert [size for size in model.chunk_sizes if size > 3][:2] == [12, 6]
+            assert [size for size in model.log.chunk_sizes if size > 3][:2] == [12, 6]
             assert scorer.report.backwards + scorer.report.skipped >= 12
 
 
@@ -154,9 +155,9 @@ def test_a_chunk_with_random_numbers_cannot_be_split_in_its_second_run(double: T
     model.limit = 4
     with pytest.raises(torch.OutOfMemoryError, match="simulated"):
         loss_on_both(prediction).backward()
-    model.chunk_sizes.clear()
+    model.log.chunk_sizes.clear()
     train(scorer, poses)
-    assert max(model.chunk_sizes) == 4
+    assert max(model.log.chunk_sizes) == 4
 
 
 @pytest.mark.parametrize("where", ["graph", "backward"])
@@ -221,7 +222,7 @@ def test_prediction_without_gradients_in_chunks_that_fit(double: TensorFactory) 
         predictions = scorer(poses).per_pose
         model.limit = 99
         torch.testing.assert_close(predictions, model(poses))
-    assert model.chunk_sizes[:6] == [2, 10, 5, 3, 3, 3]
+    assert model.log.chunk_sizes[:6] == [2, 10, 5, 3, 3, 3]
 
 
 def test_which_errors_mean_out_of_memory() -> None:

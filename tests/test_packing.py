@@ -9,16 +9,10 @@ from model_zoo import TensorFactory, mlp
 from seeding import manual_seed
 from torch import Tensor, nn
 from training_reference import Gradients, assert_bit_equal, assert_same_gradients, gradients_of
+from unwatched import Unwatched
 
 import gradhooks
 from gradhooks.testing import full_graph
-
-
-class Log:
-    """Neither module nor container, so that second runs do not restore it."""
-
-    def __init__(self) -> None:
-        self.chunk_sizes: list[int] = []
 
 
 class Counting(nn.Module):
@@ -27,7 +21,7 @@ class Counting(nn.Module):
     def __init__(self, inner: nn.Module | None = None) -> None:
         super().__init__()
         self.first, self.inner, self.last = nn.Linear(4, 6), inner or nn.Tanh(), nn.Linear(6, 1)
-        self.log = Log()
+        self.log = Unwatched(chunk_sizes=[])
 
     def forward(self, features: Tensor) -> Tensor:
         if torch.is_grad_enabled():
