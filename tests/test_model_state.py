@@ -238,8 +238,15 @@ def test_changes_between_batches_are_not_those_of_a_forward() -> None:
         assert all(record.value is None for record in snapshots[0].parameters), step
 
 
-def test_a_user_s_silent_write_between_batches_is_not_undone() -> None:
-    model, poses = build("LargeHiddenBuffer"), make_poses()
+class LargeBufferInPlace(CHANGING["LargeHiddenBuffer"]):  # type: ignore[misc]
+    def change(self, pose: Tensor) -> Any:
+        self.average[-1].mul_(0.9).add_(0.1 * pose)
+        return self.average[-1].clone()
+
+
+@pytest.mark.parametrize("kind", [LargeBufferInPlace, CHANGING["LargeHiddenBuffer"]])
+def test_a_silent_write_between_batches_is_not_undone(kind: type[Changing]) -> None:
+    model, poses = kind().double(), make_poses()
     state = ModelState(model)
     with torch.no_grad():
         for value in (1.0, 2.0):

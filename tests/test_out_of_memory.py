@@ -44,23 +44,22 @@ class LimitedMemory(nn.Module):
     """Runs out of memory if the poses of a chunk cost more than a limit.
 
     Attributes:
-        limit: The cost that fits; a pose costs 1 unless it brings its cost.
         where: "forward", "graph" (a forward in grad mode) or "backward".
-        log: The size of each chunk that ran.
+        log: `limit`, the cost that fits (a pose costs 1 unless it brings its cost); the size of each chunk that ran.
     """
 
     def __init__(self, limit: float, where: str = "forward", inner: nn.Module | None = None) -> None:
         super().__init__()
         self.first, self.inner, self.last = nn.Linear(4, 6), inner or nn.Tanh(), nn.Linear(6, 1)
-        self.limit, self.where = limit, where
-        self.log = Unwatched(chunk_sizes=[])
+        self.where = where
+        self.log = Unwatched(limit=limit, chunk_sizes=[])
 
     def forward(self, features: Tensor, cost: Tensor | None = None) -> Tensor:
         features = torch.atleast_2d(features)
         self.log.chunk_sizes.append(len(features))
         # Layers have run and state has changed before memory runs out.
         hidden = self.inner(self.first(features))
-        if (len(features) if cost is None else cost.sum().item()) > self.limit:
+        if (len(features) if cost is None else cost.sum().item()) > self.log.limit:
             if self.where == "forward" or (self.where == "graph" and torch.is_grad_enabled()):
                 raise torch.OutOfMemoryError("simulated")
             if self.where == "backward" and hidden.requires_grad:
@@ -70,7 +69,7 @@ class LimitedMemory(nn.Module):
 
 def full_graph_gradients(model: nn.Module, poses: Any, combination: str = "boltzmann") -> Gradients:
     model = copy.deepcopy(model)
-    model.limit = float("inf")
+    model.log.limit = float("inf")
     model.zero_grad()
     loss_on_both(full_graph(model, list(poses), COMBINATIONS[combination]())).backward()
     return gradients_of(dict(model.named_parameters()))
@@ -152,7 +151,7 @@ def test_a_chunk_with_random_numbers_cannot_be_split_in_its_second_run(double: T
     scorer = gradhooks.MultiPose(model, "boltzmann", accumulator="recompute", chunk_size="auto")
     poses = double.randn(8, 4)
     prediction = scorer(poses)
-    model.limit = 4
+    model.log.limit = 4
     with pytest.raises(torch.OutOfMemoryError, match="simulated"):
         loss_on_both(prediction).backward()
     model.log.chunk_sizes.clear()
@@ -167,7 +166,7 @@ def test_any_other_chunk_is_split_in_its_second_run(where: str, double: TensorFa
     poses = double.randn(8, 4)
     expected = full_graph_gradients(model, poses)
     prediction = scorer(poses)
-    model.limit = 4
+    model.log.limit = 4
     loss_on_both(prediction).backward()
     assert_same_gradients(gradients_of(dict(model.named_parameters())), expected, tolerance=1e-10)
     assert (scorer.report.backwards, scorer.report.recomputed) == (8, 8)
@@ -183,7 +182,7 @@ def test_one_pose_that_does_not_fit_is_an_error(accumulator: str, where: str, do
         with pytest.raises(torch.OutOfMemoryError, match="simulated"):
             train(scorer, double.randn(COUNT, 4))
     assert all(leaf.grad is None and not leaf._post_accumulate_grad_hooks for leaf in model.parameters())
-    model.limit = 4
+    model.log.limit = 4
     poses = double.randn(COUNT, 4)
     assert_same_gradients(train(scorer, poses), full_graph_gradients(model, poses), tolerance=1e-10)
 
@@ -220,7 +219,7 @@ def test_prediction_without_gradients_in_chunks_that_fit(double: TensorFactory) 
     poses = double.randn(COUNT, 4)
     with torch.no_grad():
         predictions = scorer(poses).per_pose
-        model.limit = 99
+        model.log.limit = 99
         torch.testing.assert_close(predictions, model(poses))
     assert model.log.chunk_sizes[:6] == [2, 10, 5, 3, 3, 3]
 
