@@ -250,7 +250,10 @@ def test_a_silent_write_between_batches_is_not_undone(kind: type[Changing]) -> N
     state = ModelState(model)
     with torch.no_grad():
         for value in (1.0, 2.0):
-            model.average.data[100:].fill_(value)
+            with state.preserved(only_on_error=True) as before:
+                run_with_snapshots(model, state, poses)
+                state.unchanged_since(before)
+            model.average.data[100:-1].fill_(value)
             expected = model.average.clone()
             with state.preserved():
                 run_with_snapshots(model, state, poses)
