@@ -86,7 +86,7 @@ class Auto(Accumulator):
 
     def uses_plain_chunks(self) -> bool:
         self._learn()
-        return not self._shares.batches or FORWARD_SHARE + self._shares.significant >= CLEARLY_CHEAPER
+        return FORWARD_SHARE + self._shares.significant >= CLEARLY_CHEAPER
 
     def observe_plain(self, coefficients: Tensor) -> None:
         self._pending.append(observe_plain(coefficients))
