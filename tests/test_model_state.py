@@ -1,5 +1,6 @@
 """ModelState: a restored model gives the same predictions again, and is left as it was found."""
 
+import copy
 import weakref
 from typing import Any
 
@@ -364,7 +365,3 @@ def test_a_batch_in_which_state_begins_to_change_starts_again(accumulator: str) 
         assert model.count == plain.count == step * COUNT
         for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad)
-
-
-def predict_all(model: nn.Module, poses: list[Tensor]) -> Tensor:
-    return torch.stack([model(pose) for pose in poses])
