@@ -12,8 +12,8 @@ from gradhooks.engine.batch import Batch
 from gradhooks.engine.context import intercept
 from gradhooks.engine.forward import predict, run_forward
 from gradhooks.engine.model_output import refuse_detached, refuse_nonfinite
-from gradhooks.engine.pose_inputs import inputs_that_require_grad
 from gradhooks.engine.plain import run_plain_chunks
+from gradhooks.engine.pose_inputs import inputs_that_require_grad
 from gradhooks.engine.schedule import MemoryExceededError
 from gradhooks.numerics import at_least_float32
 
@@ -98,7 +98,7 @@ def _run(batch: Batch, accumulator: Accumulator, *, plainly: bool) -> Prediction
             start = min(count, batch.options.chunk_size or 1)
             run_plainly(0, start)
         stop = schedule.first_plain(count)
-    if 0 < start and 0 < stop:
+    if start > 0 and stop > 0:
         raise MemoryExceededError("now that the need of a pose is known, the first poses do not run plainly")
     if stop:
         parts.append(_run_intercepted(batch, accumulator, 0, stop))

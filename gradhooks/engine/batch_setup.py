@@ -108,6 +108,7 @@ def read_batch(
         report=Report(poses=len(prepared), groups=1 if gathered is None else gathered.count),
     )
     schedule.one_by_one = depends_on_chunk(batch)
+    batch.runner.measures = schedule.left > 0
     return batch
 
 
@@ -137,7 +138,9 @@ def _gather_groups(
         return None
     without = [rank for rank, count in enumerate(counts) if count < 0 and partition.counts[rank]]
     if without:
-        raise PosesError(f"groups= is missing on rank {without[0]}; pass it on all ranks of the process_group or on none")
+        raise PosesError(
+            f"groups= is missing on rank {without[0]}; pass it on all ranks of the process_group or on none"
+        )
     index = torch.empty(0, dtype=torch.int64) if index is None else index
     if not partition.collectives.is_single:
         index = partition.collectives.gather_rows(index, partition.counts)

@@ -34,13 +34,13 @@ def depends_on_chunk(batch: Batch) -> bool:
         with state.preserved() as before:
             try:
                 alone = _predict(batch, poses.slice(0, 1), 1)
-            except Exception:  # noqa: BLE001 - raised again, with its pose, when the poses run
+            except Exception:
                 return True
             drew = not state.unchanged_since(before)
             state.restore(before)
             try:
                 known[batch.mode] = _differ_together(batch, poses, alone, drew=drew, before=before)
-            except Exception:  # noqa: BLE001 - the model takes no batches, or a pair is too large
+            except Exception:
                 known[batch.mode] = True
     return known[batch.mode]
 

@@ -74,7 +74,7 @@ def _run_local_poses(context: ForwardContext, begin: Begin) -> tuple[Accumulatio
         return NoPoses(len(context.leaves.shadows)), torch.empty(0), False
     engine = PoseEngine(context)
     with progress_of(batch.options.progress, count, "poses") as report_progress:
-        before = state.snapshot(statistics=True)
+        before, size = state.snapshot(statistics=True), 0
         chunk = Chunk(0, schedule.chunk_size(count), before)
         live = context.run(poses, chunk)
         accumulation = begin(engine, live)
@@ -88,7 +88,8 @@ def _run_local_poses(context: ForwardContext, begin: Begin) -> tuple[Accumulatio
             report_progress(chunk.stop)
             if chunk.stop == count:
                 break
-            chunk = Chunk(chunk.stop, chunk.stop + schedule.chunk_size(count - chunk.stop), state.snapshot())
+            size = size or schedule.chunk_size(count - chunk.stop)  # what the first chunk needs is known by now
+            chunk = Chunk(chunk.stop, min(count, chunk.stop + size), state.snapshot())
             # While no prediction requires grad, a graph shows whether this one does.
             if accumulation.keeps_graph or not differentiable:
                 live = context.run(poses, chunk)

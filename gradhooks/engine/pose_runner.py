@@ -21,6 +21,11 @@ from gradhooks.options import Call
 _NEEDS_GRAD = ".*(does not require grad|None of the inputs have requires_grad)"
 
 
+def input_bytes(inputs: Any) -> int:
+    """Return the bytes of the tensors in a model's input."""
+    return sum(tensor.nbytes for _, tensor in tensors_in(inputs))
+
+
 class NeedsGradModeError(Exception):
     """Internal: the model cannot run without grad mode."""
 
@@ -30,7 +35,7 @@ class PlainRun(NamedTuple):
 
     Attributes:
         predictions: Shape `(n, *prediction)`, with the graph that the model built.
-        bytes: What the graph needs.
+        bytes: What the graph keeps.
         measured: Whether this was measured, and not expected from earlier chunks.
     """
 
@@ -47,6 +52,9 @@ class PoseRunner:
         call: The option `call`.
         pose_count: The number of poses, for messages.
         need: Measures what poses need.
+
+    Attributes:
+        measures: Whether larger inputs than all before are measured.
     """
 
     def __init__(self, model: nn.Module, call: Call, pose_count: int, need: MemoryNeed) -> None:
@@ -54,6 +62,7 @@ class PoseRunner:
         self._call = call
         self._pose_count = pose_count
         self._need = need
+        self.measures = True
         self._detach_for: Leaves | None = None
         self._needs_grad_mode = False
         self._tried_without_graph = False
@@ -86,15 +95,7 @@ class PoseRunner:
         if self._detach_for is not None:
             inputs = map_tensors(self._detach_input, inputs)
         versions = [(tensor, path, tensor._version) for path, tensor in tensors_in(inputs)]
-        size = sum(tensor.nbytes for tensor, _, _ in versions)
-
-        def forward() -> Tensor:
-            return self._predict(inputs, poses, start, stop)
-
-        if torch.is_grad_enabled() and self._need.is_unmeasured(size, stop - start):
-            predictions, _ = self._need.measure(forward, size, stop - start, self._not_counted(poses, inputs))
-        else:
-            predictions = forward()
+        predictions = self._predict_measured(inputs, poses, start, stop)
         changed = [path for tensor, path, version in versions if tensor._version != version]
         if changed:
             raise _changed_in_place(poses.original_index(start), changed)
@@ -116,13 +117,13 @@ class PoseRunner:
             poses: The poses.
             start: The index of the first.
             stop: The index after the last; fewer poses run if these are expected to need more than `room`.
-            room: The bytes that their graph may need; None if all of them must run together.
+            room: The bytes that their graph may keep; None if all of them must run together.
             measure: Measure the need even if larger inputs were measured before.
         """
         inputs = poses.slice(start, stop)
         versions = [(tensor, path, _version(tensor)) for path, tensor in tensors_in(inputs)]
         count, size = stop - start, sum(tensor.nbytes for tensor, _, _ in versions)
-        expected = self._need.expected(size, count)
+        expected = self._need.expected_graph(size, count)
         if room is not None and expected > room and count > 1:
             return self.run_plainly(poses, start, start + max(1, count * room // expected), room, measure=True)
 
@@ -137,6 +138,15 @@ class PoseRunner:
             excluded = self._not_counted(poses, inputs)
             return PlainRun(*self._need.measure(forward, size, count, excluded), measured=True)
         return PlainRun(forward(), expected, measured=False)
+
+    def _predict_measured(self, inputs: Any, poses: Poses, start: int, stop: int) -> Tensor:
+        """Return the predictions; measure them if they have a graph and are larger than those before."""
+        if self.measures and torch.is_grad_enabled():
+            size, count = input_bytes(inputs), stop - start
+            if self._need.is_unmeasured(size, count):
+                excluded = self._not_counted(poses, inputs)
+                return self._need.measure(lambda: self._predict(inputs, poses, start, stop), size, count, excluded)[0]
+        return self._predict(inputs, poses, start, stop)
 
     def _not_counted(self, poses: Poses, inputs: Any) -> set[int]:
         """Return the addresses of storages that exist anyway: the model's, and those of poses that are not copied."""

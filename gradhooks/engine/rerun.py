@@ -107,9 +107,7 @@ class SecondRun:
         indices: list[int] = selected.nonzero().flatten().tolist()
         poses = PoseSubset(self._context.poses, indices)
         chunks = [Chunk(max(0, stop - size), stop, jobs[0].chunk.before) for stop in range(len(indices), 0, -size)]
-        return [
-            RerunJob(poses, chunk, indices[chunk.start : chunk.stop], chunk.stop - chunk.start) for chunk in chunks
-        ]
+        return [RerunJob(poses, chunk, indices[chunk.start : chunk.stop], chunk.stop - chunk.start) for chunk in chunks]
 
     def _run(
         self, jobs: Sequence[RerunJob], predictions: Tensor, cotangents: Tensor, *, packed: bool = False
