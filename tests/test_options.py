@@ -18,8 +18,18 @@ from gradhooks.options import OPTION_NAMES, Options, OptionTypes, call_model
 
 INVALID: list[tuple[str, Any, type[Exception], str]] = [
     ("memory", "2 XB", ValueError, "memory must be a number of bytes"),
-    ("chunk_size", 0, ValueError, "chunk_size must be at least 1, or None to take as many poses as fit in memory=, got 0"),
-    ("chunk_size", "all", ValueError, "chunk_size must be at least 1, or None to take as many poses as fit in memory=, got 'all'"),
+    (
+        "chunk_size",
+        0,
+        ValueError,
+        "chunk_size must be at least 1, or None to take as many poses as fit in memory=, got 0",
+    ),
+    (
+        "chunk_size",
+        "all",
+        ValueError,
+        "chunk_size must be at least 1, or None to take as many poses as fit in memory=, got 'all'",
+    ),
     ("chunk_size", 2.5, ValueError, "chunk_size must be at least 1"),
     ("chunk_size", True, ValueError, "chunk_size must be at least 1"),
     ("collate", 3, TypeError, "collate must be a function, got 3"),

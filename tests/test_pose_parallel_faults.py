@@ -190,7 +190,7 @@ REFUSALS: dict[Callable[..., None], tuple[str, str]] = {
     different_shape: ("PredictionError", r"rank 0: shape \(1,\).*rank 1: shape \(2,\)"),
     different_dtype: ("PredictionError", r"rank 0: .*float32.*rank 1: .*float64"),
     too_many_dimensions: ("DistributedError", "PredictionError: cannot gather predictions.*at most 8 dimensions"),
-    no_poses: ("PosesError", "empty on every rank"),
+    no_poses: ("PosesError", "no poses on any rank"),
     not_iterable_on_rank_1: ("DistributedError", "rank 1 of 2: PosesError.*got one int"),
     poses_that_require_grad: ("DistributedError", "PosesError: a pose requires grad.*detach"),
     nothing_to_train: ("PredictionError", "no prediction of the 7 poses requires grad"),

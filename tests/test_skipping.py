@@ -103,7 +103,9 @@ def test_auto_needs_few_backwards_in_every_group(double: TensorFactory) -> None:
 def test_no_pose_is_skipped_if_all_are_significant(double: TensorFactory) -> None:
     case = spread_predictions(double, 0, extent=1e-3)
     for accumulator in ("stream", "recompute", "auto"):
-        scorer = gradhooks.MultiPose(case.model, gradhooks.combinations.Min(scale=1.0), accumulator=accumulator, memory=0)
+        scorer = gradhooks.MultiPose(
+            case.model, gradhooks.combinations.Min(scale=1.0), accumulator=accumulator, memory=0
+        )
         trained(case, scorer)
         assert (scorer.report.backwards, scorer.report.skipped) == (POSES, 0)
 

@@ -96,7 +96,9 @@ def test_a_leaf_in_an_opaque_pose(index: int, accumulator: str, double: TensorFa
     model = mlp(4, 6, 1).to(double.device, double.dtype)
     poses = [Opaque(double.randn(4)) for _ in range(3)]
     poses[index].positions.requires_grad_()
-    scorer = MultiPose(model, "boltzmann", accumulator=accumulator, memory=0, call=lambda model, pose: model(pose.positions))
+    scorer = MultiPose(
+        model, "boltzmann", accumulator=accumulator, memory=0, call=lambda model, pose: model(pose.positions)
+    )
     with unchanged(model), pytest.raises(UnregisteredTensorError, match=r"of shape \(4,\)"):
         loss_on_both(scorer(poses)).backward()
     assert poses[index].positions.grad is None

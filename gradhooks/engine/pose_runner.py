@@ -193,6 +193,6 @@ def _version(tensor: Tensor) -> int:
 
 def _changed_in_place(index: int, changed: Sequence[str]) -> PosesError:
     return PosesError(
-        f"pose {index}: the model changed {', '.join(changed)} in place, so the pose cannot be run again; let the model "
-        "work on a copy (clone), or pass one with call=lambda model, pose: ..."
+        f"pose {index}: the model changed {', '.join(changed)} in place, so the pose cannot be run again; let the "
+        "model work on a copy (clone), or pass one with call=lambda model, pose: ..."
     )
