@@ -9,6 +9,7 @@ from torch import Tensor
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.model_output import prediction_rows
 from gradhooks.engine.model_state import Snapshot
+from gradhooks.engine.nested import fresh_containers
 from gradhooks.engine.pose_inputs import Poses
 
 Change = Callable[[Tensor], Tensor]
@@ -58,7 +59,7 @@ def _differ_together(batch: Batch, poses: Poses, alone: Tensor, *, drew: bool, b
 
 def _predict(batch: Batch, inputs: Any, count: int) -> Tensor:
     with torch.enable_grad():  # a model may differentiate in its forward; no graph outlives this function
-        output = batch.options.call(batch.model, inputs)
+        output = batch.options.call(batch.model, fresh_containers(inputs))
     return prediction_rows(output, 0, count, batched=True).detach()
 
 

@@ -11,6 +11,7 @@ from gradhooks.engine.accumulation import Accumulation, Chunk, NoPoses
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.model_output import check_shape, refuse_detached
+from gradhooks.engine.parameter_values import carry_over_data
 from gradhooks.engine.pose_engine import PoseEngine
 from gradhooks.engine.pose_runner import NeedsGradModeError
 from gradhooks.engine.progress import progress_of
@@ -47,7 +48,9 @@ def run_forward(context: ForwardContext, begin: Begin) -> FirstRun:
 
     def attempt() -> tuple[Accumulation, Tensor, bool]:
         with state.preserved(only_on_error=True), context.on_shadows():
-            return _run_local_poses(context, begin)
+            result = _run_local_poses(context, begin)
+        carry_over_data(context.shadows.real, context.shadows.shadows)
+        return result
 
     step = "forward"
     with (

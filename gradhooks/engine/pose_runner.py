@@ -12,13 +12,19 @@ from torch import Tensor, nn
 from gradhooks.engine.leaves import Leaves
 from gradhooks.engine.memory_need import MemoryNeed
 from gradhooks.engine.model_output import prediction_rows
-from gradhooks.engine.nested import map_tensors, tensors_in
+from gradhooks.engine.nested import fresh_containers, map_tensors, tensors_in
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.saved_tensors import storage_addresses
 from gradhooks.errors import PosesError
 from gradhooks.options import Call
 
 _NEEDS_GRAD = ".*(does not require grad|None of the inputs have requires_grad)"
+
+
+def _inputs(poses: Poses, start: int, stop: int) -> Any:
+    """Return the model's input; what the model writes into its containers does not reach the user's poses."""
+    inputs = poses.slice(start, stop)
+    return inputs if poses.collated else fresh_containers(inputs)
 
 
 def input_bytes(inputs: Any) -> int:
@@ -91,7 +97,7 @@ class PoseRunner:
             PosesError: The model changed a tensor of a pose in place.
             PredictionError: The output cannot be used as a prediction.
         """
-        inputs = poses.slice(start, stop)
+        inputs = _inputs(poses, start, stop)
         if self._detach_for is not None:
             inputs = map_tensors(self._detach_input, inputs)
         versions = [(tensor, path, tensor._version) for path, tensor in tensors_in(inputs)]
@@ -120,7 +126,7 @@ class PoseRunner:
             room: The bytes that their graph may keep; None if all of them must run together.
             measure: Measure the need even if larger inputs were measured before.
         """
-        inputs = poses.slice(start, stop)
+        inputs = _inputs(poses, start, stop)
         versions = [(tensor, path, _version(tensor)) for path, tensor in tensors_in(inputs)]
         count, size = stop - start, sum(tensor.nbytes for tensor, _, _ in versions)
         expected = self._need.expected_graph(size, count)

@@ -83,7 +83,7 @@ class SecondRun:
         return batch.schedule.retry_smaller(attempt, resizable=self._stateless)
 
     def jobs(self, selected: Tensor, size: int) -> list[RerunJob]:
-        """Return the jobs that run the selected poses again, in chunks of at most `size` poses if they may be packed."""
+        """Return the jobs that run the selected poses again, in chunks of `size` poses if they may be packed."""
         jobs = self._jobs(selected)
         return self._packed(jobs, selected, size) if self._may_pack and jobs else jobs
 

@@ -106,7 +106,7 @@ class Schedule:
         return self.need.known is None and self.left > 0
 
     def first_plain(self, count: int) -> int:
-        """Return the index of the first of `count` poses that runs plainly, after those that are intercepted (Rule 1)."""
+        """Return the index of the first of `count` poses that runs plainly; those before are intercepted (Rule 1)."""
         graph = self.need.graph_bytes
         for fitting in (count, self.room // (PARTS * self.need.step_bytes)):
             self._plain_chunk = self._capped(fitting, count)
