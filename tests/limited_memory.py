@@ -1,5 +1,4 @@
 """A model that runs out of memory, as a device does, once the graphs that are alive cost more than a limit."""
-# ruff: noqa: ARG004
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,5 +1,7 @@
 """Whatever `memory` allows: gradients, buffers and random state are those of plain PyTorch, and memory is a limit."""
 
+# ruff: noqa: ARG004
+
 import copy
 import functools
 import gc
@@ -207,10 +209,8 @@ class Sequences(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = small_mlp()
-        self.runs = 0
 
     def forward(self, pose: Tensor) -> Tensor:
-        self.runs += 1
         hidden = self.net(pose)
         return (hidden @ hidden.T).exp().mean().log().unsqueeze(0)
 
@@ -221,9 +221,17 @@ def test_larger_poses_that_come_later_are_measured() -> None:
     poses = [0.1 * torch.randn(length, 4, dtype=torch.float64) for length in [2] * 6 + [40] * 4]
     reference = copy.deepcopy(model)
     loss_on_both(full_graph(reference, poses, COMBINATIONS["boltzmann"]())).backward()
-    scorer = gradhooks.MultiPose(model, "boltzmann", memory=100_000)
-    loss_on_both(scorer(poses)).backward()
-    assert model.runs > len(poses)  # the batch started again
+    runs: list[int] = []
+
+    def call(model: nn.Module, pose: Tensor) -> Tensor:
+        runs.append(len(pose))
+        prediction: Tensor = model(pose)
+        return prediction
+
+    scorer = gradhooks.MultiPose(model, "boltzmann", memory=30_000, call=call)
+    prediction = scorer(poses)
+    assert len(runs) > len(poses)  # the batch started again
+    loss_on_both(prediction).backward()
     assert scorer.report.plain < len(poses)
     assert_same_gradients(*(gradients_of(dict(each.named_parameters())) for each in (model, reference)))
 
@@ -290,14 +298,13 @@ def test_chunks_of_one_where_predictions_depend_on_their_chunk(probability: floa
     assert sizes == [4, 4, 4, 4, 4, 2]
 
 
-@pytest.mark.xfail(reason="ModelState outlives the batch, and kernels write statistics without a sign", strict=True)
 def test_chunks_in_evaluation_after_training() -> None:
     model = Normalized(0.0)
-    scorer = gradhooks.MultiPose(model, collate=torch.stack)
-    model(rows())
+    scorer = gradhooks.MultiPose(model, collate=torch.stack, chunk_size=4)
     scorer([*rows()])
-    model(rows())
+    model(rows())  # kernels write the statistics without a sign
     model.eval()
+    scorer.chunk_size = None
     with unchanged(model):
         scorer([*rows()])
     assert scorer.report.chunks == 2
