@@ -14,7 +14,7 @@ from gradhooks.engine.forward import predict, run_forward
 from gradhooks.engine.model_output import refuse_detached, refuse_nonfinite
 from gradhooks.engine.plain import run_plain_chunks
 from gradhooks.engine.pose_inputs import inputs_that_require_grad
-from gradhooks.engine.schedule import MemoryExceededError
+from gradhooks.engine.schedule import StartAgainError
 from gradhooks.numerics import at_least_float32
 
 
@@ -99,7 +99,7 @@ def _run(batch: Batch, accumulator: Accumulator, *, plainly: bool) -> Prediction
             run_plainly(0, start)
         stop = schedule.first_plain(count)
     if start > 0 and stop > 0:
-        raise MemoryExceededError("now that the need of a pose is known, the first poses do not run plainly")
+        raise StartAgainError("now that the need of a pose is known, the first poses do not run plainly")
     if stop or not plainly:  # with a process group, this rank may have no poses
         parts.append(_run_intercepted(batch, accumulator, 0, stop))
     else:

@@ -97,7 +97,7 @@ def read_batch(
         report=Report(poses=len(prepared), groups=1 if gathered is None else gathered.count),
     )
     schedule.one_by_one = depends_on_chunk(batch)
-    batch.runner.measures = schedule.left > 0
+    batch.runner.measures = schedule.left > 0 and not sharded  # shards have no storage that could be counted
     return batch
 
 

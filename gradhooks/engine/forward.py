@@ -15,6 +15,7 @@ from gradhooks.engine.parameter_values import carry_over_data
 from gradhooks.engine.pose_engine import PoseEngine
 from gradhooks.engine.pose_runner import NeedsGradModeError
 from gradhooks.engine.progress import progress_of
+from gradhooks.engine.schedule import StartAgainError
 
 Begin = Callable[[PoseEngine, Tensor], Accumulation]
 
@@ -47,8 +48,12 @@ def run_forward(context: ForwardContext, begin: Begin) -> FirstRun:
     state, schedule = batch.parts.state, batch.schedule
 
     def attempt() -> tuple[Accumulation, Tensor, bool]:
-        with state.preserved(only_on_error=True), context.on_shadows():
-            result = _run_local_poses(context, begin)
+        try:
+            with state.preserved(only_on_error=True), context.on_shadows():
+                result = _run_local_poses(context, begin)
+        except StartAgainError:
+            state.refuse_lost_values()
+            raise
         carry_over_data(context.shadows.real, context.shadows.shadows)
         return result
 
@@ -102,6 +107,8 @@ def _run_local_poses(context: ForwardContext, begin: Begin) -> tuple[Accumulatio
             rows.append(live.detach())
     batch.report.chunks += len(engine.chunks)
     engine.end_first_run(stateless=state.unchanged_since(before))
+    if state.noticed_late and len(engine.chunks) > 1:
+        raise StartAgainError("the forward changed state that no forward changed before")
     return accumulation, rows[0] if len(rows) == 1 else torch.cat(rows), differentiable
 
 

@@ -20,6 +20,11 @@ class GeneratorStates:
         self._states: tuple[Any, ...] = (None,) * len(self._sources)
         self._drawn: set[int] = set()
 
+    @property
+    def change_count(self) -> int:
+        """The number of costly sources from which forwards are known to draw."""
+        return sum(self._sources[index].costly for index in self._drawn)
+
     def begin(self) -> None:
         """Read all states; what was drawn before was not drawn by a forward."""
         self._read(every=True)

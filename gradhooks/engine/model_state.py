@@ -11,9 +11,10 @@ Rules:
     2. What a forward changes is found out. The outermost `preserved` begins a batch; what changed before was changed by
        somebody else. A module that changed between two snapshots is recorded anew before each chunk from then on.
     3. In the first batch, and the first one in another mode (training flags), whole contents are compared before each
-       chunk. Later, of what never changed: identities, numbers and strings, lengths, and of tensors what shows
-       (`TensorRecord`); once a batch, in `unchanged_since`, the whole contents on the CPU. Python's generator, which is
-       slow to read, is read before each chunk only in the first batch, or if forwards draw from it.
+       chunk. Later, only what is known to change is recorded before each chunk; the rest is compared at the beginning
+       of a batch and in `unchanged_since`: identities, numbers and strings, lengths, and of tensors what shows
+       (`TensorRecord`), in `unchanged_since` the whole contents on the CPU. If that finds something new, `noticed_late`
+       says so, and the batch has to start again.
     4. A forward of a normalization layer in training writes the running statistics and does not read them, so a second
        run does not need their old values. They are still restored after a second run.
     5. Not recorded: what hangs on objects that are neither modules nor containers, and tensors with a graph.
@@ -72,6 +73,7 @@ class ModelState:
 
     Attributes:
         devices: The devices in use.
+        noticed_late: Whether `unchanged_since` found changes that snapshots since then may lack (Rule 3).
     """
 
     def __init__(self, model: nn.Module, generators: Iterable[object] = ()) -> None:
@@ -87,11 +89,19 @@ class ModelState:
         self._known_modes: set[tuple[bool, ...]] = set()  # for which it is known what forwards change
         self._is_first_in_mode = True
         self._depth = 0
+        self.noticed_late = False
+        self._lost: list[str] = []
 
     def snapshot(self, *, statistics: bool = False) -> Snapshot:
         """Return the state on which a later forward depends; with `statistics` also running statistics (Rule 4)."""
         if self._latest is None:
             self._begin()
+        if self._depth > 0 and not (statistics or self._is_first_in_mode):
+            return self._combine(
+                self._random.snapshot(every=False),
+                self._modules.snapshot_changing("signs"),
+                self._parameters.snapshot_changing(),
+            )
         latest = self._take(self._thoroughness, every_generator=self._is_first_in_mode)
         return latest._replace(statistics=self._read_statistics()) if statistics and self._normalizations else latest
 
@@ -108,7 +118,9 @@ class ModelState:
 
         False also if the state changed and is now as it was: a chunk in between found another one.
         """
+        known = self._change_count
         now = self._take("everything" if self._is_first_in_mode else "cpu", every_generator=True)
+        self.noticed_late = not self._is_first_in_mode and self._change_count > known
         return (
             _are_identical(now.random, snapshot.random)
             and _are_identical(now.modules, snapshot.modules)
@@ -159,17 +171,26 @@ class ModelState:
         self._latest = self._latest or Snapshot((), (), ())
 
     def _take(self, thoroughness: Thoroughness, *, every_generator: bool) -> Snapshot:
-        taken = (
+        return self._combine(
             self._random.snapshot(every=every_generator),
             self._modules.snapshot(thoroughness),
             self._parameters.snapshot(),
         )
+
+    def _combine(
+        self, random: tuple[Any, ...], modules: tuple[ModuleRecord, ...], parameters: tuple[TensorRecord, ...]
+    ) -> Snapshot:
+        """Return the latest snapshot if it holds these records, else a new one."""
         latest = self._latest
         if latest is None or not (
-            taken[0] is latest.random and taken[1] is latest.modules and taken[2] is latest.parameters
+            random is latest.random and modules is latest.modules and parameters is latest.parameters
         ):
-            latest = self._latest = Snapshot(*taken)
+            latest = self._latest = Snapshot(random, modules, parameters)
         return latest
+
+    @property
+    def _change_count(self) -> int:
+        return self._random.change_count + self._modules.change_count + self._parameters.change_count
 
     def _restore(self, snapshot: Snapshot, *, every_generator: bool, may_raise: bool = True) -> None:
         self._random.restore(snapshot.random, every=every_generator)
@@ -177,11 +198,21 @@ class ModelState:
         lost = self._parameters.restore(snapshot.parameters)
         for statistics in snapshot.statistics:
             statistics.tensor.data.copy_(statistics.value)
-        if lost and may_raise:
+        self._lost = lost
+        if may_raise:
+            self.refuse_lost_values()
+
+    def refuse_lost_values(self) -> None:
+        """Refuse to go on if the last restoration was not complete.
+
+        Raises:
+            ReplayError: A forward changed a parameter of which there was no copy (`parameter_values.py`, Rule 4).
+        """
+        if self._lost:
             raise ReplayError(
-                f"a forward changed {', '.join(lost)}, which no forward changed before, so no copy was made and the "
-                "values before are lost; from now on it is copied. Change it before the first training step, too, or "
-                "register it as a buffer"
+                f"a forward changed {', '.join(self._lost)}, which no forward changed before, so no copy was made and "
+                "the values before are lost; from now on it is copied. Change it before the first training step, too, "
+                "or register it as a buffer"
             )
 
     def _read_statistics(self) -> tuple[StatisticsCopy, ...]:

@@ -36,14 +36,25 @@ class ModuleValues:
             watch.forget()
         self._refresh(thoroughness, by_forward=False)
 
+    @property
+    def change_count(self) -> int:
+        """The number of modules that are known to change."""
+        return len(self._noisy)
+
     def snapshot(self, thoroughness: Thoroughness) -> tuple[ModuleRecord, ...]:
         """Return the records of now: those of before, if no module changed."""
         self._refresh(thoroughness, by_forward=True)
         return self._records
 
+    def snapshot_changing(self, thoroughness: Thoroughness) -> tuple[ModuleRecord, ...]:
+        """Return the records of now, under the assumption that no other modules change than those that are known to."""
+        if self._noisy:
+            self._refresh(thoroughness, by_forward=True, quiet=False)
+        return self._records
+
     def restore(self, records: Sequence[ModuleRecord], thoroughness: Thoroughness) -> None:
         """Put back what all modules held."""
-        self._refresh(thoroughness, by_forward=True, only_quiet=True)
+        self._refresh(thoroughness, by_forward=True, noisy=False)
         restored_quiet = False
         for watch, record in zip(self._watches, records, strict=True):
             if not watch.is_quiet or watch.record is not record:
@@ -53,13 +64,13 @@ class ModuleValues:
         if restored_quiet:
             self._watch_quiet()
 
-    def _refresh(self, thoroughness: Thoroughness, *, by_forward: bool, only_quiet: bool = False) -> None:
+    def _refresh(self, thoroughness: Thoroughness, *, by_forward: bool, quiet: bool = True, noisy: bool = True) -> None:
         changed = False
-        if not (self._records and self._quiet_unchanged(thoroughness)):
+        if quiet and not (self._records and self._quiet_unchanged(thoroughness)):
             for watch in [watch for watch in self._watches if watch.is_quiet]:
                 changed |= watch.refresh(thoroughness, by_forward=by_forward)
             self._watch_quiet()
-        for watch in self._noisy if not only_quiet else ():
+        for watch in self._noisy if noisy else ():
             changed |= watch.refresh(thoroughness, by_forward=by_forward)
         if changed or not self._records:
             self._update_records()

@@ -80,6 +80,15 @@ class ParameterValues:
             for index, (tensor, record) in enumerate(zip(tensors, records, strict=True))
         )
 
+    @property
+    def change_count(self) -> int:
+        """The number of parameters that are known to change."""
+        return len(self._changing)
+
+    def snapshot_changing(self) -> tuple[TensorRecord, ...]:
+        """Return the records of now, under the assumption that no other parameters change than those known to."""
+        return self.snapshot() if self._probing or self._changing else self._records
+
     def snapshot(self) -> tuple[TensorRecord, ...]:
         """Return the records of now: those of before, if no parameter changed."""
         tensors = self._tensors()

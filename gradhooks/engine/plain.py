@@ -9,7 +9,7 @@ from gradhooks.engine.model_output import check_shape
 from gradhooks.engine.open_graphs import OpenGraph
 from gradhooks.engine.progress import progress_of
 from gradhooks.engine.report import Report
-from gradhooks.engine.schedule import MemoryExceededError
+from gradhooks.engine.schedule import StartAgainError
 
 Observe = Callable[[Tensor], None]
 
@@ -31,7 +31,7 @@ def run_plain_chunks(
 
     Raises:
         PredictionError: The predictions differ in shape.
-        MemoryExceededError: The graphs keep more than was expected and allowed. What was measured is remembered.
+        StartAgainError: The graphs keep more than was expected and allowed. What was measured is remembered.
     """
     schedule, need = batch.schedule, batch.schedule.need
     room = schedule.graph_room
@@ -48,7 +48,7 @@ def run_plain_chunks(
             check_shape(rows[0] if earlier is None else earlier, rows[-1], start)
             used += run.bytes
             if used > room and is_planned:
-                raise MemoryExceededError(f"graphs of {used} bytes do not fit in {room}")
+                raise StartAgainError(f"graphs of {used} bytes do not fit in {room}")
             _hold(batch, run.predictions, run.bytes, observe)
             start += len(rows[-1])
             report_progress(start)

@@ -31,8 +31,8 @@ PARTS = 8
 Result = TypeVar("Result")
 
 
-class MemoryExceededError(Exception):
-    """Internal: plain chunks needed more than was expected; the batch starts again with what was learned."""
+class StartAgainError(Exception):
+    """Internal: something was learned with which the batch has to start again, from the state before it."""
 
 
 class Schedule:
@@ -169,7 +169,7 @@ class Schedule:
         while True:
             try:
                 return attempt()
-            except (MemoryExceededError, HooksRefusedError) as error:
+            except (StartAgainError, HooksRefusedError) as error:
                 logger.debug("starting the batch again: {}", error)
             except (RuntimeError, MemoryError) as error:
                 if not (ran_out_of_memory(error) and self._halve() and resizable):
