@@ -100,7 +100,7 @@ def _run(batch: Batch, accumulator: Accumulator, *, plainly: bool) -> Prediction
         stop = schedule.first_plain(count)
     if start > 0 and stop > 0:
         raise StartAgainError("now that the need of a pose is known, the first poses do not run plainly")
-    if stop:
+    if stop or not plainly:  # with a process group, this rank may have no poses
         parts.append(_run_intercepted(batch, accumulator, 0, stop))
     else:
         batch.report.accumulator, batch.report.reason = "none", "the graphs of all poses fit in the allowed memory"

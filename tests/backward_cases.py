@@ -70,7 +70,7 @@ def assert_gradients_of_full_graph(
     factory: TensorFactory,
     accumulators: Iterable[str] = ACCUMULATORS_AND_PLAIN,
 ) -> dict[str, BackwardCase]:
-    """Assert that `train` leaves the gradients of the full graph with each accumulator, and where all poses run plainly.
+    """Assert that `train` leaves the gradients of the full graph with each accumulator, and where poses run plainly.
 
     On a first group, "auto" delegates to one of the others (`test_auto.py`), so that it may be left out of
     `accumulators` unless `train` runs several groups or backwards.

@@ -44,10 +44,9 @@ def test_chunks(form: str, accumulator: str, double: TensorFactory) -> None:
         loss_on_both(prediction).backward()
         with case_label(size):
             assert_gradients_of_full_graph(model, double)
-        if size is None:  # as many as fit: none without memory, else all after the first, which is measured
-            expected_chunks = 2 if accumulator == "plain" else COUNT
-        else:
-            expected_chunks = -(-COUNT // size)
+        # None takes as many as fit: one without memory, else all after the first, which is measured.
+        chosen = 2 if accumulator == "plain" else COUNT
+        expected_chunks = chosen if size is None else -(-COUNT // size)
         assert (scorer.report.poses, scorer.report.chunks) == (COUNT, expected_chunks), size
 
 

@@ -140,7 +140,7 @@ class PoseRunner:
                 self._changed_poses = _changed_in_place(poses.original_index(start), changed)
             return predictions
 
-        if measure or self._need.is_unmeasured(size, count):
+        if self.measures and (measure or self._need.is_unmeasured(size, count)):
             excluded = self._not_counted(poses, inputs)
             return PlainRun(*self._need.measure(forward, size, count, excluded), measured=True)
         return PlainRun(forward(), expected, measured=False)
