@@ -1,25 +1,25 @@
 """A model that runs out of memory, as a device does, once the graphs that are alive cost more than a limit."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-@dataclass
 class Device:
-    """A device with little memory.
+    """A device with little memory. It is no part of a model's state: second runs do not restore it.
 
     Attributes:
         limit: The cost that fits; a pose costs 1 unless it brings its cost.
         used: The cost of what is alive.
         most: The largest value of `used` so far.
+        chunk_sizes: The size of each chunk that ran.
     """
 
-    limit: float
-    used: float = 0.0
-    most: float = 0.0
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.used = self.most = 0.0
+        self.chunk_sizes: list[int] = []
 
     def allocate(self, cost: float) -> "Allocation":
         if self.used + cost > self.limit:
@@ -63,18 +63,21 @@ class LimitedMemory(nn.Module):
         device: The device, with its limit.
         where: What needs memory: "forward" (with its graph, if it builds one), "graph" (a forward in grad mode), or
             "backward".
-        chunk_sizes: The size of each chunk that ran.
     """
 
     def __init__(self, limit: float, where: str = "forward", inner: nn.Module | None = None) -> None:
         super().__init__()
         self.first, self.inner, self.last = nn.Linear(4, 6), inner or nn.Tanh(), nn.Linear(6, 1)
         self.device, self.where = Device(limit), where
-        self.chunk_sizes: list[int] = []
+
+    @property
+    def chunk_sizes(self) -> list[int]:
+        """The size of each chunk that ran."""
+        return self.device.chunk_sizes
 
     def forward(self, features: Tensor, cost: Tensor | None = None) -> Tensor:
         features = torch.atleast_2d(features)
-        self.chunk_sizes.append(len(features))
+        self.device.chunk_sizes.append(len(features))
         hidden = self.inner(self.first(features))
         total = len(features) if cost is None else cost.sum().item()
         if self.where != "graph":

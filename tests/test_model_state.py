@@ -340,7 +340,7 @@ class CountsOnRequest(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Linear(4, 1)
+        self.net = nn.Linear(4, 1).double()
         self.told = Unwatched(counts=False)
         self.count = 0
 
