@@ -121,6 +121,19 @@ def test_a_batch_does_not_start_again_with_changed_poses() -> None:
         gradhooks.MultiPose(Doubling(), memory=int(0.7 * graph_bytes()))(rows())
 
 
+def test_a_batch_that_fails_does_not_start_again_with_changed_poses() -> None:
+    failures = [torch.OutOfMemoryError("simulated")]
+
+    def call(model: nn.Module, poses: Tensor) -> Tensor:
+        prediction: Tensor = model(poses)
+        if len(poses) > 2 and failures:  # neither the pose that is measured nor those that show the dependence
+            raise failures.pop()
+        return prediction
+
+    with pytest.raises(gradhooks.errors.PosesError, match=r"the model changed .* in place"):
+        gradhooks.MultiPose(Doubling(), memory=100 * graph_bytes(), call=call)(rows())
+
+
 # -- what is native when everything fits ----------------------------------------------------------------------------
 
 
