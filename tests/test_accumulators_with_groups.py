@@ -159,6 +159,15 @@ def test_auto_streams_groups_only_where_their_sums_fit(double: TensorFactory) ->
     assert report.accumulator == "stream"
 
 
+def test_auto_counts_a_sum_for_each_feature(double: TensorFactory) -> None:
+    arguments = (DECLARED["boltzmann"], GROUPS["sorted"], loss_on_groups, double, 1.0)
+    copies = 6 * sum(parameter.nbytes for parameter in probabilities(double, 1).model.parameters())
+    for memory_left, reason in ((copies - 1, "streaming needs 6 copies"), (copies, "no earlier batch")):
+        _, report = trained(*arguments, accumulator="auto", memory_left=memory_left)
+        assert report is not None
+        assert report.reason.startswith(reason)
+
+
 def test_auto_counts_the_backwards_of_a_chunk(double: TensorFactory) -> None:
     for groups, chunk_size, combination, accumulator in (
         ([0] * 6, 3, "mean", "stream"),

@@ -14,7 +14,9 @@ from gradhooks.errors import ReplayError
 
 
 def drifts(first: Tensor, second: Tensor, *, packed: bool = False, dtypes: Any = ()) -> bool:
-    context: Any = SimpleNamespace(poses=range(len(first)), autocast=SimpleNamespace(dtypes=list(dtypes)))
+    context: Any = SimpleNamespace(
+        poses=range(len(first)), batch=SimpleNamespace(autocast=SimpleNamespace(dtypes=list(dtypes)))
+    )
     try:
         refuse_drift(context, torch.arange(len(first)), second, first, packed=packed)
     except ReplayError:

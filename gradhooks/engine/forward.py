@@ -11,6 +11,7 @@ from gradhooks.engine.accumulation import Accumulation, Chunk, NoPoses
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.model_output import check_shape, refuse_detached
+from gradhooks.engine.model_state import Snapshot
 from gradhooks.engine.parameter_values import carry_over_data
 from gradhooks.engine.pose_engine import PoseEngine
 from gradhooks.engine.pose_runner import NeedsGradModeError
@@ -49,8 +50,8 @@ def run_forward(context: ForwardContext, begin: Begin) -> FirstRun:
 
     def attempt() -> tuple[Accumulation, Tensor, bool]:
         try:
-            with state.preserved(only_on_error=True), context.on_shadows():
-                result = _run_local_poses(context, begin)
+            with context.on_shadows(), state.preserved(only_on_error=True) as before:
+                result = _run_local_poses(context, begin, before)
         except StartAgainError:
             state.refuse_lost_values()
             raise
@@ -74,7 +75,7 @@ def run_forward(context: ForwardContext, begin: Begin) -> FirstRun:
     return FirstRun(accumulation, partition.gather_predictions(rows, message.received, batch.parts.device))
 
 
-def _run_local_poses(context: ForwardContext, begin: Begin) -> tuple[Accumulation, Tensor, bool]:
+def _run_local_poses(context: ForwardContext, begin: Begin, before: Snapshot) -> tuple[Accumulation, Tensor, bool]:
     """Return the accumulation, the predictions of this process, and whether any of them requires grad."""
     batch, poses, count = context.batch, context.poses, len(context.poses)
     state, schedule = batch.parts.state, batch.schedule
@@ -82,7 +83,7 @@ def _run_local_poses(context: ForwardContext, begin: Begin) -> tuple[Accumulatio
         return NoPoses(len(context.leaves.shadows)), torch.empty(0), False
     engine = PoseEngine(context)
     with progress_of(batch.options.progress, count, "poses") as report_progress:
-        before, size = state.snapshot(statistics=True), 0
+        size = 0
         chunk = Chunk(0, schedule.chunk_size(count), before)
         live = context.run(poses, chunk)
         accumulation = begin(engine, live)

@@ -146,7 +146,7 @@ class RunningSums:
             return
         self._put_back()
         sums = self._sum(k)
-        self._dense.pop(k, None)
+        self._dense.pop(k, None)  # autograd may replace a gradient that it does not add in place
         for index in self._unhooked:
             self._leaves[index].grad = sums[index]
         self._in_leaves, self._targets = k, [(k, 1.0)]

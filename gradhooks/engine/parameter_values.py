@@ -98,7 +98,7 @@ class ParameterValues:
         records = list(self._records)
         for index, (record, tensor) in enumerate(zip(self._records, tensors, strict=True)):
             if tensor is not record.tensor and tensor.requires_grad:  # shadows were put in, or taken out
-                records[index] = TensorRecord(tensor, with_values=index in self._changing)
+                records[index] = TensorRecord(tensor, with_values=index in self._changing or index in probed)
                 continue
             kept = tensor is record.tensor and record.looks_unchanged()
             compared = index in probed or index in self._changing

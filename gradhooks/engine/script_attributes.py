@@ -31,7 +31,8 @@ def record_script_attributes(
         known: The latest record.
         add_tensor: Gets the tensors among the values.
     """
-    names = [name for name in module._concrete_type.get_attributes() if name not in _MACHINERY]
+    other = {*_MACHINERY, *module._parameters.keys()}
+    names = [name for name in module._concrete_type.get_attributes() if name not in other]
     if not names:
         return None
     values = {name: getattr(module, name) for name in names}
