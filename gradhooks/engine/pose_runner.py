@@ -134,11 +134,12 @@ class PoseRunner:
             return self.run_plainly(poses, start, start + max(1, count * room // expected), room, measure=True)
 
         def forward() -> Tensor:
-            predictions = self._predict(inputs, poses, start, stop)
-            changed = [path for tensor, path, version in versions if _version(tensor) != version]
-            if changed and not poses.collated:
-                self._changed_poses = _changed_in_place(poses.original_index(start), changed)
-            return predictions
+            try:
+                return self._predict(inputs, poses, start, stop)
+            finally:
+                changed = [path for tensor, path, version in versions if _version(tensor) != version]
+                if changed and not poses.collated:
+                    self._changed_poses = _changed_in_place(poses.original_index(start), changed)
 
         if self.measures and (measure or self._need.is_unmeasured(size, count)):
             excluded = self._not_counted(poses, inputs)

@@ -63,10 +63,9 @@ def gradcheck(
         poses: A list of poses, few enough for the full graph in float64.
         combination: As for `MultiPose`.
         loss: Of a prediction; the sum of the combined prediction by default.
-        **options: Further options of `MultiPose`; an accumulator that ignores one of them runs without it. `memory` is
-            0 unless it is given, so that all poses are intercepted.
+        **options: Further options of `MultiPose`, for the accumulators that use them. `memory` is 0 by default.
     """
-    options.setdefault("memory", 0)
+    options.setdefault("memory", 0)  # all poses are intercepted
     double_model = copy.deepcopy(model).double()
     double_poses = [
         map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, pose) for pose in poses
