@@ -62,6 +62,8 @@ class GroupIndex:
         return GroupIndex(self.index[rows.cpu() if isinstance(rows, Tensor) else rows], self.count)
 
     def _copied(self, name: str, tensor: Tensor, device: torch.device) -> Tensor:
+        if device == tensor.device:
+            return tensor
         key = (name, device)
         if key not in self._device_copies:
             with torch.inference_mode(False):  # a tensor of inference mode cannot be saved for a later backward

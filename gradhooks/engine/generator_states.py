@@ -13,11 +13,14 @@ class GeneratorStates:
 
     Args:
         sources: The sources.
+
+    Attributes:
+        states: The states that were read last.
     """
 
     def __init__(self, sources: Iterable[RandomSource]) -> None:
         self._sources = tuple(sources)
-        self._states: tuple[Any, ...] = (None,) * len(self._sources)
+        self.states: tuple[Any, ...] = (None,) * len(self._sources)
         self._drawn: set[int] = set()
 
     @property
@@ -32,25 +35,25 @@ class GeneratorStates:
     def snapshot(self, *, every: bool) -> tuple[Any, ...]:
         """Return the states of now: those of before, if none changed."""
         self._drawn |= self._read(every=every)
-        return self._states
+        return self.states
 
     def restore(self, states: tuple[Any, ...], *, every: bool) -> None:
         """Set all generators to the states of a snapshot."""
         self._drawn |= self._read(every=every)
-        for source, wanted, present in zip(self._sources, states, self._states, strict=True):
+        for source, wanted, present in zip(self._sources, states, self.states, strict=True):
             if wanted is not present:
                 source.set(wanted)
-        self._states = states
+        self.states = states
 
     def _read(self, *, every: bool) -> set[int]:
         """Read the states; return which ones changed."""
         states = [
             source.read_if_changed(known) if every or not source.costly or index in self._drawn else known
-            for index, (source, known) in enumerate(zip(self._sources, self._states, strict=True))
+            for index, (source, known) in enumerate(zip(self._sources, self.states, strict=True))
         ]
         changed = {
-            index for index, (state, known) in enumerate(zip(states, self._states, strict=True)) if state is not known
+            index for index, (state, known) in enumerate(zip(states, self.states, strict=True)) if state is not known
         }
         if changed:
-            self._states = tuple(states)
+            self.states = tuple(states)
         return changed

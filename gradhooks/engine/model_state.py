@@ -139,8 +139,9 @@ class ModelState:
                 that no forward changed before.
         """
         if self._depth == 0:
-            self._begin(copy_all=probe)
-        before = self.snapshot(statistics=True)
+            before = self._begin(copy_all=probe)
+        else:
+            before = self.snapshot(statistics=True)
         succeeded = False
         self._depth += 1
         try:
@@ -161,14 +162,15 @@ class ModelState:
     def _thoroughness(self) -> Thoroughness:
         return "everything" if self._is_first_in_mode else "signs"
 
-    def _begin(self, *, copy_all: bool = False) -> None:
-        """Begin a batch (Rule 2)."""
+    def _begin(self, *, copy_all: bool = False) -> Snapshot:
+        """Begin a batch (Rule 2), and return the state with statistics."""
         mode = self._modules.training_flags
         self._is_first_in_mode = mode not in self._known_modes
         self._random.begin()
         self._modules.begin(self._thoroughness)
         self._parameters.begin(probe=self._is_first_in_mode or copy_all, copy_all=copy_all)
-        self._latest = self._latest or Snapshot((), (), ())
+        latest = self._combine(self._random.states, self._modules.records, self._parameters.records)
+        return latest._replace(statistics=self._read_statistics()) if self._normalizations else latest
 
     def _take(self, thoroughness: Thoroughness, *, every_generator: bool) -> Snapshot:
         return self._combine(

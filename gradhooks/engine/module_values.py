@@ -18,11 +18,14 @@ class ModuleValues:
 
     Args:
         modules: The modules.
+
+    Attributes:
+        records: What the modules held when they were recorded last.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._watches = [ModuleWatch(module) for module in modules]
-        self._records: tuple[ModuleRecord, ...] = ()
+        self.records: tuple[ModuleRecord, ...] = ()
         self._watch_quiet()
 
     @property
@@ -44,13 +47,13 @@ class ModuleValues:
     def snapshot(self, thoroughness: Thoroughness) -> tuple[ModuleRecord, ...]:
         """Return the records of now: those of before, if no module changed."""
         self._refresh(thoroughness, by_forward=True)
-        return self._records
+        return self.records
 
     def snapshot_changing(self, thoroughness: Thoroughness) -> tuple[ModuleRecord, ...]:
         """Return the records of now, under the assumption that no other modules change than those that are known to."""
         if self._noisy:
             self._refresh(thoroughness, by_forward=True, quiet=False)
-        return self._records
+        return self.records
 
     def restore(self, records: Sequence[ModuleRecord], thoroughness: Thoroughness) -> None:
         """Put back what all modules held."""
@@ -66,17 +69,17 @@ class ModuleValues:
 
     def _refresh(self, thoroughness: Thoroughness, *, by_forward: bool, quiet: bool = True, noisy: bool = True) -> None:
         changed = False
-        if quiet and not (self._records and self._quiet_unchanged(thoroughness)):
+        if quiet and not (self.records and self._quiet_unchanged(thoroughness)):
             for watch in [watch for watch in self._watches if watch.is_quiet]:
                 changed |= watch.refresh(thoroughness, by_forward=by_forward)
             self._watch_quiet()
         for watch in self._noisy if noisy else ():
             changed |= watch.refresh(thoroughness, by_forward=by_forward)
-        if changed or not self._records:
+        if changed or not self.records:
             self._update_records()
 
     def _update_records(self) -> None:
-        self._records = tuple([watch.record for watch in self._watches])
+        self.records = tuple([watch.record for watch in self._watches])
 
     def _quiet_unchanged(self, thoroughness: Thoroughness) -> bool:
         if not (self._containers.unchanged() and self._tensors.unchanged()):

@@ -42,6 +42,9 @@ class ParameterValues:
 
     Args:
         modules: The modules by path.
+
+    Attributes:
+        records: What the parameters held when they were recorded last.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
@@ -72,7 +75,7 @@ class ParameterValues:
         elif self._is_current(tensors):
             return
         copied = self._changing | self._probing
-        records: Sequence[TensorRecord | None] = self._records or [None] * len(tensors)
+        records: Sequence[TensorRecord | None] = self.records or [None] * len(tensors)
         self._set(
             record.with_new_values()
             if record is not None and record.tensor is tensor and index not in copied
@@ -87,16 +90,16 @@ class ParameterValues:
 
     def snapshot_changing(self) -> tuple[TensorRecord, ...]:
         """Return the records of now, under the assumption that no other parameters change than those known to."""
-        return self.snapshot() if self._probing or self._changing else self._records
+        return self.snapshot() if self._probing or self._changing else self.records
 
     def snapshot(self) -> tuple[TensorRecord, ...]:
         """Return the records of now: those of before, if no parameter changed."""
         tensors = self._tensors()
         probed = self._probing
         if not probed and not self._changing and self._is_current(tensors):
-            return self._records
-        records = list(self._records)
-        for index, (record, tensor) in enumerate(zip(self._records, tensors, strict=True)):
+            return self.records
+        records = list(self.records)
+        for index, (record, tensor) in enumerate(zip(self.records, tensors, strict=True)):
             if tensor is not record.tensor and tensor.requires_grad:  # shadows were put in, or taken out
                 records[index] = TensorRecord(tensor, with_values=index in self._changing or index in probed)
                 continue
@@ -110,18 +113,18 @@ class ParameterValues:
                 records[index] = TensorRecord(tensor, with_values=True)
             self._changing.add(index)
         self._end_probe()
-        if any(new is not old for new, old in zip(records, self._records, strict=True)):
+        if any(new is not old for new, old in zip(records, self.records, strict=True)):
             self._set(records)
-        return self._records
+        return self.records
 
     def restore(self, records: Sequence[TensorRecord]) -> list[str]:
         """Give parameters the values of a snapshot; return the names of those whose values are lost (Rule 4)."""
         if self._probing:
             self.snapshot()  # marks what changed
-        if records is self._records and not self._changing and self._watch.unchanged():
+        if records is self.records and not self._changing and self._watch.unchanged():
             return []
         lost = []
-        for index, (slot, record, present) in enumerate(zip(self._slots, records, self._records, strict=True)):
+        for index, (slot, record, present) in enumerate(zip(self._slots, records, self.records, strict=True)):
             if not slot.parameters[slot.name].requires_grad and not record.tensor.requires_grad:
                 slot.parameters[slot.name] = record.tensor
             needs_no_copy = record.value is None or (record is present and record.shows_all)
@@ -136,7 +139,7 @@ class ParameterValues:
         self._probing -= self._changing
         if self._probes_left == 0:
             for index in self._probing:
-                self._records[index].value = None
+                self.records[index].value = None
             self._probing = set()
 
     def _tensors(self) -> list[Tensor]:
@@ -146,9 +149,9 @@ class ParameterValues:
         return all(map(operator.is_, self._recorded, tensors)) and self._watch.unchanged()
 
     def _set(self, records: Iterable[TensorRecord]) -> None:
-        self._records = tuple(records)
-        self._recorded = [record.tensor for record in self._records]
-        self._watch = TensorWatch(self._records)
+        self.records = tuple(records)
+        self._recorded = [record.tensor for record in self.records]
+        self._watch = TensorWatch(self.records)
 
 
 def carry_over_data(parameters: Iterable[Tensor], shadows: Iterable[Tensor]) -> None:
