@@ -9,7 +9,7 @@ from torch import Tensor
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.model_output import prediction_rows
 from gradhooks.engine.model_state import Snapshot
-from gradhooks.engine.nested import fresh_containers
+from gradhooks.engine.nested import fresh_containers, map_tensors
 from gradhooks.engine.pose_inputs import Poses
 
 Change = Callable[[Tensor], Tensor]
@@ -30,8 +30,7 @@ def depends_on_chunk(batch: Batch) -> bool:
         return False
     known = batch.learned.chunk_dependent
     if batch.mode not in known:
-        # Copies, since a model may change its poses in place.
-        poses, state = batch.poses.narrow(0, 2).map_tensors(_copy), batch.parts.state
+        poses, state = batch.poses.narrow(0, 2), batch.parts.state
         with state.preserved() as before:
             try:
                 alone = _predict(batch, poses.slice(0, 1), 1)
@@ -59,7 +58,9 @@ def _differ_together(batch: Batch, poses: Poses, alone: Tensor, *, drew: bool, b
 
 def _predict(batch: Batch, inputs: Any, count: int) -> Tensor:
     with torch.enable_grad():  # a model may differentiate in its forward; no graph outlives this function
-        output = batch.options.call(batch.model, fresh_containers(inputs))
+        output = batch.options.call(
+            batch.model, fresh_containers(map_tensors(_copy, inputs))
+        )  # which a model may change
     return prediction_rows(output, 0, count, batched=True).detach()
 
 
