@@ -58,9 +58,8 @@ def _differ_together(batch: Batch, poses: Poses, alone: Tensor, *, drew: bool, b
 
 def _predict(batch: Batch, inputs: Any, count: int) -> Tensor:
     with torch.enable_grad():  # a model may differentiate in its forward; no graph outlives this function
-        output = batch.options.call(
-            batch.model, fresh_containers(map_tensors(_copy, inputs))
-        )  # which a model may change
+        copied = fresh_containers(map_tensors(_copy, inputs))  # a model may change them
+        output = batch.options.call(batch.model, copied)
     return prediction_rows(output, 0, count, batched=True).detach()
 
 

@@ -65,6 +65,8 @@ def _hold(batch: Batch, predictions: Tensor, count: int, observe: Observe) -> No
 class _OnBackward:
     """Called when the outer backward reaches the predictions of a plain chunk."""
 
+    __torch_unserializable__ = True  # read by PyTorch: a pickle of the predictions leaves the hook out, silently
+
     def __init__(self, graph: OpenGraph, report: Report, observe: Observe) -> None:
         self._graph = graph
         self._report = report

@@ -151,11 +151,6 @@ class Schedule:
         self._last_chunk = size
         return size
 
-    @property
-    def packs(self) -> bool:
-        """Whether poses may run together that did not in the first run."""
-        return self._batched and not self.one_by_one
-
     def retry_smaller(self, attempt: Callable[[], Result], *, resizable: bool = True) -> Result:
         """Return the result of `attempt`; after running out of memory, ask for less and call it again (Rule 4).
 
