@@ -36,7 +36,7 @@ def test_report_prints_the_summary(
     run_script(monkeypatch, "report.py", "resnet", "--poses", "2", "--repeats", "1", "--save", str(path))
     printed = capsys.readouterr().out
     assert "| time / peak memory, full graph = 1" in printed
-    assert "| mean: recompute, all graphs kept " in printed
+    assert "| mean: auto, memory=64GiB " in printed
     assert "| min, scale 1000: recompute " in printed
     assert len(json.loads(path.read_text())) == 3
     with pytest.raises(SystemExit, match="2"):
