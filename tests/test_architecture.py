@@ -65,7 +65,7 @@ LAYERS = [
     ["testing.runner"],
     ["testing"],
     ["profiling", "profiling.peak_memory", "profiling.preserved_state", "profiling.result_table"],
-    ["profiling.timing"],
+    ["profiling.timing", "profiling.planned_engine"],
     ["profiling.training_steps"],
     ["profiling.comparison", "profiling.batch_plan"],
     ["profiling.pose_memory"],

@@ -1,26 +1,24 @@
 """BatchPlanner: ask the library's own schedule and accumulators how they would run a batch."""
 
 import copy
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
 
-from gradhooks.combination import BoundCombination, StreamWeights
+from gradhooks.combination import BoundCombination
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.batch_setup import read_batch
 from gradhooks.engine.learned import Learned
 from gradhooks.engine.model_parts import ModelPartsCache
 from gradhooks.engine.nested import tensors_in
 from gradhooks.engine.open_graphs import OpenGraphs
-from gradhooks.engine.parameter_hooks import Receiver
 from gradhooks.engine.report import Report
 from gradhooks.engine.schedule import Schedule
 from gradhooks.group_index import GroupIndex
 from gradhooks.options import Options
+from gradhooks.profiling.planned_engine import PlannedEngine
 from gradhooks.profiling.training_steps import TrainingBatch
 from gradhooks.wrapper import MultiPose
 
@@ -160,40 +158,6 @@ class BatchPlanner:
         declared = engine.declare(self._prediction.flatten(), 0)
         features = None if declared is None else declared.features
         return engine.report, self.group_count * (1 if features is None else 1 + features.numel())
-
-
-@dataclass(frozen=True)
-class PlannedEngine:
-    """What an accumulator asks an engine for when it begins a batch; there are no poses behind it."""
-
-    options: Options
-    combination: BoundCombination
-    report: Report
-    pose_count: int
-    groups: list[int] | None
-    group_count: int
-    gradient_bytes: int
-    memory_left: int
-    leaves: tuple[Tensor, ...] = ()
-
-    def declare(self, predictions: Tensor, start: int) -> StreamWeights | None:
-        """Return what the combination declares."""
-        return self.combination.declare(predictions, start)
-
-    def intercept(self, receive: Receiver, indices: Iterable[int]) -> ExitStack:
-        """Return a handle that does nothing, since no gradient arrives."""
-        del receive, indices
-        return ExitStack()
-
-    def skip_threshold(self, dtype: torch.dtype) -> float:
-        """Return the size of a coefficient below which a pose is skipped: no pose is, in a plan."""
-        del dtype
-        return 0.0
-
-    def fp16_scale(self, predictions: Tensor) -> float:
-        """Return the scale of cotangents."""
-        del predictions
-        return 1.0
 
 
 def _read(batch: TrainingBatch, scorer: MultiPose[Any], learned: Learned) -> Batch:
