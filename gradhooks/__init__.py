@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from loguru import logger
 
-from gradhooks import accumulators, combinations, errors, registry, testing
+from gradhooks import accumulators, combinations, errors, group_reductions, registry, testing
 from gradhooks.accumulators import Accumulator
 from gradhooks.collation import collate_groups
 from gradhooks.combination import Combination, GradientCombination, StreamWeights
@@ -39,6 +39,7 @@ __all__ = [
     "errors",
     "estimate_memory",
     "gradcheck",
+    "group_reductions",
     "multipose",
     "registry",
     "testing",

@@ -18,28 +18,6 @@ def name_of(combination: Any) -> str:
     return name
 
 
-def apply_to_groups(
-    combination: Callable[..., Tensor], predictions: Tensor, groups: Tensor, count: int, **arguments: Any
-) -> Tensor:
-    """Combine every group with any combination, for those that wrap another one.
-
-    Args:
-        combination: A `Combination` or any callable.
-        predictions: Shape `(M, *prediction)`.
-        groups: The group of each pose, shape `(M,)`, int64.
-        count: B, the number of groups.
-        **arguments: Keyword arguments of the user's call.
-
-    Returns:
-        Shape `(B, *prediction)`.
-    """
-    forward_groups = own_forward_groups(combination)
-    if forward_groups is not None:
-        return forward_groups(predictions, groups, count, **arguments)
-    names = row_arguments(arguments, len(predictions))
-    return loop_over_groups(combination, predictions, GroupIndex(groups.cpu(), count), arguments, names)
-
-
 def own_forward_groups(combination: Any) -> Callable[..., Tensor] | None:
     """Return the method `forward_groups` of a combination if it belongs to its `forward`, or None.
 

@@ -10,6 +10,16 @@ from torch import Tensor
 
 from gradhooks.numerics import at_least_float32, per_row
 
+__all__ = [
+    "expand_groups",
+    "group_logsumexp",
+    "group_max",
+    "group_mean",
+    "group_sizes",
+    "group_softmax",
+    "group_sum",
+]
+
 
 def expand_groups(values: Tensor, groups: Tensor) -> Tensor:
     """Return for each pose the value of its group, shape `(M, ...)`, from `values` of shape `(B, ...)`."""

@@ -145,7 +145,7 @@ def test_all_is_sorted_complete_and_what_dir_shows() -> None:
     assert set(dir(gradhooks)) == {*gradhooks.__all__, "__version__"}
     public = {name for name, value in vars(gradhooks).items() if not name.startswith("_")}
     modules = {name for name in public if isinstance(getattr(gradhooks, name), ModuleType)}
-    offered_modules = {"accumulators", "combinations", "errors", "registry", "testing"}
+    offered_modules = {"accumulators", "combinations", "errors", "group_reductions", "registry", "testing"}
     imported = {"logger", "version", "PackageNotFoundError"}
     assert set(gradhooks.__all__) == (public - modules - imported) | offered_modules
 

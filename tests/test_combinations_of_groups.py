@@ -18,7 +18,6 @@ from gradhooks.combination import BoundCombination
 from gradhooks.combinations import Boltzmann, Max, Mean, Min
 from gradhooks.errors import CombinationError, PredictionError
 from gradhooks.group_index import GroupIndex
-from gradhooks.group_loop import apply_to_groups
 from gradhooks.options import Nonfinite
 from gradhooks.prediction import combine
 
@@ -184,7 +183,6 @@ def test_hooks_of_a_combination_run_for_each_group() -> None:
 )
 def test_any_callable(combination: Callable[[Tensor], Tensor]) -> None:
     assert bound(combination, INDEX)(Y).tolist() == [10, 5]
-    assert apply_to_groups(combination, Y, torch.tensor(INDEX), 2).tolist() == [10, 5]
 
 
 def test_the_loop_of_the_base_class_cuts_arguments_by_group(double: TensorFactory) -> None:
@@ -278,7 +276,6 @@ def test_an_argument_of_one_number_is_passed_to_each_group() -> None:
     offset = torch.tensor(1.0)
     for combination in (SumOrNothing(), CountsCalls()):
         assert bound(combination, INDEX, offset=offset)(Y).tolist() == [12, 7]
-        assert apply_to_groups(combination, Y, torch.tensor(INDEX), 2, offset=offset).tolist() == [12, 7]
 
 
 @pytest.mark.parametrize("nonfinite", ["drop", "propagate"])

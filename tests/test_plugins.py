@@ -13,6 +13,7 @@ import pytest
 
 import gradhooks
 import gradhooks.errors
+import gradhooks.group_reductions
 import gradhooks.testing
 from gradhooks import registry
 from gradhooks.testing import parametrize_with_checks
@@ -27,6 +28,7 @@ FOLDERS = sorted(path.parent for path in PLUGINS.glob("*/pyproject.toml"))
 PUBLIC = {
     "gradhooks": gradhooks.__all__,
     "gradhooks.errors": [name for name in vars(gradhooks.errors) if not name.startswith("_")],
+    "gradhooks.group_reductions": gradhooks.group_reductions.__all__,
     "gradhooks.testing": gradhooks.testing.__all__,
 }
 

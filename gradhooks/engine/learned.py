@@ -8,14 +8,16 @@ Mode = str
 
 @dataclass
 class PoseNeed:
-    """The memory of a pose, as far as it was measured.
+    """The memory of a pose, as far as it was measured: the largest per pose of the chunks that were.
 
     Attributes:
-        bytes: The largest need of a pose: its graph, with what a backward through it allocates.
-        input_bytes: The largest input, per pose, of a chunk that was measured.
+        graph_bytes: What the graph keeps until its backward.
+        temporary_bytes: What forward and backward allocate beside it while they run.
+        input_bytes: The input.
     """
 
-    bytes: int = 0
+    graph_bytes: int = 0
+    temporary_bytes: int = 0
     input_bytes: int = 0
 
 

@@ -1,8 +1,8 @@
 """MemoryNeed: how many bytes poses need, measured on the first ones and on those that are larger.
 
 Rules:
-    1. The need of a graph is what it saves for its backward, and `TEMPORARIES` times the largest saved tensor for what
-       the backward itself allocates (measured: 0.5 to 3 times). Without a graph it is the peak of the forward.
+    1. A graph needs what it saves for its backward, and, while it is built or run through, `TEMPORARIES` times the
+       largest saved tensor (measured: 0.5 to 3 times). Without a graph the need is the peak of the forward.
     2. The largest need per pose counts, so that a budget is a limit. It grows with the input at most quadratically
        (pairs of atoms or tokens); an input that is larger than all that were measured is measured again.
     3. Saved tensors are seen by hooks. `torch.func` refuses them; then the storages that operations return are counted.
@@ -21,7 +21,8 @@ from gradhooks.engine.saved_tensors import record_saved_tensors
 TEMPORARIES = 3
 _HOOKS_REFUSED = "saved tensor hooks"
 
-Sizes = Callable[[], list[int]]
+Sizes = Callable[[Tensor], tuple[int, int]]
+"""Returns the bytes that the graph of some predictions keeps, and those of temporary tensors."""
 
 
 class HooksRefusedError(Exception):
@@ -50,18 +51,27 @@ class MemoryNeed:
         return self._learned.pose_needs.get(self._mode)
 
     @property
-    def bytes_per_pose(self) -> int:
-        """The largest need of a pose so far; 1 if nothing was measured."""
-        known = self.known
-        return 1 if known is None else max(1, known.bytes)
+    def graph_bytes(self) -> int:
+        """What the graph of a pose keeps; 1 if nothing was measured."""
+        return max(1, self.known.graph_bytes) if self.known else 1
 
-    def expected(self, input_bytes: int, count: int) -> int:
-        """Return the expected need of `count` poses, from the size of their input (Rule 2)."""
+    @property
+    def temporary_bytes(self) -> int:
+        """What a pose needs beside its graph while it runs."""
+        return self.known.temporary_bytes if self.known else 0
+
+    @property
+    def step_bytes(self) -> int:
+        """What the step of one pose needs."""
+        return self.graph_bytes + self.temporary_bytes
+
+    def expected_graph(self, input_bytes: int, count: int) -> int:
+        """Return what the graph of `count` poses is expected to keep, from the size of their input (Rule 2)."""
         known = self.known
         if known is None:
             return 0
         growth = max(1.0, input_bytes / count / known.input_bytes) if known.input_bytes else 1.0
-        return int(count * self.bytes_per_pose * growth**2)
+        return int(count * self.graph_bytes * growth**2)
 
     def is_unmeasured(self, input_bytes: int, count: int) -> bool:
         """Return whether an input is larger than all that were measured; True if its size cannot be seen."""
@@ -80,7 +90,7 @@ class MemoryNeed:
             excluded: Addresses of storages that do not count.
 
         Returns:
-            The predictions, and the bytes of the chunk.
+            The predictions, and the bytes of their graph.
 
         Raises:
             HooksRefusedError: The model refuses hooks; a second attempt counts storages instead.
@@ -93,11 +103,12 @@ class MemoryNeed:
                     raise
                 self._learned.hooks_refused = True
                 raise HooksRefusedError(str(error)) from error
-            needed = _need(sizes(), predictions)
+            graph, temporary = sizes(predictions)
         need = self._learned.pose_needs.setdefault(self._mode, PoseNeed())
-        need.bytes = max(need.bytes, -(-needed // count))
+        need.graph_bytes = max(need.graph_bytes, -(-graph // count))
+        need.temporary_bytes = max(need.temporary_bytes, -(-temporary // count))
         need.input_bytes = max(need.input_bytes, -(-input_bytes // count))
-        return predictions, needed
+        return predictions, graph
 
     def _counting(self, excluded: Container[int]) -> AbstractContextManager[Sizes]:
         if self._with_graph and not self._learned.hooks_refused:
@@ -105,21 +116,17 @@ class MemoryNeed:
         return _counting_storages(self._device)
 
 
-def _need(sizes: Sequence[int], predictions: Tensor) -> int:
-    return sum(sizes) + TEMPORARIES * max([predictions.nbytes, *sizes])
-
-
 @contextmanager
 def _counting_saved_tensors(excluded: Container[int]) -> Iterator[Sizes]:
     with record_saved_tensors(excluded) as saved:
-        yield lambda: list(saved.values())
+        yield lambda predictions: (sum(saved.values()), TEMPORARIES * max([predictions.nbytes, *saved.values()]))
 
 
 @contextmanager
 def _counting_storages(device: torch.device) -> Iterator[Sizes]:
     # A dispatch mode would leave compiled code uncompiled for good; this way it runs uncompiled once.
     with torch.compiler.set_stance("force_eager"), LiveBytes(device.type) as counter:
-        yield lambda: [counter.peak // (1 + TEMPORARIES)]
+        yield lambda predictions: (counter.live, max(predictions.nbytes, counter.peak - counter.live))
 
 
 def mode_of(training: bool, autocast_dtypes: Sequence[torch.dtype]) -> Mode:

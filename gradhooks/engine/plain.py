@@ -14,7 +14,7 @@ from gradhooks.engine.schedule import MemoryExceededError
 Observe = Callable[[Tensor], None]
 
 MARGIN = 2
-"""Chunks are not measured if all plain poses fit at this multiple of what they are expected to need."""
+"""Chunks are not measured if all plain poses fit at this multiple of what their graphs are expected to keep."""
 
 
 def run_plain_chunks(batch: Batch, start: int, stop: int, observe: Observe) -> list[Tensor]:
@@ -27,12 +27,14 @@ def run_plain_chunks(batch: Batch, start: int, stop: int, observe: Observe) -> l
         observe: Called in the outer backward with the coefficients of each chunk, shape `(n, *prediction)`.
 
     Raises:
-        MemoryExceededError: The graphs need more than was expected and allowed. What was measured is remembered.
+        MemoryExceededError: The graphs keep more than was expected and allowed. What was measured is remembered.
     """
     schedule, need = batch.schedule, batch.schedule.need
-    measure = MARGIN * (stop - start) * need.bytes_per_pose > schedule.room
+    room = schedule.graph_room
+    is_planned = need.known is not None
+    measure = MARGIN * (stop - start) * need.graph_bytes > room
     rows: list[Tensor] = []
-    used, room = 0, schedule.room
+    used = 0
     with progress_of(batch.options.progress, len(batch.poses), "poses") as report_progress:
         while start < stop:
             size = schedule.plain_chunk_size(stop - start)
@@ -40,8 +42,8 @@ def run_plain_chunks(batch: Batch, start: int, stop: int, observe: Observe) -> l
             rows.append(run.predictions)
             check_shape(rows[0], rows[-1], start)
             used += run.bytes
-            if used > room and start + len(rows[-1]) > 1:
-                raise MemoryExceededError(f"{used} bytes are needed and {room} are allowed")
+            if used > room and is_planned:
+                raise MemoryExceededError(f"graphs of {used} bytes do not fit in {room}")
             _hold(batch, run.predictions, run.bytes, observe)
             start += len(rows[-1])
             report_progress(start)

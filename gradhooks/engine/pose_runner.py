@@ -29,7 +29,7 @@ class PlainRun(NamedTuple):
 
     Attributes:
         predictions: Shape `(n, *prediction)`, with the graph that the model built.
-        bytes: What the graph needs.
+        bytes: What the graph keeps.
         measured: Whether this was measured, and not expected from earlier chunks.
     """
 
@@ -109,12 +109,12 @@ class PoseRunner:
             poses: The poses.
             start: The index of the first.
             stop: The index after the last; fewer poses run if these are expected to need more than `room`.
-            room: The bytes that their graph may need.
+            room: The bytes that their graph may keep.
             measure: Measure the need even if larger inputs were measured before.
         """
         inputs = poses.slice(start, stop)
         count, size = stop - start, sum(tensor.nbytes for _, tensor in tensors_in(inputs))
-        expected = self._need.expected(size, count)
+        expected = self._need.expected_graph(size, count)
         if expected > room and count > 1:
             return self.run_plainly(poses, start, start + max(1, count * room // expected), room, measure=True)
 

@@ -1,9 +1,10 @@
 """Schedule: which poses of a batch run plainly, on the real parameters, and how many poses run at once.
 
 Rules:
-    1. With the need p of a pose and one copy G of the gradients, a step may need the allowed memory and p, which is
-       the step of one pose. All M poses run plainly if M p fits. If not, as many of the last poses as fit beside one
-       copy of the gradients: theirs are freed in the backward before the first second run begins.
+    1. A step may need the allowed memory and the step of one pose: a graph of g bytes and temporary tensors of t. All M
+       poses run plainly if M graphs fit, and temporary tensors for each pose of a chunk: in one chunk, else in chunks
+       that take `1 / PARTS` of the memory. If they do not fit, as many of the last poses as fit beside one copy of the
+       gradients: their graphs are freed in the backward before the first second run begins.
     2. Intercepted poses run in chunks whose graphs fit beside two copies: the sum, and what plain chunks have added.
     3. What earlier batches hold until their backward is not allowed a second time.
     4. A batch that runs out of memory starts again from the state before it, with half of the memory that it was
@@ -23,6 +24,9 @@ from gradhooks.engine.memory_need import HooksRefusedError, MemoryNeed
 from gradhooks.engine.open_graphs import OpenGraphs
 from gradhooks.engine.report import MemoryUse
 from gradhooks.units import format_bytes
+
+PARTS = 8
+"""Rule 1."""
 
 Result = TypeVar("Result")
 
@@ -67,7 +71,7 @@ class Schedule:
         if learned.memory_limit is None or learned.memory_limit[0] != memory:
             learned.memory_limit = (memory, memory_in_bytes(memory, device))
         self._memory_option = memory
-        self._last_chunk = 1
+        self._last_chunk = self._plain_chunk = 1
         self._planned = 0
         self.one_by_one = False
 
@@ -88,8 +92,13 @@ class Schedule:
 
     @property
     def room(self) -> int:
-        """The bytes that the graphs of this batch may need: what is left, and the step of one pose."""
-        return max(0, self.limit + self.need.bytes_per_pose - self._held)
+        """The bytes that this batch may need: what is left, and the step of one pose."""
+        return max(0, self.limit + self.need.step_bytes - self._held)
+
+    @property
+    def graph_room(self) -> int:
+        """The bytes that the graphs of plain chunks may keep."""
+        return self.room - self._plain_chunk * self.need.temporary_bytes
 
     @property
     def needs_measuring(self) -> bool:
@@ -98,25 +107,30 @@ class Schedule:
 
     def first_plain(self, count: int) -> int:
         """Return the index of the first of `count` poses that runs plainly, after those that are intercepted (Rule 1)."""
-        pose, room = self.need.bytes_per_pose, self.room
-        fitting = count if count * pose <= room else min(count - 1, max(0, room - self._gradient_bytes) // pose)
-        self._planned = fitting * pose
+        graph = self.need.graph_bytes
+        for fitting in (count, self.room // (PARTS * self.need.step_bytes)):
+            self._plain_chunk = self._capped(fitting, count)
+            if count * graph <= self.graph_room:
+                self._planned = count * graph
+                return 0
+        plain = min(count - 1, max(0, self.graph_room - self._gradient_bytes) // graph)
+        self._planned = plain * graph
         size = self._chunk_size or 1  # chunks of a fixed size begin at its multiples
-        return min(count, -(-(count - fitting) // size) * size)
+        return min(count, -(-(count - plain) // size) * size)
 
     def plain_chunk_size(self, remaining: int) -> int:
         """Return the size of the next plain chunk."""
-        return self._capped(remaining, remaining)
+        return self._capped(self._plain_chunk, remaining)
 
     def prediction_chunk_size(self, remaining: int) -> int:
         """Return the size of the next chunk of a batch that has no backward."""
-        size = self._capped(self.room // self.need.bytes_per_pose, remaining)
-        self._planned = size * self.need.bytes_per_pose
+        size = self._capped(self.room // self.need.step_bytes, remaining)
+        self._planned = size * self.need.step_bytes
         return size
 
     def chunk_size(self, remaining: int) -> int:
         """Return the size of the next intercepted chunk (Rule 2)."""
-        pose = self.need.bytes_per_pose
+        pose = self.need.step_bytes
         size = self._capped((self.left + pose - 2 * self._gradient_bytes) // pose, remaining)
         self._planned = max(self._planned, size * pose)
         return size
@@ -169,7 +183,7 @@ class Schedule:
             self._learned.largest_chunk = (self._last_chunk + 1) // 2
         elif used == 0:
             return False
-        self._learned.memory_limit = (self._memory_option, used // 2 if used > self.need.bytes_per_pose else 0)
+        self._learned.memory_limit = (self._memory_option, used // 2 if used > self.need.step_bytes else 0)
         logger.debug(
             "out of memory: continuing within {} and with at most {} poses at once",
             format_bytes(self.limit),

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from gradhooks.group_reductions import group_logsumexp, group_sizes
-from gradhooks.numerics import per_row
+from gradhooks.group_reductions import group_logsumexp, group_sum
 
 NEGLIGIBLE = -40.0
 """Below this, `ln(1 + exp(x))` and `exp(x)` are the same number in float64: `e^-40 < eps / 50`."""
@@ -37,5 +36,5 @@ def log_mean_exp(logarithms: Tensor) -> Tensor:
 
 def group_log_mean_exp(logarithms: Tensor, groups: Tensor, count: int) -> Tensor:
     """Compute `ln mean_i exp(x_i)` over each of the `count` groups."""
-    sizes = group_sizes(groups, count).to(logarithms.dtype)
-    return group_logsumexp(logarithms, groups, count) - per_row(sizes.log(), logarithms)
+    sizes = group_sum(torch.ones_like(logarithms), groups, count)
+    return group_logsumexp(logarithms, groups, count) - sizes.log()

@@ -1,12 +1,12 @@
 """Mean of the largest predictions."""
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from gradhooks import Combination
 from gradhooks.errors import CombinationError
 from gradhooks.group_reductions import expand_groups, group_sizes, group_sum
-from gradhooks.numerics import per_row
 
 
 class TopKMean(Combination):
@@ -41,8 +41,9 @@ class TopKMean(Combination):
         sizes = group_sizes(of_column, count)
         starts = sizes.cumsum(0) - sizes
         rank = torch.arange(len(values), device=values.device) - expand_groups(starts, of_column)
-        kept = torch.where(per_row(rank < self.k, values), values, 0.0)
-        return group_sum(kept, of_column, count) / per_row(sizes.clamp_max(self.k), values)
+        is_kept = rearrange(rank < self.k, "m -> m" + " 1" * (values.dim() - 1)).expand_as(values)
+        total = group_sum(torch.where(is_kept, values, 0.0), of_column, count)
+        return total / group_sum(is_kept.to(values.dtype), of_column, count)
 
     def extra_repr(self) -> str:
         return f"k={self.k}"

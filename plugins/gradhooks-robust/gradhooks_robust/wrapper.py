@@ -8,7 +8,6 @@ from einops import rearrange
 from torch import Tensor
 
 from gradhooks import GradientCombination, registry
-from gradhooks.group_loop import apply_to_groups
 
 
 class GradientWrapper(GradientCombination):
@@ -25,9 +24,6 @@ class GradientWrapper(GradientCombination):
     def forward(self, predictions: Tensor, **arguments: Any) -> Tensor:
         combined: Tensor = self.combination(predictions, **arguments)
         return combined
-
-    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int, **arguments: Any) -> Tensor:
-        return apply_to_groups(self.combination, predictions, groups, count, **arguments)
 
 
 def contributions(gradients: Mapping[str, Tensor], coefficients: Tensor) -> dict[str, Tensor]:

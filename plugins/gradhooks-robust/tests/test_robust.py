@@ -89,11 +89,3 @@ def test_gradients_without_clipping_or_conflicts_agree_with_the_full_graph(combi
 def test_invalid_options() -> None:
     with pytest.raises(CombinationError, match="max_norm must be positive"):
         gradhooks_robust.ClippedGradients(max_norm=0.0)
-
-
-@pytest.mark.parametrize("combination", ["boltzmann", lambda rows: rows.square().sum(0)], ids=["own kernels", "loop"])
-def test_predictions_of_groups_are_combined_by_the_wrapped_combination(combination: Any) -> None:
-    wrapper, predictions = gradhooks_robust.MedianGradient(combination), torch.randn(5, dtype=torch.float64)
-    groups = torch.tensor([1, 0, 1, 0, 1])
-    expected = torch.stack([wrapper(predictions[groups == number]) for number in range(2)])
-    torch.testing.assert_close(wrapper.forward_groups(predictions, groups, 2), expected)
