@@ -68,10 +68,10 @@ def test_compare_batches_of_groups(form: str) -> None:
     model, index = Wide().inner, torch.tensor([0, 2, 1, 1, 0, 2, 2, 1, 0, 2])
     wrapped = nn.Sequential(model, nn.Flatten(1), nn.AvgPool1d(8))
     poses, options = forms_of_poses(torch.randn(10, 8, 16))[form]
-    result = gradhooks.compare(wrapped, poses, "boltzmann", groups=index, repeats=1, budgets=["40KiB"], **options)
+    result = gradhooks.compare(wrapped, poses, "boltzmann", groups=index, repeats=1, budgets=["28KiB"], **options)
     assert [row.name for row in result.rows[:4]] == STACKED_ROWS
     assert [row.name.split(" (")[0] for row in result.rows[4:]] == [
-        f"MultiPose, memory={memory}" for memory in ("1GiB", "40KiB", "0")
+        f"MultiPose, memory={memory}" for memory in ("1GiB", "28KiB", "0")
     ]
     assert result.rows[4].plain == 10
     assert result.rows[5].plain is not None

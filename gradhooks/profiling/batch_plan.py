@@ -34,6 +34,7 @@ class BatchPlan:
         allowed: The bytes that the option `memory` stands for.
         plain: The number of poses that run plainly.
         intercepted: The number of the others.
+        plain_chunk_size: The number of plain poses that run together.
         chunks: In how many chunks all poses run the first time.
         chunk_size: The number of intercepted poses that run together.
         accumulator: The accumulator of the intercepted poses.
@@ -44,6 +45,7 @@ class BatchPlan:
     allowed: int
     plain: int
     intercepted: int
+    plain_chunk_size: int
     chunks: int
     chunk_size: int
     accumulator: str
@@ -92,28 +94,29 @@ class BatchPlanner:
 
     @property
     def pose_bytes(self) -> int:
-        """What the library expects a pose to need."""
-        return self._batch.schedule.need.bytes_per_pose
+        """What the library expects the step of a pose to need."""
+        return self._batch.schedule.need.step_bytes
 
     @property
     def plain_budget(self) -> int:
-        """The least `memory` with which all poses run plainly."""
+        """The `memory` with which all poses run plainly, at once."""
         return (self.pose_count - 1) * self.pose_bytes
 
     def plan(self, memory: str | float) -> BatchPlan:
         """Return how the batch runs with this value of the option `memory`."""
         schedule = self._schedule(memory)
         first_plain = schedule.first_plain(self.pose_count) if self._runs_plainly else self.pose_count
-        plain_chunks = _chunk_count(schedule.plain_chunk_size, self.pose_count - first_plain)
+        plain = self.pose_count - first_plain
         chunk_size = schedule.chunk_size(first_plain) if first_plain else 0
         report, copies = Report(accumulator="none", reason="the graphs of all poses fit in the allowed memory"), 0
         if first_plain:
             report, copies = self._choose(schedule, first_plain, chunk_size)
         return BatchPlan(
             allowed=schedule.limit,
-            plain=self.pose_count - first_plain,
+            plain=plain,
             intercepted=first_plain,
-            chunks=plain_chunks + _chunk_count(schedule.chunk_size, first_plain),
+            plain_chunk_size=schedule.plain_chunk_size(plain) if plain else 0,
+            chunks=_chunk_count(schedule.plain_chunk_size, plain) + _chunk_count(schedule.chunk_size, first_plain),
             chunk_size=chunk_size,
             accumulator=report.accumulator,
             reason=report.reason,

@@ -49,7 +49,7 @@ class MemoryEstimate(ResultTable):
         groups: Groups of the batch.
         gradient_bytes: One copy of the gradients.
         pose_bytes: What the library expects a pose to need.
-        full_graph_bytes: Peak of a step of the full graph.
+        full_graph_bytes: Peak of a step of the full graph, whose poses run one by one.
         free_bytes: Free memory of the model's device.
     """
 
@@ -138,6 +138,6 @@ def estimate_memory(
         groups=planner.group_count,
         gradient_bytes=measured.gradients,
         pose_bytes=planner.pose_bytes,
-        full_graph_bytes=measured.plain.of(planner.pose_count),
+        full_graph_bytes=measured.separate.of(planner.pose_count),
         free_bytes=free_bytes(planner.device),
     )

@@ -32,32 +32,39 @@ class PoseMemory:
 
     Attributes:
         gradients: One copy of the gradients.
-        plain: A plain step; the poses are batched, or their graphs are kept together.
+        chunk: A step of one chunk.
+        separate: A step of poses that run one by one, whose graphs are kept until all have run.
         later: A step of one chunk with the gradients of an earlier step, those included.
         without_graph: A forward of one chunk without a graph.
     """
 
     gradients: int
-    plain: Growth
+    chunk: Growth
+    separate: Growth
     later: Growth
     without_graph: Growth
 
+    def plain(self, count: int, chunk_size: int) -> int:
+        """Return the peak of a step of plain poses, the last of which run in a chunk of `chunk_size`."""
+        if count == 0:
+            return 0
+        return self.chunk.of(chunk_size) + self.separate.of(count - chunk_size + 1) - self.separate.one
+
     def peak(self, plan: BatchPlan) -> int:
         """Return the peak of a step of a batch."""
+        plain, gradients = self.plain(plan.plain, plan.plain_chunk_size), self.gradients
         if plan.intercepted == 0:
-            return self.plain.of(plan.plain)
+            return plain
         if plan.accumulator == "store":
-            return max(
-                (plan.intercepted - 1) * self.gradients + self.plain.one, (plan.intercepted + 1) * self.gradients
-            )
+            return max((plan.intercepted - 1) * gradients + self.chunk.one, (plan.intercepted + 1) * gradients)
         chunk = self.later.of(plan.chunk_size)
         if plan.intercepted <= plan.chunk_size:  # the first gradients are not added to others
-            chunk = self.plain.of(plan.chunk_size)
+            chunk = self.chunk.of(plan.chunk_size)
         if plan.gradient_copies:  # the sums of a stream exist while the plain poses run
-            sums = plan.gradient_copies * self.gradients
-            return max(chunk + sums - self.gradients, self.plain.of(plan.plain) + sums if plan.plain else 0)
-        if plan.plain:  # their gradients exist during the second run
-            chunk = max(chunk + self.gradients, self.plain.of(plan.plain))
+            sums = plan.gradient_copies * gradients
+            return max(chunk + sums - gradients, plain + sums if plain else 0)
+        if plain:  # their gradients exist during the second run
+            chunk = max(chunk + gradients, plain)
         return max(chunk, self.without_graph.of(plan.chunk_size))
 
 
@@ -76,9 +83,6 @@ def measure_pose_memory(batch: TrainingBatch, index: int, device: torch.device) 
         pose = poses.slice(0, count) if in_place else poses.select([index] * count)
         return prediction_rows(call(model, pose), 0, count, poses.batched)
 
-    def plain(count: int) -> list[Tensor]:
-        return [chunk(count)] if poses.batched else [chunk(1) for _ in range(count)]
-
     def step(rows: Callable[[], list[Tensor]], *, fresh: bool) -> int:
         if fresh:
             model.zero_grad()
@@ -91,12 +95,13 @@ def measure_pose_memory(batch: TrainingBatch, index: int, device: torch.device) 
         return Growth(*first, *[first[-1]] * (3 - largest))
 
     together = 3 if poses.batched else 1
-    plain_steps = growth(lambda count: step(lambda: plain(count), fresh=True), 3)
+    separate = growth(lambda count: step(lambda: [chunk(1) for _ in range(count)], fresh=True), 3)
+    at_once = growth(lambda count: step(lambda: [chunk(count)], fresh=True), together)
     gradients = sum(leaf.grad.nbytes for leaf in model.parameters() if leaf.grad is not None)
     later = growth(lambda count: gradients + step(lambda: [chunk(count)], fresh=False), together)
     with torch.no_grad():
         without_graph = growth(lambda count: _peak(lambda: chunk(count), device), together)
-    return PoseMemory(gradients, plain_steps, later, without_graph)
+    return PoseMemory(gradients, at_once, separate, later, without_graph)
 
 
 def _peak(run: Callable[[], object], device: torch.device) -> int:
