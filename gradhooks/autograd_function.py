@@ -13,7 +13,7 @@ from gradhooks.numerics import at_least_float32
 
 
 class PosePredictions(torch.autograd.Function):
-    """Attaches the predictions of intercepted poses to the real leaves, and delivers their total gradient in the backward.
+    """Attaches the predictions of intercepted poses to the real leaves, and delivers their gradient in the backward.
 
     The predictions are returned twice: one tensor goes to the combination, the other to the user, so that the two parts
     of each coefficient arrive separately.

@@ -11,11 +11,15 @@ from gradhooks.autograd_function import attach_to_graph
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.context import intercept
 from gradhooks.engine.forward import predict, run_forward
-from gradhooks.engine.model_output import check_shape, refuse_detached, refuse_nonfinite
-from gradhooks.engine.pose_inputs import inputs_that_require_grad
+from gradhooks.engine.model_output import refuse_detached, refuse_nonfinite
 from gradhooks.engine.plain import run_plain_chunks
-from gradhooks.engine.schedule import MemoryExceededError
+from gradhooks.engine.pose_inputs import inputs_that_require_grad
+from gradhooks.engine.schedule import StartAgainError
 from gradhooks.numerics import at_least_float32
+
+
+class DroppedPosesError(Exception):
+    """Internal: a plain pose is dropped. A backward with the coefficient 0 would make NaN of its gradients."""
 
 
 class Predictions(NamedTuple):
@@ -39,10 +43,10 @@ def run_batch(batch: Batch, accumulator: Accumulator) -> Predictions:
         predictions = predict(batch)
         _check(batch, predictions)
         return Predictions(predictions, predictions)
-    state = batch.parts.state
 
-    def attempt() -> Predictions:
-        with state.preserved(only_on_error=True):
+    def attempt(*, plainly: bool = plainly) -> Predictions:
+        batch.runner.refuse_changed_poses()
+        with batch.parts.state.preserved(only_on_error=True):
             batch.report.reset_counts()
             predictions = _run(batch, accumulator, plainly=plainly)
             if batch.parts.trainable and not predictions.for_user.requires_grad:
@@ -51,7 +55,10 @@ def run_batch(batch: Batch, accumulator: Accumulator) -> Predictions:
             batch.report.memory = batch.schedule.use
             return predictions
 
-    return batch.schedule.retry_smaller(attempt) if plainly else attempt()
+    try:
+        return batch.schedule.retry_smaller(attempt) if plainly else attempt()
+    except DroppedPosesError:
+        return attempt(plainly=False)
 
 
 def _requires_grad(batch: Batch) -> bool:
@@ -61,11 +68,14 @@ def _requires_grad(batch: Batch) -> bool:
 def _check(batch: Batch, predictions: Tensor) -> None:
     if batch.options.nonfinite == "raise":
         refuse_nonfinite(predictions.detach())
+    if batch.options.nonfinite == "drop" and batch.report.plain and not predictions.detach().isfinite().all():
+        raise DroppedPosesError
 
 
 def _may_run_plainly(batch: Batch, accumulator: Accumulator) -> bool:
     return (
-        accumulator.uses_plain_chunks
+        batch.schedule.left > 0
+        and accumulator.uses_plain_chunks
         and batch.partition.collectives.is_single
         and not batch.sharded
         and batch.combination.combine_gradients is None
@@ -77,8 +87,8 @@ def _run(batch: Batch, accumulator: Accumulator, *, plainly: bool) -> Prediction
     parts: list[Predictions] = []
 
     def run_plainly(first: int, last: int) -> None:
-        rows = run_plain_chunks(batch, first, last, accumulator.observe_plain)
-        check_shape(parts[0].for_user if parts else rows[0], rows[0], first)
+        earlier = parts[0].for_user if parts else None
+        rows = run_plain_chunks(batch, first, last, accumulator.observe_plain, earlier=earlier)
         live = rows[0] if len(rows) == 1 else torch.cat(rows)
         parts.append(Predictions(live.to(at_least_float32(live.dtype)), live))
 
@@ -88,9 +98,9 @@ def _run(batch: Batch, accumulator: Accumulator, *, plainly: bool) -> Prediction
             start = min(count, batch.options.chunk_size or 1)
             run_plainly(0, start)
         stop = schedule.first_plain(count)
-    if 0 < start and 0 < stop:
-        raise MemoryExceededError("now that the need of a pose is known, the first poses do not run plainly")
-    if stop:
+    if start > 0 and stop > 0:
+        raise StartAgainError("now that the need of a pose is known, the first poses do not run plainly")
+    if stop or not plainly:  # with a process group, this rank may have no poses
         parts.append(_run_intercepted(batch, accumulator, 0, stop))
     else:
         batch.report.accumulator, batch.report.reason = "none", "the graphs of all poses fit in the allowed memory"

@@ -191,7 +191,9 @@ def _chunk_size(value: Any) -> ChunkSize:
     except TypeError:
         size = 0
     if size < 1 or isinstance(value, bool):
-        raise ValueError(f"chunk_size must be at least 1, or None to take as many poses as fit in memory=, got {value!r}")
+        raise ValueError(
+            f"chunk_size must be at least 1, or None to take as many poses as fit in memory=, got {value!r}"
+        )
     return size
 
 

@@ -143,7 +143,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         if name in OPTION_NAMES or name == "accumulator":
             object.__setattr__(self, name, value)
         elif name == "combination":
-            combination = None if value is None else registry.combinations.resolve(value)
+            combination: Any = None if value is None else registry.combinations.resolve(value)
             self.__dict__.pop(name, None)  # a callable that is not a module is a plain attribute, a module a child
             self._modules.pop(name, None)
             super().__setattr__(name, combination)
@@ -221,8 +221,8 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
             options,
             self.combination,
             poses,
-            groups,
-            arguments,
+            groups=groups,
+            arguments=arguments,
             parts=parts,
             sharded=sharded,
             learned=self._learned,

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterable
 
 from model_zoo import ModelCase, TensorFactory, build
 from training_reference import (
-    ACCUMULATORS,
+    ACCUMULATORS_AND_PLAIN,
     COMBINATIONS,
     Gradients,
     assert_same_gradients,
     case_label,
     gradients_of,
+    options_of,
     trained_leaves,
 )
 
@@ -28,7 +29,7 @@ class BackwardCase:
     Args:
         name: The model.
         combination: The name of the combination.
-        accumulator: How groups are run, or None for the full graph.
+        accumulator: One of `ACCUMULATORS_AND_PLAIN`, or None for the full graph.
         factory: Device and dtype of the model.
 
     Attributes:
@@ -44,7 +45,7 @@ class BackwardCase:
         self.scorer: MultiPose | None = None
         if accumulator is not None:
             self.scorer = MultiPose(
-                self.model_case.model, self.combination, accumulator=accumulator, call=self.model_case.call
+                self.model_case.model, self.combination, call=self.model_case.call, **options_of(accumulator)
             )
 
     def predict(self, count: int = 5, first: int = 0) -> MultiPosePrediction:
@@ -63,9 +64,13 @@ Train = Callable[[BackwardCase], object]
 
 
 def assert_gradients_of_full_graph(
-    train: Train, name: str, combination: str, factory: TensorFactory, accumulators: Iterable[str] = ACCUMULATORS
+    train: Train,
+    name: str,
+    combination: str,
+    factory: TensorFactory,
+    accumulators: Iterable[str] = ACCUMULATORS_AND_PLAIN,
 ) -> dict[str, BackwardCase]:
-    """Assert that `train` leaves the gradients of the full graph with each accumulator.
+    """Assert that `train` leaves the gradients of the full graph with each accumulator, and where poses run plainly.
 
     On a first group, "auto" delegates to one of the others (`test_auto.py`), so that it may be left out of
     `accumulators` unless `train` runs several groups or backwards.

@@ -222,7 +222,8 @@ def new_module(scenario: Scenario, accumulator: str | None) -> nn.Module:
     model, combination = scenario.model(), scenario.combination()
     scorer: nn.Module = FullGraph(model, combination)
     if accumulator is not None:
-        scorer = gradhooks.MultiPose(model, combination, accumulator=ACCUMULATORS[accumulator](), **scenario.options)
+        options = {"memory": 0, **scenario.options}  # poses that run plainly show DDP which parameters they reach
+        scorer = gradhooks.MultiPose(model, combination, accumulator=ACCUMULATORS[accumulator](), **options)
     return scenario.wrap(scorer).double()
 
 

@@ -148,15 +148,24 @@ def test_auto_streams_groups_only_where_their_sums_fit(double: TensorFactory) ->
     arguments = (DECLARED["mean"], groups, loss_on_groups, double, 1.0)
     model = probabilities(double, 1).model
     copies = 3 * sum(parameter.nbytes for parameter in model.parameters())
-    _, report = trained(*arguments, accumulator="auto", memory_left=copies - 1)
+    _, report = trained(*arguments, accumulator="auto", memory=0, memory_left=copies - 1)
     assert report is not None
     assert (report.accumulator, report.reason) == (
         "recompute",
         "streaming needs 3 copies of the gradients, which do not fit in memory",
     )
-    _, report = trained(*arguments, accumulator="auto", memory_left=copies)
+    _, report = trained(*arguments, accumulator="auto", memory=0, memory_left=copies)
     assert report is not None
     assert report.accumulator == "stream"
+
+
+def test_auto_counts_a_sum_for_each_feature(double: TensorFactory) -> None:
+    arguments = (DECLARED["boltzmann"], GROUPS["sorted"], loss_on_groups, double, 1.0)
+    copies = 6 * sum(parameter.nbytes for parameter in probabilities(double, 1).model.parameters())
+    for memory_left, reason in ((copies - 1, "streaming needs 6 copies"), (copies, "no earlier batch")):
+        _, report = trained(*arguments, accumulator="auto", memory_left=memory_left)
+        assert report is not None
+        assert report.reason.startswith(reason)
 
 
 def test_auto_counts_the_backwards_of_a_chunk(double: TensorFactory) -> None:
@@ -166,7 +175,7 @@ def test_auto_counts_the_backwards_of_a_chunk(double: TensorFactory) -> None:
         ([0, 0, 0, 1, 1, 1], 3, "mean", "stream"),
     ):
         arguments = (DECLARED[combination], groups, loss_on_groups, double, 1.0)
-        _, report = trained(*arguments, accumulator="auto", chunk_size=chunk_size, memory_left=2**20)
+        _, report = trained(*arguments, accumulator="auto", chunk_size=chunk_size, memory=0, memory_left=2**20)
         assert report is not None
         assert report.accumulator == accumulator, groups
 

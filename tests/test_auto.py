@@ -17,7 +17,7 @@ COUNT = 10
 def scorer_of(combination: Any) -> gradhooks.MultiPose[nn.Linear]:
     model = nn.Linear(1, 1, bias=False)
     nn.init.ones_(model.weight)
-    return gradhooks.MultiPose(model, combination)
+    return gradhooks.MultiPose(model, combination, memory=0)
 
 
 def heights(significant_online: int, significant_final: int) -> Tensor:
@@ -90,7 +90,7 @@ def test_each_pose_is_declared_once() -> None:
             return super().stream_weights(predictions, weights)
 
     declared: list[int] = []
-    scorer = gradhooks.MultiPose(nn.Linear(1, 1), Counting())
+    scorer = gradhooks.MultiPose(nn.Linear(1, 1), Counting(), memory=0)
     for _ in range(3):
         declared.clear()
         scorer(torch.randn(5, 1)).combined.sum().backward()
@@ -108,7 +108,7 @@ def test_each_pose_is_declared_once() -> None:
     ],
 )
 def test_the_report_says_why(combination: Any, outputs: int, accumulator: str, reason: str) -> None:
-    scorer = gradhooks.MultiPose(nn.Linear(3, outputs), combination)
+    scorer = gradhooks.MultiPose(nn.Linear(3, outputs), combination, memory=0)
     scorer([torch.randn(3) for _ in range(3)])
     assert scorer.report.accumulator == accumulator
     assert reason in scorer.report.reason

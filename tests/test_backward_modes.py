@@ -15,6 +15,7 @@ from model_zoo import TensorFactory
 from torch import Tensor
 from training_reference import (
     ACCUMULATORS,
+    ACCUMULATORS_AND_PLAIN,
     CONCRETE_ACCUMULATORS,
     Gradients,
     assert_same_gradients,
@@ -80,7 +81,7 @@ class TestOneGroup:
     def test_a_second_backward_without_retain_graph_is_refused(
         self, name: str, combination: str, double: TensorFactory
     ) -> None:
-        for accumulator in ACCUMULATORS:
+        for accumulator in ACCUMULATORS_AND_PLAIN:
             case = BackwardCase(name, combination, accumulator, double)
             combined, predictions = case.predict()
             predictions.sum().backward()
@@ -189,7 +190,7 @@ def test_a_users_hook_that_is_not_linear(hooked: str, double: TensorFactory) -> 
         (combined.square().sum() + predictions.square().sum()).backward()
 
     assert_gradients_of_full_graph(train, "shared_encoder_output", "boltzmann", double)
-    assert list(calls) == [None, *ACCUMULATORS]
+    assert list(calls) == [None, *ACCUMULATORS_AND_PLAIN]
     assert len(set(calls.values())) == 1
 
 
@@ -212,7 +213,7 @@ def _counting_clamp(calls: dict[str | None, int], key: str | None) -> Callable[[
     return clamp
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 def test_hooks_after_the_accumulation_run_once(accumulator: str, double: TensorFactory) -> None:
     case = BackwardCase("tied_weights", "boltzmann", accumulator, double)
     calls: list[int] = []
@@ -228,6 +229,7 @@ REPORTS = {
     "stream": ((5, 0, 0), (6, 0, 1)),
     "recompute": ((5, 0, 5), (5, 0, 5)),
     "auto": ((5, 0, 5), (5, 0, 5)),
+    "plain": ((5, 0, 0), (5, 0, 0)),
 }
 
 
@@ -235,7 +237,7 @@ def loss_on_combined_and_first_pose(prediction: MultiPosePrediction) -> Tensor:
     return loss_on_combined(prediction) + prediction.per_pose[0].sum()
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 def test_counts_of_the_report(accumulator: str, double: TensorFactory) -> None:
     for loss, expected in zip((loss_on_combined, loss_on_combined_and_first_pose), REPORTS[accumulator], strict=True):
         case = BackwardCase("plain_mlp", "boltzmann", accumulator, double)
@@ -243,6 +245,6 @@ def test_counts_of_the_report(accumulator: str, double: TensorFactory) -> None:
         loss(case.predict(5)).backward()
         report = case.scorer.report
         assert (report.backwards, report.skipped, report.recomputed) == expected
-        assert (report.poses, report.chunks, report.graphs_kept) == (5, 5, 0)
-        assert report.accumulator == ("recompute" if accumulator == "auto" else accumulator)
+        assert (report.poses, report.chunks, report.plain) == (5, 5, 5 if accumulator == "plain" else 0)
+        assert report.accumulator == {"auto": "recompute", "plain": "none"}.get(accumulator, accumulator)
         assert report.reason

@@ -12,7 +12,7 @@ from pose_forms import COUNT, FORMS, assert_gradients_of_full_graph, make_model,
 from seeding import manual_seed
 from torch import Tensor, nn
 from training_reference import (
-    ACCUMULATORS,
+    ACCUMULATORS_AND_PLAIN,
     COMBINATIONS,
     CONCRETE_ACCUMULATORS,
     Gradients,
@@ -20,6 +20,7 @@ from training_reference import (
     case_label,
     gradients_of,
     loss_on_both,
+    options_of,
     train_full_graph,
     train_multi_pose,
 )
@@ -28,22 +29,24 @@ from gradhooks import MultiPose
 from gradhooks.errors import PosesError
 from gradhooks.testing import full_graph
 
-SIZES: list[Any] = [1, 2, 3, COUNT, COUNT + 1, "auto"]
+SIZES: list[Any] = [1, 2, 3, COUNT, COUNT + 1, None]
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 @pytest.mark.parametrize("form", ["generator", "dataset", "stacked tensor", "mapping of stacked tensors"])
 def test_chunks(form: str, accumulator: str, double: TensorFactory) -> None:
     for size in SIZES:
         model = make_model(double)
         collate = None if "stacked" in form else torch.stack
-        scorer = MultiPose(model, "boltzmann", accumulator=accumulator, chunk_size=size, collate=collate)
+        scorer = MultiPose(model, "boltzmann", chunk_size=size, collate=collate, **options_of(accumulator))
         prediction = scorer(FORMS[form](*random_rows(double)))
         assert (prediction.combined.shape, prediction.per_pose.shape) == ((1,), (COUNT, 1)), size
         loss_on_both(prediction).backward()
         with case_label(size):
             assert_gradients_of_full_graph(model, double)
-        expected_chunks = 1 if size == "auto" else -(-COUNT // size)
+        # None takes as many as fit: one without memory, else all after the first, which is measured.
+        chosen = 2 if accumulator == "plain" else COUNT
+        expected_chunks = chosen if size is None else -(-COUNT // size)
         assert (scorer.report.poses, scorer.report.chunks) == (COUNT, expected_chunks), size
 
 
@@ -57,12 +60,15 @@ def test_collate_with_stacked_poses_is_refused(double: TensorFactory) -> None:
 
 def test_a_list_in_chunks_needs_collate(double: TensorFactory) -> None:
     model, poses = make_model(double), double.randn(COUNT, 4)
-    for size, group in ((2, list(poses)), ("auto", list(poses)), (2, iter(poses)), ("auto", iter(poses))):
+    for group in (list(poses), iter(poses)):
         with unchanged(model), pytest.raises(PosesError, match="need collate="):
-            MultiPose(model, chunk_size=size)(group)
+            MultiPose(model, chunk_size=2)(group)
+    scorer = MultiPose(model)
+    scorer(list(poses))
+    assert scorer.report.chunks == COUNT  # without it they run one by one
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 def test_the_model_gets_chunks_of_the_chosen_size(accumulator: str, double: TensorFactory) -> None:
     model, sizes = make_model(double), list[tuple[int, bool]]()
 
@@ -70,9 +76,9 @@ def test_the_model_gets_chunks_of_the_chosen_size(accumulator: str, double: Tens
         sizes.append((len(chunk), torch.is_grad_enabled()))
         return model(chunk)
 
-    scorer = MultiPose(model, "boltzmann", accumulator=accumulator, call=call, chunk_size=2)
+    scorer = MultiPose(model, "boltzmann", call=call, chunk_size=2, **options_of(accumulator))
     scorer(torch.add(*random_rows(double, 11))).combined.sum().backward()
-    if accumulator in {"stream", "store"}:
+    if accumulator in {"stream", "store", "plain"}:
         assert sizes == [(2, True)] * 5 + [(1, True)]
     else:
         assert sizes[:6] == [(2, True), *[(2, False)] * 4, (1, False)]
@@ -130,7 +136,7 @@ def graph_gradients(factory: TensorFactory) -> Gradients:
     return gradients_of(leaves)
 
 
-@pytest.mark.parametrize("accumulator", CONCRETE_ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", [*CONCRETE_ACCUMULATORS, "plain"])
 def test_batches_of_graphs(accumulator: str, double: TensorFactory) -> None:
     data, _ = import_torch_geometric()
     for size in SIZES:
@@ -139,10 +145,10 @@ def test_batches_of_graphs(accumulator: str, double: TensorFactory) -> None:
         scorer = MultiPose(
             model,
             "boltzmann",
-            accumulator=accumulator,
             chunk_size=size,
             collate=data.Batch.from_data_list,
             call=lambda model, batch: model(batch.z, batch.pos, batch.batch),
+            **options_of(accumulator),
         )
         prediction = scorer(graphs)
         assert (prediction.combined.shape, prediction.per_pose.shape) == ((1,), (COUNT, 1)), size

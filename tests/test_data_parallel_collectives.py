@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradhooks
-from gradhooks.distributed.validation import refuse_synchronized_modules
+from gradhooks.distributed.validation import refuse_synchronized_modules, synchronizing_modules
 
 
 class CollectiveCounter(TorchDispatchMode):
@@ -117,7 +117,8 @@ def model_with_sync_batch_norm() -> nn.Module:
 def refuse_sync_batch_norm(rank: int) -> str:
     gradhooks.MultiPose(model_with_sync_batch_norm().eval())([torch.arange(4.0)] * 2)
     single = dist.new_group([rank], use_local_synchronization=True)
-    refuse_synchronized_modules(nn.SyncBatchNorm.convert_sync_batchnorm(Normalized(), single))  # runs on GPUs only
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(Normalized(), single)  # runs on GPUs only
+    refuse_synchronized_modules(model, synchronizing_modules(model))
     return refusal_of(model_with_sync_batch_norm())
 
 

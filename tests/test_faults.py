@@ -9,12 +9,13 @@ import pytest
 import torch
 from seeding import manual_seed
 from torch import Tensor, nn
+from training_reference import ACCUMULATORS_AND_PLAIN, options_of
+from unwatched import Unwatched
 
 import gradhooks
 from gradhooks.testing import full_graph
 
 POSES = 6
-ACCUMULATORS = ["store", "stream", "recompute", "auto"]
 
 
 class Model(nn.Module):
@@ -27,16 +28,15 @@ class Model(nn.Module):
         self.dropout = nn.Dropout(0.3)
         self.last = nn.Linear(8, 1)
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
-        self.runs = 0
-        self.fails_at_run: int | None = None
+        self.log = Unwatched(runs=0, fails_at_run=None)
         self.fault: BaseException = RuntimeError("injected")
 
     def forward(self, pose: Tensor) -> Tensor:
         hidden = self.dropout(self.norm(self.first(pose)).tanh())
         self.count += 1
-        if self.runs == self.fails_at_run:
+        if self.log.runs == self.log.fails_at_run:
             raise self.fault
-        self.runs += 1
+        self.log.runs += 1
         return self.last(hidden).mean(0)
 
 
@@ -94,7 +94,7 @@ def make_poses() -> list[Tensor]:
 
 
 def assert_next_group_is_exact(scorer: gradhooks.MultiPose, model: Model) -> None:
-    model.fails_at_run = None
+    model.log.fails_at_run = None
     reference = copy_with_gradients(model)
     manual_seed(9)
     full_graph(reference, make_poses(), scorer.combination).combined.sum().backward()
@@ -114,14 +114,14 @@ FAULTS: dict[str, Callable[[], BaseException]] = {
 }
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 @pytest.mark.parametrize("pose", range(POSES))
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_in_the_forward_of_a_pose(accumulator: str, pose: int, fault: str) -> None:
     model = make_model()
-    scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator)
+    scorer = gradhooks.MultiPose(model, "boltzmann", **options_of(accumulator))
     before = State.of(model)
-    model.fails_at_run, model.fault = pose, FAULTS[fault]()
+    model.log.fails_at_run, model.fault = pose, FAULTS[fault]()
     with pytest.raises(type(model.fault)):
         scorer(make_poses())
     before.assert_equal(State.of(model))
@@ -140,18 +140,18 @@ def test_fault_in_a_second_run_during_the_outer_backward(accumulator: str, pose:
     manual_seed(9)
     loss = scorer(make_poses()).per_pose.square().sum()
     before = State.of(model)
-    model.fails_at_run = POSES + pose
+    model.log.fails_at_run = POSES + pose
     with pytest.raises(RuntimeError, match="injected"):
         loss.backward(retain_graph=True)
     before.assert_equal(State.of(model))
-    model.fails_at_run = None
+    model.log.fails_at_run = None
     loss.backward()
     for leaf, expected in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-10, atol=1e-12)
     assert_next_group_is_exact(scorer, model)
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 @pytest.mark.parametrize("pose", range(POSES))
 def test_fault_in_the_progress_callback(accumulator: str, pose: int) -> None:
     model = make_model()
@@ -163,7 +163,7 @@ def test_fault_in_the_progress_callback(accumulator: str, pose: int) -> None:
         if len(calls) == pose + 1:
             raise KeyboardInterrupt
 
-    scorer = gradhooks.MultiPose(model, "min", accumulator=accumulator, progress=progress)
+    scorer = gradhooks.MultiPose(model, "min", progress=progress, **options_of(accumulator))
     before = State.of(model)
     with pytest.raises(KeyboardInterrupt):
         scorer(make_poses())
@@ -173,10 +173,10 @@ def test_fault_in_the_progress_callback(accumulator: str, pose: int) -> None:
     assert_next_group_is_exact(scorer, model)
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 def test_fault_in_a_users_hook_at_delivery(accumulator: str) -> None:
     model = make_model()
-    scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator)
+    scorer = gradhooks.MultiPose(model, "boltzmann", **options_of(accumulator))
 
     def fail(_: Tensor) -> None:
         raise RuntimeError("hook of the user")
@@ -223,7 +223,7 @@ def test_fault_in_a_combination(accumulator: str, where: str, message: str) -> N
     model = make_model()
     before = State.of(model)
     with pytest.raises((RuntimeError, gradhooks.errors.CombinationError), match=message):
-        gradhooks.MultiPose(model, Broken(where), accumulator=accumulator)(make_poses())
+        gradhooks.MultiPose(model, Broken(where), **options_of(accumulator))(make_poses())
     before.assert_equal(State.of(model))
 
 
@@ -237,8 +237,8 @@ def test_fault_in_the_forward_of_a_combination_comes_after_n_forwards() -> None:
 
 def test_fault_notes_say_which_pose() -> None:
     model = make_model()
-    model.fails_at_run = 4
+    model.log.fails_at_run = 4
     with pytest.raises(RuntimeError) as caught:
         gradhooks.MultiPose(model)(make_poses())
-    notes: list[Any] = getattr(caught.value, "__notes__", ["pose 4 of a group of 6"])  # Python 3.11
-    assert any("pose 4 of a group of 6" in note for note in notes)
+    notes: list[Any] = getattr(caught.value, "__notes__", ["pose 4 of 6"])  # Python 3.11
+    assert any("pose 4 of 6" in note for note in notes)

@@ -17,7 +17,7 @@ from model_state import HOOK_ATTRIBUTES, hook_counts, structure_unchanged
 from model_zoo import ModelCase, TensorFactory, build
 from small_model import random_poses, small_mlp
 from torch import Tensor, nn
-from training_reference import ACCUMULATORS, COMBINATIONS, loss_on_both, loss_on_combined
+from training_reference import ACCUMULATORS_AND_PLAIN, COMBINATIONS, loss_on_both, loss_on_combined, options_of
 
 import gradhooks
 
@@ -65,11 +65,11 @@ def without_collector() -> Iterator[None]:
         gc.enable()
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 @pytest.mark.parametrize("name", ["plain_mlp", "shared_encoder_output"])
 def test_two_hundred_groups(name: str, accumulator: str, double: TensorFactory) -> None:
     case = build(name, double)
-    scorer = gradhooks.MultiPose(case.model, "boltzmann", accumulator=accumulator, call=case.call)
+    scorer = gradhooks.MultiPose(case.model, "boltzmann", call=case.call, **options_of(accumulator))
 
     def train(groups: int) -> None:
         for group in range(groups):
@@ -89,29 +89,35 @@ def test_two_hundred_groups(name: str, accumulator: str, double: TensorFactory) 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["dropped", "trained"])
 @pytest.mark.parametrize("combination", ["boltzmann learnable", "attention"])
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_prediction_is_freed_with_its_last_reference(
     name: str, accumulator: str, combination: str, backward: bool, double: TensorFactory
 ) -> None:
     case = build(name, double)
     pooling = COMBINATIONS[combination]().to(double.device)
-    scorer = gradhooks.MultiPose(case.model, pooling, accumulator=accumulator, call=case.call)
-    loss_on_both(scorer(case.make_poses(4))).backward()  # creates gradients, and what is created once
-    with without_collector():
-        before = tensors_alive()
+    scorer = gradhooks.MultiPose(case.model, pooling, call=case.call, **options_of(accumulator))
+
+    def predict() -> gradhooks.MultiPosePrediction:
         prediction = scorer(case.make_poses(4))
         if backward:
             loss_on_both(prediction).backward()
+        return prediction
+
+    loss_on_both(scorer(case.make_poses(4))).backward()  # creates gradients, and what is created once
+    predict()  # leaves the last snapshot of the model state, and coefficients that the next batch evaluates
+    with without_collector():
+        before = tensors_alive()
+        prediction = predict()
         assert tensors_alive() > before
         del prediction
         assert tensors_alive() <= before  # auto keeps what the newest batch has shown until the next one
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 def test_the_backward_frees_what_the_group_kept(accumulator: str, double: TensorFactory) -> None:
     case = build("plain_mlp", double)
-    scorer = gradhooks.MultiPose(case.model, "boltzmann", accumulator=accumulator)
+    scorer = gradhooks.MultiPose(case.model, "boltzmann", **options_of(accumulator))
 
     def bytes_kept() -> int:
         # Except the random state (uint8) at the beginning of the group: a few kilobytes.
@@ -130,7 +136,7 @@ def test_the_backward_frees_what_the_group_kept(accumulator: str, double: Tensor
         assert bytes_kept() - before <= own + 2 * predictions.nbytes
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 def test_a_group_that_fails_is_freed_at_once(accumulator: str, double: TensorFactory) -> None:
     case = build("plain_mlp", double)
 
@@ -139,7 +145,7 @@ def test_a_group_that_fails_is_freed_at_once(accumulator: str, double: TensorFac
             raise ArithmeticError("too high")
         return case.call(model, pose)
 
-    scorer = gradhooks.MultiPose(case.model, "boltzmann", accumulator=accumulator, call=call)
+    scorer = gradhooks.MultiPose(case.model, "boltzmann", call=call, **options_of(accumulator))
     poses = case.make_poses(4)
     loss_on_both(scorer(poses)).backward()
     poses[3][0] = 1e9
@@ -158,11 +164,11 @@ def test_a_group_that_fails_is_freed_at_once(accumulator: str, double: TensorFac
     assert hooks_on(case) == hooks_on(build("plain_mlp", double))
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 @pytest.mark.parametrize("name", MODELS)
 def test_copies_and_pickles_after_groups(name: str, accumulator: str, double: TensorFactory) -> None:
     case = build(name, double)
-    scorer = gradhooks.MultiPose(case.model, "boltzmann", accumulator=accumulator, call=case.call)
+    scorer = gradhooks.MultiPose(case.model, "boltzmann", call=case.call, **options_of(accumulator))
     with structure_unchanged(case.model):
         for count in (2, 4, 3):
             loss_on_both(scorer(case.make_poses(count))).backward()
@@ -181,12 +187,12 @@ def test_copies_and_pickles_after_groups(name: str, accumulator: str, double: Te
         assert not any(vars(leaf) for leaf in copied.parameters())
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 def test_a_scorer_is_freed_with_its_last_reference(accumulator: str, double: TensorFactory) -> None:
     with without_collector():
         before = tensors_alive()
         case = build("plain_mlp", double)
-        scorer = gradhooks.MultiPose(case.model, "boltzmann", accumulator=accumulator)
+        scorer = gradhooks.MultiPose(case.model, "boltzmann", **options_of(accumulator))
         loss_on_both(scorer(case.make_poses(3))).backward()
         del scorer, case
         assert tensors_alive() == before
@@ -198,7 +204,7 @@ def _tensors_and_hooks_alive() -> tuple[int, int]:
     return len(tensors), sum(len(tensor._backward_hooks or ()) for tensor in tensors)
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 def test_five_hundred_groups_some_of_them_failing(accumulator: str) -> None:
     model = small_mlp()
 
@@ -207,7 +213,7 @@ def test_five_hundred_groups_some_of_them_failing(accumulator: str) -> None:
             raise RuntimeError("injected")
         return model(pose)
 
-    scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator, call=sometimes)
+    scorer = gradhooks.MultiPose(model, "boltzmann", call=sometimes, **options_of(accumulator))
     dropped: list[Any] = []
 
     def run(count: int) -> None:

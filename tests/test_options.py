@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from training_reference import ACCUMULATORS_AND_PLAIN, options_of
 
 import gradhooks
 from gradhooks import options as options_module
@@ -17,8 +18,18 @@ from gradhooks.options import OPTION_NAMES, Options, OptionTypes, call_model
 
 INVALID: list[tuple[str, Any, type[Exception], str]] = [
     ("memory", "2 XB", ValueError, "memory must be a number of bytes"),
-    ("chunk_size", 0, ValueError, "chunk_size must be at least 1, or 'auto', got 0"),
-    ("chunk_size", "all", ValueError, "chunk_size must be at least 1, or 'auto', got 'all'"),
+    (
+        "chunk_size",
+        0,
+        ValueError,
+        "chunk_size must be at least 1, or None to take as many poses as fit in memory=, got 0",
+    ),
+    (
+        "chunk_size",
+        "all",
+        ValueError,
+        "chunk_size must be at least 1, or None to take as many poses as fit in memory=, got 'all'",
+    ),
     ("chunk_size", 2.5, ValueError, "chunk_size must be at least 1"),
     ("chunk_size", True, ValueError, "chunk_size must be at least 1"),
     ("collate", 3, TypeError, "collate must be a function, got 3"),
@@ -30,7 +41,7 @@ INVALID: list[tuple[str, Any, type[Exception], str]] = [
     ("progress", 1, TypeError, "progress must be a bool or a function"),
 ]
 VALID: dict[str, Any] = {
-    "memory": "1GiB",
+    "memory": "2GiB",
     "chunk_size": 3,
     "collate": torch.stack,
     "call": lambda model, pose: model(pose),
@@ -181,24 +192,25 @@ def test_the_report_prints_in_lines() -> None:
     scorer(torch.randn(5, 3)).combined.sum().backward()
     lines = str(scorer.report).splitlines()
     assert [line.split()[0] for line in lines] == [
-        "poses", "chunks", "backwards", "recomputed", "skipped", "graphs", "accumulator", "reason"
+        "poses", "groups", "plain", "chunks", "backwards", "recomputed", "skipped", "memory", "accumulator", "reason"
     ]  # fmt: skip
     assert scorer.report._repr_html_().startswith("<table>")
 
 
-@pytest.mark.parametrize("accumulator", ["store", "stream", "recompute", "auto"])
+@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_the_reason_is_never_empty(accumulator: str, outputs: int) -> None:
-    scorer = gradhooks.MultiPose(nn.Linear(3, outputs), "min", accumulator=accumulator)
+    scorer = gradhooks.MultiPose(nn.Linear(3, outputs), "min", **options_of(accumulator))
     scorer(torch.randn(5, 3))
-    assert scorer.report.accumulator in {"store", "stream", "recompute"}
+    assert scorer.report.accumulator in {"store", "stream", "recompute", "none"}
+    assert (scorer.report.accumulator == "none") == (accumulator == "plain")
     assert scorer.report.reason
     with torch.no_grad():
         scorer(torch.randn(5, 3))
     assert "no gradient is computed" in scorer.report.reason
     scorer.model.requires_grad_(False)
     scorer(torch.randn(5, 3))
-    assert "nothing requires grad" in scorer.report.reason
+    assert ("graphs of all poses fit" if accumulator == "plain" else "nothing requires grad") in scorer.report.reason
 
 
 def test_progress_without_tqdm_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

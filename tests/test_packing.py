@@ -9,6 +9,7 @@ from model_zoo import TensorFactory, mlp
 from seeding import manual_seed
 from torch import Tensor, nn
 from training_reference import Gradients, assert_bit_equal, assert_same_gradients, gradients_of
+from unwatched import Unwatched
 
 import gradhooks
 from gradhooks.testing import full_graph
@@ -20,11 +21,11 @@ class Counting(nn.Module):
     def __init__(self, inner: nn.Module | None = None) -> None:
         super().__init__()
         self.first, self.inner, self.last = nn.Linear(4, 6), inner or nn.Tanh(), nn.Linear(6, 1)
-        self.chunk_sizes: list[int] = []
+        self.log = Unwatched(chunk_sizes=[])
 
     def forward(self, features: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            self.chunk_sizes.append(len(features))
+            self.log.chunk_sizes.append(len(features))
         return self.last(self.inner(self.first(features)))
 
 
@@ -36,9 +37,9 @@ def second_run(model: nn.Module, size: int, loss: Any, poses: Tensor) -> tuple[G
     """Return the gradients, and the sizes of the chunks of the second run."""
     scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", chunk_size=size)
     prediction = scorer(poses)
-    model.chunk_sizes.clear()
+    model.log.chunk_sizes.clear()
     loss(prediction).backward()
-    return gradients_of(dict(model.named_parameters())), list(model.chunk_sizes)
+    return gradients_of(dict(model.named_parameters())), list(model.log.chunk_sizes)
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(1, [1] * 6), (2, [2] * 3), (4, [4, 2]), (16, [6])])
@@ -98,9 +99,9 @@ def test_dependence_on_the_chunk_is_detected_once(double: TensorFactory) -> None
     runs = []
     for _ in range(3):
         prediction = scorer(poses)
-        model.chunk_sizes.clear()
+        model.log.chunk_sizes.clear()
         loss_on_some(prediction).backward()
-        runs.append(list(model.chunk_sizes))
+        runs.append(list(model.log.chunk_sizes))
         assert (scorer.report.backwards, scorer.report.recomputed) == (6, 6)
     assert runs == [[4, 2, 4, 4, 4, 4], [4, 4, 4, 4], [4, 4, 4, 4]]
 
@@ -113,7 +114,7 @@ def test_an_error_names_the_index_of_a_packed_pose(double: TensorFactory) -> Non
     with pytest.raises(ZeroDivisionError) as caught:
         loss_on_some(prediction).backward()
     if hasattr(caught.value, "__notes__"):
-        assert "this was pose 14 of a group of 16" in caught.value.__notes__[0]
+        assert "this was pose 14 of 16" in caught.value.__notes__[0]
 
 
 def test_a_leaf_reached_only_by_skipped_poses_gets_zeros(double: TensorFactory) -> None:

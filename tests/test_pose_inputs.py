@@ -152,7 +152,7 @@ EMPTY: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("empty", EMPTY)
 def test_an_empty_group_is_refused(empty: str, options: dict[str, Any], double: TensorFactory) -> None:
     model = make_model(double)
-    with unchanged(model), pytest.raises(PosesError, match="the group is empty"):
+    with unchanged(model), pytest.raises(PosesError, match="there are no poses"):
         MultiPose(model, **options)(EMPTY[empty]())
 
 

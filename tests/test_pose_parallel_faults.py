@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from multiprocess import error_of, log_messages, run_on_ranks
 from torch import Tensor, nn
+from unwatched import Unwatched
 
 import gradhooks
 from gradhooks.testing import full_graph
@@ -22,16 +23,16 @@ class Fragile(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.readout = nn.Linear(4, 1)
-        self.calls = 0
+        self.log = Unwatched(calls=0)
         self.fails_at: int | None = None
         self.error: BaseException = ValueError("this pose is broken")
         self.register_buffer("seen", torch.zeros((), dtype=torch.float64))
 
     def forward(self, pose: Tensor) -> Tensor:
-        self.calls += 1
+        self.log.calls += 1
         self.seen += 1
         torch.rand(())
-        if self.calls == self.fails_at:
+        if self.log.calls == self.fails_at:
             raise self.error
         prediction: Tensor = self.readout(pose)
         return prediction
@@ -74,7 +75,7 @@ def fail_and_continue(rank: int, fails_at: int, accumulator: str) -> tuple[str, 
     with pytest.raises(gradhooks.errors.DistributedError) as caught, log_messages() as messages:
         of_both(scorer(poses_of_rank(rank))).backward()
     assert any("rank 1 of 2: ValueError: this pose is broken" in message for message in messages)
-    in_backward = model.calls > len(poses_of_rank(rank))
+    in_backward = model.log.calls > len(poses_of_rank(rank))
     model.fails_at = None
     state, gradient, random_state = before
     assert torch.equal(model.readout.weight.grad, gradient)
@@ -190,7 +191,7 @@ REFUSALS: dict[Callable[..., None], tuple[str, str]] = {
     different_shape: ("PredictionError", r"rank 0: shape \(1,\).*rank 1: shape \(2,\)"),
     different_dtype: ("PredictionError", r"rank 0: .*float32.*rank 1: .*float64"),
     too_many_dimensions: ("DistributedError", "PredictionError: cannot gather predictions.*at most 8 dimensions"),
-    no_poses: ("PosesError", "empty on every rank"),
+    no_poses: ("PosesError", "no poses on any rank"),
     not_iterable_on_rank_1: ("DistributedError", "rank 1 of 2: PosesError.*got one int"),
     poses_that_require_grad: ("DistributedError", "PosesError: a pose requires grad.*detach"),
     nothing_to_train: ("PredictionError", "no prediction of the 7 poses requires grad"),

@@ -20,6 +20,8 @@ class ChangesItsPose(nn.Module):
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_a_pose_changed_in_place_is_refused_by_key(accumulator: str) -> None:
-    scorer = gradhooks.MultiPose(ChangesItsPose(), accumulator=accumulator, call=lambda model, pose: model(pose))
+    scorer = gradhooks.MultiPose(
+        ChangesItsPose(), memory=0, accumulator=accumulator, call=lambda model, pose: model(pose)
+    )
     with pytest.raises(gradhooks.errors.PosesError, match=r"pose 0: the model changed pose\['positions'\] in place"):
         scorer([{"positions": torch.randn(4)} for _ in range(3)])

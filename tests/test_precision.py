@@ -35,7 +35,7 @@ def test_float16_gradients_do_not_underflow(accumulator: str, device: torch.devi
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     with torch.autocast(device.type, torch.float16):
-        combined = gradhooks.MultiPose(model, "mean", accumulator=accumulator)(poses).combined
+        combined = gradhooks.MultiPose(model, "mean", accumulator=accumulator, memory=0)(poses).combined
     scaler.scale(combined.sum()).backward()
     scaler.unscale_(optimizer)
     for leaf, expected in zip(model.parameters(), reference.parameters(), strict=True):
@@ -52,7 +52,7 @@ def test_an_overflow_reaches_grad_and_the_scaler_skips_the_step(accumulator: str
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
     with torch.autocast("cpu", torch.float16):
-        combined = gradhooks.MultiPose(model, "mean", accumulator=accumulator)(
+        combined = gradhooks.MultiPose(model, "mean", accumulator=accumulator, memory=0)(
             [torch.randn(8) for _ in range(5)]
         ).combined
     scaler.scale(combined.sum()).backward()
@@ -73,7 +73,7 @@ def test_a_scale_that_overflows_is_not_used(accumulator: str) -> None:
     poses = [torch.randn(8).half() for _ in range(5)]
     reference = copy.deepcopy(model).float()
     full_graph(reference, [pose.float() for pose in poses], gradhooks.combinations.Mean()).combined.sum().backward()
-    gradhooks.MultiPose(model, "mean", accumulator=accumulator)(poses).combined.sum().backward()
+    gradhooks.MultiPose(model, "mean", accumulator=accumulator, memory=0)(poses).combined.sum().backward()
     for leaf, expected in zip(model.parameters(), reference.parameters(), strict=True):
         assert leaf.grad is not None
         assert leaf.grad.isfinite().all()
@@ -87,7 +87,7 @@ def test_sums_of_half_precision_gradients_are_float32(
 ) -> None:
     model = nn.Linear(1, 1, bias=False, dtype=dtype, device=device)
     poses = [torch.full((1,), 1e-3, dtype=dtype, device=device) for _ in range(1000)]
-    (1000 * gradhooks.MultiPose(model, "mean", accumulator=accumulator)(poses).combined).sum().backward()
+    (1000 * gradhooks.MultiPose(model, "mean", accumulator=accumulator, memory=0)(poses).combined).sum().backward()
     assert model.weight.grad is not None
     assert model.weight.grad.item() == pytest.approx(1.0, rel=0.01)
 

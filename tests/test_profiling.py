@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from unwatched import Unwatched
 
 import gradhooks
 from gradhooks.profiling.comparison import compare_steps, gradient_error
@@ -189,11 +190,11 @@ def test_gradcheck_passes_a_good_model_and_names_unused_parameters() -> None:
 class Drifting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.calls = nn.Linear(16, 1), 0
+        self.linear, self.log = nn.Linear(16, 1), Unwatched(calls=0)
 
     def forward(self, pose: Tensor) -> Tensor:
-        self.calls += 1
-        return self.linear(pose * self.calls).mean(0)
+        self.log.calls += 1
+        return self.linear(pose * self.log.calls).mean(0)
 
 
 def test_gradcheck_fails_a_model_whose_second_run_differs() -> None:

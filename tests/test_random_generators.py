@@ -39,8 +39,9 @@ def poses() -> list[Tensor]:
     return [torch.randn(4) for _ in range(5)]
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", [source for source in SOURCES if not source.startswith("module")])
 def test_a_second_run_that_differs_is_refused(source: str) -> None:
+    """These generators are hidden in a function; global ones, and those in attributes, are found."""
     draw, _ = SOURCES[source]
     model = Noisy(draw)
     combined = gradhooks.MultiPose(model, "boltzmann", accumulator="recompute")(poses()).combined

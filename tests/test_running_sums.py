@@ -158,6 +158,15 @@ def test_adding_with_a_copy_leaves_the_gradient_alone() -> None:
     assert totals[0].tolist() == [2, 2]
 
 
+def test_a_dense_gradient_is_added_to_a_sparse_sum() -> None:
+    totals: list[Tensor | None] = [torch.eye(3).to_sparse()]
+    gradient = torch.ones(3, 3)
+    add_into(totals, [gradient], 2.0)
+    assert totals[0] is not None
+    torch.testing.assert_close(totals[0], torch.eye(3) + 2)
+    assert gradient.sum() == 9
+
+
 def test_zeros_have_the_layout_of_the_gradient() -> None:
     gradient = torch.sparse_coo_tensor(
         torch.tensor([[1, 1, 3]]), torch.full((3, 2), torch.nan), (5, 2), check_invariants=True

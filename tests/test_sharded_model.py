@@ -12,6 +12,7 @@ from multiprocess import error_of, log_messages, run_on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
+from unwatched import Unwatched
 
 import gradhooks
 from gradhooks.testing import full_graph
@@ -239,11 +240,11 @@ class Failing(nn.Module):
     def __init__(self, fails_at: int | None) -> None:
         super().__init__()
         self.readout = nn.Linear(4, 1)
-        self.fails_at, self.calls = fails_at, 0
+        self.fails_at, self.log = fails_at, Unwatched(calls=0)
 
     def forward(self, pose: Tensor) -> Tensor:
-        self.calls += 1
-        if self.fails_at == self.calls:
+        self.log.calls += 1
+        if self.fails_at == self.log.calls:
             raise ValueError("this pose is broken")
         prediction: Tensor = self.readout(pose)
         return prediction

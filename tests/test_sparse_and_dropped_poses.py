@@ -128,6 +128,17 @@ class Signs(gradhooks.GradientCombination):
         return {name: rows.sign().sum(0) * len(rows) for name, rows in gradients.items()}
 
 
+def test_gradients_that_are_combined_carry_no_scale_of_float16() -> None:
+    class Sum(Signs):
+        def combine_gradients(self, gradients: Mapping[str, Tensor], *_: Tensor) -> dict[str, Tensor]:
+            return {name: rows.sum(0) for name, rows in gradients.items()}
+
+    model, poses = nn.Linear(4, 1).half(), torch.ones(3, 4).half()
+    gradhooks.MultiPose(model, Sum())(poses).combined.sum().backward()
+    assert model.weight.grad is not None
+    assert model.weight.grad.tolist() == [[3.0] * 4]
+
+
 def test_dropped_poses_are_no_part_of_the_gradients_that_are_combined() -> None:
     model, poses = SometimesNaN(), poses_with_dropped(1, 4)
     reference = copy.deepcopy(model)

@@ -1,12 +1,14 @@
 """The numbers of the accumulators "stream" and "auto": online softmax, the fit of each group, shares of poses."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gradhooks.accumulators.auto import Auto
+from gradhooks.accumulators.auto import Auto, _backwards_per_chunk
 from gradhooks.accumulators.declared_fit import fit_groups
 from gradhooks.accumulators.online_softmax import Declaration, OnlineSoftmax
 from gradhooks.accumulators.pose_shares import NEWEST_SHARE, PoseShares, observe, observe_plain
@@ -145,6 +147,9 @@ def test_shares_of_a_batch() -> None:
     assert shares.read_directly == pytest.approx(0.25 * (1 - NEWEST_SHARE))
     assert shares.significant_online == 0.75
     assert shares.batches == 2
+    shares.learn([observe_plain(torch.zeros(3))])
+    assert shares.read_directly == pytest.approx(0.25 * (1 - NEWEST_SHARE))  # of plain poses it is not known
+    assert shares.significant == pytest.approx((0.5 + 0.5 * NEWEST_SHARE) * (1 - NEWEST_SHARE))
 
 
 def test_parts_of_a_batch_are_compared_with_its_largest_coefficient() -> None:
@@ -155,6 +160,60 @@ def test_parts_of_a_batch_are_compared_with_its_largest_coefficient() -> None:
     part = Coefficients(torch.tensor([1e-12, 1.0, math.nan]), None, torch.tensor(1e9))
     shares.learn([observe(part, 1e-6, None, None)])
     assert shares.significant == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("shares", "uniform", "backwards", "streams"),
+    [
+        (PoseShares(batches=0), True, 1.0, True),
+        (PoseShares(batches=0), False, 1.0, False),
+        (PoseShares(0.9, 0.5, 0.0, 1), False, 1.0, True),  # 0.62 against 1.15
+        (PoseShares(0.9, 0.5, 0.0, 1), False, 2.2, False),  # 1.08 against 1.15, which is not clear
+        (PoseShares(1.0, 0.1, 0.0, 1), True, 1.0, True),  # 1 against 1.25, whatever the log-weights of others were
+        (PoseShares(1.0, 0.1, 0.0, 1), True, 1.5, False),
+        (PoseShares(0.1, 0.1, 0.5, 1), False, 1.0, False),  # 0.82 against 0.75
+        (PoseShares(0.1, 0.0, 0.5, 1), False, 1.0, False),  # 0.75 against 0.75, which is not clear
+        (PoseShares(0.3, 0.0, 0.0, 1), False, 1.0, True),
+        (PoseShares(0.0, 0.0, 0.9, 1), False, 1.0, False),
+    ],
+)
+def test_auto_compares_the_costs(shares: PoseShares, uniform: bool, backwards: float, streams: bool) -> None:
+    auto = Auto()
+    auto._shares = shares
+    auto._decide(Declaration([0.0], [[]], uniform), backwards)
+    assert auto._streams == streams
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "sums", "backwards"),
+    [
+        (None, 1, 2, 1.0),
+        (None, 3, 1, 1.0),
+        (None, 3, 2, 2.0),
+        ([0, 1, 2, 0, 1, 2], 3, 2, 3.0),
+        ([0, 0, 1, 1, 1, 1], 3, 2, 2.5),
+        ([0, 0, 1, 1, 1, 1], 3, 1, 1.5),
+    ],
+)
+def test_backwards_of_a_chunk(groups: list[int] | None, size: int, sums: int, backwards: float) -> None:
+    engine: Any = SimpleNamespace(groups=groups, pose_count=6)
+    declaration = Declaration([0.0] * size, [[0.0] * (sums - 1)] * size)
+    assert _backwards_per_chunk(engine, declaration) == backwards
+
+
+def test_auto_keeps_a_choice_that_costs_as_much() -> None:
+    auto = Auto()
+    auto._shares = PoseShares(0.5, 0.0, 0.5, 1)  # 0.75 against 0.75
+    for streams in (True, False):
+        auto._streams = streams
+        auto._decide(Declaration([0.0], [[]]), 1.0)
+        assert auto._streams == streams
+    auto._streams, auto._shares = True, PoseShares(0.1, 0.1, 0.5, 1)  # 0.825 against 0.75, within the factor 1.1
+    auto._decide(Declaration([0.0], [[]]), 1.0)
+    assert auto._streams
+    auto._shares = PoseShares(0.1, 0.1, 0.0, 1)  # 0.325 against 0.35
+    auto._decide(Declaration([0.0], [[]]), 1.2)
+    assert auto._streams
 
 
 def test_auto_keeps_no_graph_of_what_it_observes() -> None:

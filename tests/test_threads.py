@@ -22,12 +22,12 @@ def test_two_threads_in_one_model_are_refused() -> None:
     poses = random_poses()
     reference = copy.deepcopy(model)
     full_graph(reference, poses, gradhooks.combinations.Mean()).combined.sum().backward()
-    first = gradhooks.MultiPose(model, call=wait)
+    first = gradhooks.MultiPose(model, call=wait, memory=0)
     thread = threading.Thread(target=lambda: first(poses).combined.sum().backward())
     thread.start()
     inside.wait(10)
     with pytest.raises(gradhooks.errors.ConcurrentUseError, match="another thread"):
-        gradhooks.MultiPose(model)(poses)
+        gradhooks.MultiPose(model, memory=0)(poses)
     leave.set()
     thread.join()
     assert_gradients_close(model, reference)
@@ -42,7 +42,7 @@ def test_a_backward_while_another_thread_runs_a_group_is_refused() -> None:
         return model(pose)
 
     loss = gradhooks.MultiPose(model, accumulator="recompute")(random_poses()).combined.sum()
-    thread = threading.Thread(target=lambda: gradhooks.MultiPose(model, call=wait)(random_poses()))
+    thread = threading.Thread(target=lambda: gradhooks.MultiPose(model, call=wait, memory=0)(random_poses()))
     thread.start()
     inside.wait(10)
     with pytest.raises(gradhooks.errors.ConcurrentUseError, match="another thread"):

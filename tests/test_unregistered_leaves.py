@@ -69,13 +69,13 @@ def test_an_unregistered_leaf_in_a_reentrant_checkpoint(
 
 
 def train(model: nn.Module, poses: Any, accumulator: str) -> None:
-    loss_on_both(MultiPose(model, "boltzmann", accumulator=accumulator)(poses)).backward()
+    loss_on_both(MultiPose(model, "boltzmann", accumulator=accumulator, memory=0)(poses)).backward()
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_a_parameter_of_another_module_in_call(accumulator: str, double: TensorFactory) -> None:
     model, readout = (mlp(*widths).to(double.device, double.dtype) for widths in ((4, 6), (6, 1)))
-    scorer = MultiPose(model, accumulator=accumulator, call=lambda model, pose: readout(model(pose)))
+    scorer = MultiPose(model, accumulator=accumulator, memory=0, call=lambda model, pose: readout(model(pose)))
     poses = list(double.randn(3, 4))
     with unchanged(model), unchanged(readout), pytest.raises(UnregisteredTensorError, match=r"\(1, 6\)"):
         scorer(poses)
@@ -96,7 +96,9 @@ def test_a_leaf_in_an_opaque_pose(index: int, accumulator: str, double: TensorFa
     model = mlp(4, 6, 1).to(double.device, double.dtype)
     poses = [Opaque(double.randn(4)) for _ in range(3)]
     poses[index].positions.requires_grad_()
-    scorer = MultiPose(model, "boltzmann", accumulator=accumulator, call=lambda model, pose: model(pose.positions))
+    scorer = MultiPose(
+        model, "boltzmann", accumulator=accumulator, memory=0, call=lambda model, pose: model(pose.positions)
+    )
     with unchanged(model), pytest.raises(UnregisteredTensorError, match=r"of shape \(4,\)"):
         loss_on_both(scorer(poses)).backward()
     assert poses[index].positions.grad is None

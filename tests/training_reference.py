@@ -42,6 +42,14 @@ ACCUMULATORS = ["store", "stream", "recompute", "auto"]
 CONCRETE_ACCUMULATORS = ["store", "stream", "recompute"]
 """Those that "auto" chooses from."""
 
+ACCUMULATORS_AND_PLAIN = [*ACCUMULATORS, "plain"]
+"""The accumulators, each of which intercepts all poses, and the default, with which all poses run plainly."""
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Return the options that stand for a name in `ACCUMULATORS_AND_PLAIN`."""
+    return {"accumulator": "auto"} if name == "plain" else {"accumulator": name, "memory": 0}
+
 
 def loss_on_combined(prediction: gradhooks.MultiPosePrediction) -> Tensor:
     return (prediction.combined - 0.3).square().sum()

@@ -1,6 +1,6 @@
 """Auto: choose the cheapest exact accumulator for each batch."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +23,8 @@ to the same choice, and to the same bits, in every process.
 """
 INERTIA = 1.1
 """The choice changes only if the other accumulator is cheaper by this factor."""
+MOST_PENDING = 256
+"""Of the observations since the last evaluation, the newest count: one for each intercepted batch or plain chunk."""
 
 Observer = Callable[[Tensor, Coefficients], None]
 
@@ -45,7 +47,8 @@ class Auto(Accumulator):
 
     def __init__(self) -> None:
         self._shares = PoseShares()
-        self._pending: list[Observation] = []
+        # Bounded, since nothing is evaluated while all batches run plainly.
+        self._pending: deque[Observation] = deque(maxlen=MOST_PENDING)
         self._streams = False
 
     def begin(self, engine: Engine, predictions: Tensor) -> Accumulation:
@@ -88,8 +91,8 @@ class Auto(Accumulator):
 
     def _learn(self) -> None:
         """Evaluate what was observed since the last batch; until then nothing waits for the device."""
-        pending, self._pending = self._pending, []
-        self._shares.learn(pending)
+        self._shares.learn(list(self._pending))
+        self._pending.clear()
 
     def _observed(self, engine: Engine, accumulation: Accumulation) -> Accumulation:
         return ObservedAccumulation(accumulation, lambda *arguments: self._observe(engine, *arguments))

@@ -103,7 +103,7 @@ def _significant(observations: Sequence[Observation]) -> float:
     largest = torch.where(together.isfinite(), together, 0.0).amax() if len(together) else torch.zeros(())
     significant = 0
     for size, one in zip(sizes, observations, strict=True):
-        significant += int((~(size <= largest * one.threshold) & (size != 0)).sum())
+        significant += int((~(size <= largest * one.threshold)).sum())
     return significant / max(1, sum(map(len, sizes)))
 
 

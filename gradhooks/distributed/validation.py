@@ -25,7 +25,7 @@ def _has_several_ranks(process_group: "dist.ProcessGroup | None") -> bool:
 
 def synchronizing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the modules of `model` that may synchronize ranks in each pose, with their paths."""
-    kinds = (nn.SyncBatchNorm, *_data_parallel_wrappers())
+    kinds: tuple[type[nn.Module], ...] = (nn.SyncBatchNorm, *_data_parallel_wrappers())
     return [(path, module) for path, module in model.named_modules() if isinstance(module, kinds)]
 
 

@@ -1,1 +1,1 @@
-"""One group through the model: pose inputs, model state, parameter hooks, the first and the second run."""
+"""One batch through the model: plain chunks, model state, parameter hooks, the first and the second run."""

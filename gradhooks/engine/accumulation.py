@@ -1,4 +1,4 @@
-"""Accumulation: what an accumulator does with one group, from its first chunk to its total gradient."""
+"""Accumulation: what an accumulator does with one batch, from its first chunk to its total gradient."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Coefficients:
     Attributes:
         through_combination: The part that came through the combination.
         direct: The part that came from the loss to the pose predictions directly, or None.
-        largest: Shape `()`: the largest finite absolute coefficient of the whole group, if this is a part of it.
+        largest: Shape `()`: the largest finite absolute coefficient of the whole batch, if this is a part of it.
     """
 
     through_combination: Tensor
@@ -47,7 +47,7 @@ class Coefficients:
 
 
 class Accumulation(ABC):
-    """What an accumulator keeps of one group until its coefficients are known.
+    """What an accumulator keeps of one batch until its coefficients are known.
 
     Attributes:
         keeps_graph: Whether the next chunk must run with a graph.

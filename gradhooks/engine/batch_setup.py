@@ -15,7 +15,7 @@ from gradhooks.engine.autocast import AutocastState
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.chunk_dependence import depends_on_chunk
 from gradhooks.engine.lazy_parameters import initialize_lazy_parameters
-from gradhooks.engine.learned import Learned
+from gradhooks.engine.learned import Learned, Mode
 from gradhooks.engine.memory_need import MemoryNeed, mode_of
 from gradhooks.engine.model_parts import ModelParts, ModelPartsCache
 from gradhooks.engine.pose_inputs import Poses, as_poses, inputs_that_require_grad
@@ -34,9 +34,9 @@ def read_batch(
     options: Options,
     combination: Any,
     poses: Any,
+    *,
     groups: Any,
     arguments: Mapping[str, Any],
-    *,
     parts: ModelParts,
     sharded: ShardedModel,
     learned: Learned,
@@ -78,19 +78,8 @@ def read_batch(
         raise PosesError("there are no poses on any rank: a group needs at least one pose")
     gathered = _gather_groups(index, message, partition, combination)
     autocast = AutocastState(device.type for device in parts.state.devices)
-    with_graph = torch.is_grad_enabled() and parts.trainable
     mode = mode_of(model.training, autocast.dtypes)
-    need = MemoryNeed(learned, mode, parts.device, with_graph=with_graph)
-    schedule = Schedule(
-        options.memory,
-        options.chunk_size,
-        batched=prepared.batched and not sharded,
-        need=need,
-        gradient_bytes=parts.gradient_bytes,
-        open_graphs=cache.open_graphs,
-        learned=learned,
-        device=parts.device,
-    )
+    schedule = _schedule(options, mode, parts, learned, cache, batched=prepared.batched and not sharded)
     batch = Batch(
         model=model,
         options=options,
@@ -102,12 +91,13 @@ def read_batch(
         autocast=autocast,
         mode=mode,
         schedule=schedule,
-        runner=PoseRunner(model, options.call, len(prepared), need),
+        runner=PoseRunner(model, options.call, len(prepared), schedule.need),
         open_graphs=cache.open_graphs,
         learned=learned,
         report=Report(poses=len(prepared), groups=1 if gathered is None else gathered.count),
     )
     schedule.one_by_one = depends_on_chunk(batch)
+    batch.runner.measures = schedule.left > 0 and not sharded  # shards have no storage that could be counted
     return batch
 
 
@@ -128,6 +118,22 @@ def _prepare(poses: Any, options: Options, *, may_be_empty: bool) -> Poses:
     return prepared
 
 
+def _schedule(
+    options: Options, mode: Mode, parts: ModelParts, learned: Learned, cache: ModelPartsCache, *, batched: bool
+) -> Schedule:
+    with_graph = torch.is_grad_enabled() and parts.trainable
+    return Schedule(
+        options.memory,
+        options.chunk_size,
+        batched=batched,
+        need=MemoryNeed(learned, mode, parts.device, with_graph=with_graph),
+        gradient_bytes=parts.gradient_bytes,
+        open_graphs=cache.open_graphs,
+        learned=learned,
+        device=parts.device,
+    )
+
+
 def _gather_groups(
     index: Tensor | None, message: Message, partition: PosePartition, combination: Any
 ) -> GroupIndex | None:
@@ -137,7 +143,9 @@ def _gather_groups(
         return None
     without = [rank for rank, count in enumerate(counts) if count < 0 and partition.counts[rank]]
     if without:
-        raise PosesError(f"groups= is missing on rank {without[0]}; pass it on all ranks of the process_group or on none")
+        raise PosesError(
+            f"groups= is missing on rank {without[0]}; pass it on all ranks of the process_group or on none"
+        )
     index = torch.empty(0, dtype=torch.int64) if index is None else index
     if not partition.collectives.is_single:
         index = partition.collectives.gather_rows(index, partition.counts)

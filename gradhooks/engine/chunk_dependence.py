@@ -9,6 +9,7 @@ from torch import Tensor
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.model_output import prediction_rows
 from gradhooks.engine.model_state import Snapshot
+from gradhooks.engine.nested import fresh_containers
 from gradhooks.engine.pose_inputs import Poses
 
 Change = Callable[[Tensor], Tensor]
@@ -29,17 +30,18 @@ def depends_on_chunk(batch: Batch) -> bool:
         return False
     known = batch.learned.chunk_dependent
     if batch.mode not in known:
-        poses, state = batch.poses.narrow(0, 2), batch.parts.state
+        # Copies, since a model may change its poses in place.
+        poses, state = batch.poses.narrow(0, 2).map_tensors(_copy), batch.parts.state
         with state.preserved() as before:
             try:
                 alone = _predict(batch, poses.slice(0, 1), 1)
-            except Exception:  # noqa: BLE001 - raised again, with its pose, when the poses run
+            except Exception:
                 return True
             drew = not state.unchanged_since(before)
             state.restore(before)
             try:
                 known[batch.mode] = _differ_together(batch, poses, alone, drew=drew, before=before)
-            except Exception:  # noqa: BLE001 - the model takes no batches, or a pair is too large
+            except Exception:
                 known[batch.mode] = True
     return known[batch.mode]
 
@@ -57,7 +59,7 @@ def _differ_together(batch: Batch, poses: Poses, alone: Tensor, *, drew: bool, b
 
 def _predict(batch: Batch, inputs: Any, count: int) -> Tensor:
     with torch.enable_grad():  # a model may differentiate in its forward; no graph outlives this function
-        output = batch.options.call(batch.model, inputs)
+        output = batch.options.call(batch.model, fresh_containers(inputs))
     return prediction_rows(output, 0, count, batched=True).detach()
 
 
@@ -80,6 +82,10 @@ def _with_other_second_pose(poses: Poses) -> Poses | None:
         if any(changed):
             return others
     return None
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _scaled(tensor: Tensor) -> Tensor:

@@ -1,4 +1,9 @@
-"""Compare the predictions of a second run with those of the first."""
+"""Compare the predictions of a second run with those of the first.
+
+What may differ is half of the digits of the spread of the predictions, and a quarter of the digits of their size:
+kernels that add in varying order lose a few digits, a model that draws other random numbers loses all. A batch of one
+pose, or of equal ones, has no spread.
+"""
 
 import torch
 from torch import Tensor
@@ -23,18 +28,38 @@ def refuse_drift(
         ReplayError: A prediction differs by more than rounding explains.
     """
     first = predictions[indices.to(predictions.device)]
-    drifts = (second - first).abs().reshape(len(indices), -1).amax(1).nan_to_num(nan=0.0)
-    # Half of the digits: kernels that add in varying order lose a few digits, a model that draws other random numbers
-    # loses all. Packed poses have other neighbours in their chunk; that changes only the last digits, unless the
-    # prediction really depends on them.
-    coarsest = max(torch.finfo(dtype).eps for dtype in (predictions.dtype, *context.batch.autocast.dtypes))
-    allowed = coarsest**0.75 if packed else torch.finfo(predictions.dtype).eps ** 0.5
-    drifted = (drifts > allowed * predictions.abs().nan_to_num(0, 0, 0).max()).tolist()
+    drifts = _differences(first, second)
+    eps = torch.finfo(predictions.dtype).eps
+    # Packed poses have other neighbours in their chunk; that changes only the last digits, unless the prediction really
+    # depends on them.
+    rounding = (
+        max(torch.finfo(dtype).eps for dtype in (predictions.dtype, *context.batch.autocast.dtypes)) if packed else eps
+    )
+    size = torch.where(predictions.isfinite(), predictions, 0).abs().max()
+    allowed = rounding**0.75 * size + (0 if packed else eps**0.5 * spread(predictions))
+    drifted = (drifts > allowed).reshape(len(indices), -1).any(1).tolist()
     if any(drifted):
         worst = drifted.index(True)
         raise ReplayError(
             f"pose {indices[worst]} of {len(context.poses)}: its second run differs from its first by "
-            f"{drifts[worst].item():.3g}; the model depends on something that is not restored (random numbers of "
-            "Python or numpy, a generator of its own, a pose changed in place). Name its generators with "
-            "generators=[...], or use accumulator='store', which runs every pose once"
+            f"{drifts[worst].max().item():.3g}; the model depends on something that is not restored (a random "
+            "generator that is no attribute of a module, state in another object, a pose changed in place). Name its "
+            "generators with generators=[...], or use accumulator='store', which runs every pose once"
         )
+
+
+def spread(predictions: Tensor) -> Tensor:
+    """Return the range of each component over the poses, shape `(*prediction)`, of the finite ones; 0 without any.
+
+    The range, not the size, is the scale on which poses differ: total energies of -3000 may vary by 1.
+    """
+    finite = predictions.isfinite()
+    largest = torch.where(finite, predictions, -torch.inf).amax(0)
+    smallest = torch.where(finite, predictions, torch.inf).amin(0)
+    return (largest - smallest).clamp(min=0)
+
+
+def _differences(first: Tensor, second: Tensor) -> Tensor:
+    """Return how far predictions differ: 0 where the first is not finite, infinity where only the second is not."""
+    differences = torch.where(second.isfinite(), (second - first).abs(), torch.inf)
+    return torch.where(first.isfinite(), differences, 0)

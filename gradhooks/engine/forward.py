@@ -11,9 +11,12 @@ from gradhooks.engine.accumulation import Accumulation, Chunk, NoPoses
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.model_output import check_shape, refuse_detached
+from gradhooks.engine.model_state import Snapshot
+from gradhooks.engine.parameter_values import carry_over_data
 from gradhooks.engine.pose_engine import PoseEngine
 from gradhooks.engine.pose_runner import NeedsGradModeError
 from gradhooks.engine.progress import progress_of
+from gradhooks.engine.schedule import StartAgainError
 
 Begin = Callable[[PoseEngine, Tensor], Accumulation]
 
@@ -46,8 +49,14 @@ def run_forward(context: ForwardContext, begin: Begin) -> FirstRun:
     state, schedule = batch.parts.state, batch.schedule
 
     def attempt() -> tuple[Accumulation, Tensor, bool]:
-        with state.preserved(only_on_error=True), context.on_shadows():
-            return _run_local_poses(context, begin)
+        try:
+            with context.on_shadows(), state.preserved(only_on_error=True) as before:
+                result = _run_local_poses(context, begin, before)
+        except StartAgainError:
+            state.refuse_lost_values()
+            raise
+        carry_over_data(context.shadows.real, context.shadows.shadows)
+        return result
 
     step = "forward"
     with (
@@ -61,12 +70,12 @@ def run_forward(context: ForwardContext, begin: Begin) -> FirstRun:
             batch.runner.require_grad_mode()
             accumulation, rows, differentiable = schedule.retry_smaller(attempt)
         message.sent = partition.encode_metadata(rows, differentiable=differentiable)
-    if not any(differentiable for differentiable, *_ in message.received):
+    if context.leaves.real and not any(differentiable for differentiable, *_ in message.received):
         refuse_detached(partition.total)
-    return FirstRun(accumulation, partition.gather_predictions(rows, message.received, context.leaves.shadows[0].device))
+    return FirstRun(accumulation, partition.gather_predictions(rows, message.received, batch.parts.device))
 
 
-def _run_local_poses(context: ForwardContext, begin: Begin) -> tuple[Accumulation, Tensor, bool]:
+def _run_local_poses(context: ForwardContext, begin: Begin, before: Snapshot) -> tuple[Accumulation, Tensor, bool]:
     """Return the accumulation, the predictions of this process, and whether any of them requires grad."""
     batch, poses, count = context.batch, context.poses, len(context.poses)
     state, schedule = batch.parts.state, batch.schedule
@@ -74,7 +83,7 @@ def _run_local_poses(context: ForwardContext, begin: Begin) -> tuple[Accumulatio
         return NoPoses(len(context.leaves.shadows)), torch.empty(0), False
     engine = PoseEngine(context)
     with progress_of(batch.options.progress, count, "poses") as report_progress:
-        before = state.snapshot(statistics=True)
+        size = 0
         chunk = Chunk(0, schedule.chunk_size(count), before)
         live = context.run(poses, chunk)
         accumulation = begin(engine, live)
@@ -88,7 +97,8 @@ def _run_local_poses(context: ForwardContext, begin: Begin) -> tuple[Accumulatio
             report_progress(chunk.stop)
             if chunk.stop == count:
                 break
-            chunk = Chunk(chunk.stop, chunk.stop + schedule.chunk_size(count - chunk.stop), state.snapshot())
+            size = size or schedule.chunk_size(count - chunk.stop)  # what the first chunk needs is known by now
+            chunk = Chunk(chunk.stop, min(count, chunk.stop + size), state.snapshot())
             # While no prediction requires grad, a graph shows whether this one does.
             if accumulation.keeps_graph or not differentiable:
                 live = context.run(poses, chunk)
@@ -98,6 +108,8 @@ def _run_local_poses(context: ForwardContext, begin: Begin) -> tuple[Accumulatio
             rows.append(live.detach())
     batch.report.chunks += len(engine.chunks)
     engine.end_first_run(stateless=state.unchanged_since(before))
+    if state.noticed_late and len(engine.chunks) > 1:
+        raise StartAgainError("the forward changed state that no forward changed before")
     return accumulation, rows[0] if len(rows) == 1 else torch.cat(rows), differentiable
 
 
@@ -122,7 +134,8 @@ def _predict_local_poses(batch: Batch) -> Tensor:
     with progress_of(batch.options.progress, count, "poses") as report_progress:
         while start < count:
             size = batch.schedule.prediction_chunk_size(count - start)
-            run = batch.runner.run_plainly(batch.poses, start, start + size, batch.schedule.room, measure=False)
+            limit = batch.schedule.split_beyond(batch.schedule.room)
+            run = batch.runner.run_plainly(batch.poses, start, start + size, limit, measure=False)
             rows.append(run.predictions.detach())
             check_shape(rows[0], rows[-1], start)
             start += len(rows[-1])

@@ -69,8 +69,8 @@ def refuse_detached(count: int) -> NoReturn:
         PredictionError: Always.
     """
     raise PredictionError(
-        f"no prediction of the {count} poses requires grad, though the model has parameters that do; does it detach its "
-        "output, or compute it under torch.no_grad()? (To predict only, call it under no_grad.)"
+        f"no prediction of the {count} poses requires grad, though the model has parameters that do; does it detach "
+        "its output, or compute it under torch.no_grad()? (To predict only, call it under no_grad.)"
     )
 
 

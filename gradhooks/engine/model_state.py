@@ -1,13 +1,23 @@
-"""ModelState: what a forward may change and a second run must find as it was: buffers and random state.
+"""ModelState: all that a forward may change besides gradients, and that a second run must find as it was.
+
+That is: buffers, frozen parameters, and trainable ones that a forward writes (`parameter_values.py`); training flags,
+plain attributes of modules and the containers in them (`module_attributes.py`); the random generators of PyTorch, of
+numpy and of Python, those in attributes and those of the option `generators`.
 
 Rules:
-    1. A snapshot is taken before each chunk. Entries that did not change since the last snapshot are shared with it, so
-       a model that draws no random numbers and writes no buffers costs one snapshot per group.
-    2. A forward of a normalization layer in training writes the running statistics and does not read them, so a second
-       run does not need their old values. (Its kernels do not increment the version counter either.) They are still
-       restored after a second run.
-    3. Values are restored through `.data`, which leaves version counters unchanged: graphs that saved the buffer stay
-       valid.
+    1. A snapshot is taken before each chunk. What did not change is shared with the snapshot before, so a model that
+       changes nothing costs one snapshot and a comparison in a few calls of C for each chunk. Of what did change, each
+       snapshot keeps a copy.
+    2. What a forward changes is found out. The outermost `preserved` begins a batch; what changed before was changed by
+       somebody else. A module that changed between two snapshots is recorded anew before each chunk from then on.
+    3. In the first batch, and the first one in another mode (training flags), whole contents are compared before each
+       chunk. Later, only what is known to change is recorded before each chunk; the rest is compared at the beginning
+       of a batch and in `unchanged_since`: identities, numbers and strings, lengths, and of tensors what shows
+       (`TensorRecord`), in `unchanged_since` the whole contents on the CPU. If that finds something new, `noticed_late`
+       says so, and the batch has to start again.
+    4. A forward of a normalization layer in training writes the running statistics and does not read them, so a second
+       run does not need their old values. They are still restored after a second run.
+    5. Not recorded: what hangs on objects that are neither modules nor containers, and tensors with a graph.
 """
 
 import operator
@@ -19,104 +29,207 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from gradhooks.random_state import RandomSource, default_source, user_sources
+from gradhooks.engine.generator_states import GeneratorStates
+from gradhooks.engine.module_attributes import ModuleRecord, Thoroughness, is_write_only
+from gradhooks.engine.module_values import ModuleValues
+from gradhooks.engine.module_watch import modules_in_use
+from gradhooks.engine.parameter_values import ParameterValues
+from gradhooks.engine.tensor_records import TensorRecord, equal_values
+from gradhooks.errors import ReplayError
+from gradhooks.random_state import default_source, global_sources, user_sources
 
 
-class BufferCopy(NamedTuple):
-    """A buffer tensor, its version, and a copy of its values."""
+class StatisticsCopy(NamedTuple):
+    """A running statistic and a copy of its values."""
 
     tensor: Tensor
-    version: int
     value: Tensor
 
 
 class Snapshot(NamedTuple):
-    """The state before a forward, in the order of the sources and buffers of a `ModelState`."""
+    """The state at one time.
+
+    Attributes:
+        random: The state of each random source.
+        modules: What each module holds.
+        parameters: The values of the parameters.
+        statistics: Running statistics that a forward only writes (Rule 4); empty in a snapshot without them.
+    """
 
     random: tuple[Any, ...]
-    buffers: tuple[BufferCopy | None, ...]
+    modules: tuple[ModuleRecord, ...]
+    parameters: tuple[TensorRecord, ...]
+    statistics: tuple[StatisticsCopy, ...] = ()
 
 
 class ModelState:
-    """Takes and restores snapshots of a model's buffers and of the random number generators.
+    """Takes and restores snapshots of all that a forward may change besides gradients.
+
+    It can be kept while the model has the same modules and parameters (or shadows in their places).
 
     Args:
         model: The model.
-        generators: Random sources in addition to PyTorch's default generators; see `user_sources`.
+        generators: Random sources in addition to those that are found; see `user_sources`.
+
+    Attributes:
+        devices: The devices in use.
+        noticed_late: Whether `unchanged_since` found changes that snapshots since then may lack (Rule 3).
     """
 
     def __init__(self, model: nn.Module, generators: Iterable[object] = ()) -> None:
-        self._slots = [(module, name) for module in model.modules() for name in module._buffers.keys()]  # noqa: SIM118 - TorchScript
+        modules = modules_in_use(model)
         self.devices = _devices_in_use(model)
-        self._sources: list[RandomSource] = [*map(default_source, self.devices), *user_sources(generators)]
-        self._latest = Snapshot((None,) * len(self._sources), (None,) * len(self._slots))
+        self._random = GeneratorStates([
+            *map(default_source, self.devices), *global_sources(), *user_sources(generators)
+        ])  # fmt: skip
+        self._normalizations = [module for module in modules.values() if isinstance(module, _NormBase)]
+        self._modules = ModuleValues(modules.values())
+        self._parameters = ParameterValues(modules)
+        self._latest: Snapshot | None = None
+        self._known_modes: set[tuple[bool, ...]] = set()  # for which it is known what forwards change
+        self._is_first_in_mode = True
+        self._depth = 0
+        self.noticed_late = False
+        self._lost: list[str] = []
 
     def snapshot(self, *, statistics: bool = False) -> Snapshot:
-        """Return the state on which a later forward depends; with `statistics` also running statistics (Rule 2)."""
-        latest = self._latest
-        # zip without strict=, since this runs for each chunk.
-        states = [source.read_if_changed(known) for source, known in zip(self._sources, latest.random)]  # noqa: B905
-        random = _shared(states, latest.random)
-        buffers = latest.buffers
-        if self._slots:
-            copies = [_copy(*slot, known, statistics) for slot, known in zip(self._slots, buffers)]  # noqa: B905
-            buffers = _shared(copies, buffers)
-        if random is not latest.random or buffers is not latest.buffers:
-            self._latest = Snapshot(random, buffers)
-        return self._latest
+        """Return the state on which a later forward depends; with `statistics` also running statistics (Rule 4)."""
+        if self._latest is None:
+            self._begin()
+        if self._depth > 0 and not (statistics or self._is_first_in_mode):
+            return self._combine(
+                self._random.snapshot(every=False),
+                self._modules.snapshot_changing("signs"),
+                self._parameters.snapshot_changing(),
+            )
+        latest = self._take(self._thoroughness, every_generator=self._is_first_in_mode)
+        return latest._replace(statistics=self._read_statistics()) if statistics and self._normalizations else latest
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Set random state and buffers to a snapshot."""
-        for source, state in zip(self._sources, snapshot.random, strict=True):
-            source.set(state)
-        for (module, name), copy in zip(self._slots, snapshot.buffers, strict=True):
-            if copy is not None:
-                copy.tensor.data.copy_(copy.value)  # Rule 3
-                module._buffers[name] = copy.tensor
+        """Put everything back as it was.
+
+        Raises:
+            ReplayError: A forward changed a parameter of which there is no copy (`parameter_values.py`, Rule 4).
+        """
+        self._restore(snapshot, every_generator=self._is_first_in_mode)
 
     def unchanged_since(self, snapshot: Snapshot) -> bool:
-        """Return whether nothing changed since a snapshot with statistics; False if unknown."""
-        for source, state in zip(self._sources, snapshot.random, strict=True):
-            if source.read_if_changed(state) is not state:
-                return False
-        return all(
-            module._buffers[name] is None if copy is None else _is_current(module, name, copy)
-            for (module, name), copy in zip(self._slots, snapshot.buffers, strict=True)
+        """Return whether no forward changed anything since a snapshot with statistics; False if unknown.
+
+        False also if the state changed and is now as it was: a chunk in between found another one.
+        """
+        known = self._change_count
+        now = self._take("everything" if self._is_first_in_mode else "cpu", every_generator=True)
+        self.noticed_late = not self._is_first_in_mode and self._change_count > known
+        return (
+            _are_identical(now.random, snapshot.random)
+            and _are_identical(now.modules, snapshot.modules)
+            and _are_identical(now.parameters, snapshot.parameters)
+            and self._statistics_equal(snapshot.statistics)
         )
 
     @contextmanager
-    def preserved(self, *, only_on_error: bool = False) -> Iterator[Snapshot]:
-        """Restore the state at the end of the block, or only if the block raises; yields the snapshot."""
+    def preserved(self, *, only_on_error: bool = False, probe: bool = False) -> Iterator[Snapshot]:
+        """Restore the state at the end of the block, or only if the block raises; yields the snapshot.
+
+        Args:
+            only_on_error: Whether to keep what a block changes that does not raise.
+            probe: Whether to copy all trainable parameters for the block, if it is the outermost one, and to find out
+                which ones a forward changes. Without, only a new memory (`.data = ...`) can be undone of large ones
+                that no forward changed before.
+        """
+        if self._depth == 0:
+            self._begin(copy_all=probe)
         before = self.snapshot(statistics=True)
         succeeded = False
+        self._depth += 1
         try:
             yield before
             succeeded = True
         finally:
-            if not (succeeded and only_on_error):
-                self.restore(before)
+            self._depth -= 1
+            if succeeded and only_on_error:
+                if self._is_first_in_mode:
+                    self.snapshot()  # finds out what the last forward changed
+            else:
+                self._restore(before, every_generator=True, may_raise=succeeded)
+            if self._depth == 0 and succeeded:
+                self._is_first_in_mode = False
+                self._known_modes.add(self._modules.training_flags)
 
+    @property
+    def _thoroughness(self) -> Thoroughness:
+        return "everything" if self._is_first_in_mode else "signs"
 
-def _shared(entries: list[Any], known: tuple[Any, ...]) -> tuple[Any, ...]:
-    return known if all(map(operator.is_, entries, known)) else tuple(entries)
+    def _begin(self, *, copy_all: bool = False) -> None:
+        """Begin a batch (Rule 2)."""
+        mode = self._modules.training_flags
+        self._is_first_in_mode = mode not in self._known_modes
+        self._random.begin()
+        self._modules.begin(self._thoroughness)
+        self._parameters.begin(probe=self._is_first_in_mode or copy_all, copy_all=copy_all)
+        self._latest = self._latest or Snapshot((), (), ())
 
+    def _take(self, thoroughness: Thoroughness, *, every_generator: bool) -> Snapshot:
+        return self._combine(
+            self._random.snapshot(every=every_generator),
+            self._modules.snapshot(thoroughness),
+            self._parameters.snapshot(),
+        )
 
-def _copy(module: nn.Module, name: str, latest: BufferCopy | None, statistics: bool) -> BufferCopy | None:
-    buffer = module._buffers[name]
-    if buffer is None or (_is_write_only(module) and not statistics):
-        return None
-    if latest is not None and _is_current(module, name, latest):
+    def _combine(
+        self, random: tuple[Any, ...], modules: tuple[ModuleRecord, ...], parameters: tuple[TensorRecord, ...]
+    ) -> Snapshot:
+        """Return the latest snapshot if it holds these records, else a new one."""
+        latest = self._latest
+        if latest is None or not (
+            random is latest.random and modules is latest.modules and parameters is latest.parameters
+        ):
+            latest = self._latest = Snapshot(random, modules, parameters)
         return latest
-    return BufferCopy(buffer, buffer._version, buffer.detach().clone())
+
+    @property
+    def _change_count(self) -> int:
+        return self._random.change_count + self._modules.change_count + self._parameters.change_count
+
+    def _restore(self, snapshot: Snapshot, *, every_generator: bool, may_raise: bool = True) -> None:
+        self._random.restore(snapshot.random, every=every_generator)
+        self._modules.restore(snapshot.modules, self._thoroughness)
+        lost = self._parameters.restore(snapshot.parameters)
+        for statistics in snapshot.statistics:
+            statistics.tensor.data.copy_(statistics.value)
+        self._lost = lost
+        if may_raise:
+            self.refuse_lost_values()
+
+    def refuse_lost_values(self) -> None:
+        """Refuse to go on if the last restoration was not complete.
+
+        Raises:
+            ReplayError: A forward changed a parameter of which there was no copy (`parameter_values.py`, Rule 4).
+        """
+        if self._lost:
+            raise ReplayError(
+                f"a forward changed {', '.join(self._lost)}, which no forward changed before, so no copy was made and "
+                "the values before are lost; from now on it is copied. Change it before the first training step, too, "
+                "or register it as a buffer"
+            )
+
+    def _read_statistics(self) -> tuple[StatisticsCopy, ...]:
+        modules = filter(is_write_only, self._normalizations)
+        buffers = [buffer for module in modules for buffer in module._buffers.values() if buffer is not None]
+        return tuple([StatisticsCopy(buffer, buffer.detach().clone()) for buffer in buffers])
+
+    def _statistics_equal(self, copies: tuple[StatisticsCopy, ...]) -> bool:
+        now = self._read_statistics()
+        return len(now) == len(copies) and all(
+            one.tensor is other.tensor and equal_values(one.value, other.value)
+            for one, other in zip(now, copies, strict=True)
+        )
 
 
-def _is_current(module: nn.Module, name: str, copy: BufferCopy) -> bool:
-    buffer = module._buffers[name]
-    return buffer is copy.tensor and buffer._version == copy.version and not _is_write_only(module)
-
-
-def _is_write_only(module: nn.Module) -> bool:
-    return isinstance(module, _NormBase) and module.training  # Rule 2
+def _are_identical(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def _devices_in_use(model: nn.Module) -> list[torch.device]:

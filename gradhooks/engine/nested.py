@@ -1,11 +1,16 @@
-"""Find and replace the tensors inside a pose of any structure."""
+"""Find and replace the tensors inside a pose of any structure; copy its containers."""
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import operator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+_LEAVES = (Tensor, str, int, float, bytes, type(None), nn.Module, type, FunctionType, ModuleType)
 
 
 def tensors_in(value: Any, path: str = "pose") -> Iterator[tuple[str, Tensor]]:
@@ -29,6 +34,79 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if all(mapped[key] is part for key, part in parts.items()):
         return value
     return _with_parts(value, mapped)
+
+
+def fresh_containers(pose: Any) -> Any:
+    """Return a copy of the containers of a pose that shares everything else, tensors above all.
+
+    What a model writes into its pose (`pose["features"] = ...`, `data.h = ...`) then stays in the copy. Copied, at
+    every level, are lists, mappings, sets, tuples of these, dataclasses, the data objects of PyTorch Geometric, objects
+    that define `__copy__`, and objects of plain Python classes. A pose without them is returned as it is.
+    """
+    if isinstance(pose, Tensor) or (type(pose) is tuple and all(isinstance(part, Tensor) for part in pose)):
+        return pose
+    return _fresh(pose, {})
+
+
+def _fresh(value: Any, copies: dict[int, Any]) -> Any:
+    """Return a copy of the containers in `value`; `copies` has those of the objects that were met, by their ids."""
+    if isinstance(value, _LEAVES):
+        return value
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, tuple):
+        parts = [_fresh(part, copies) for part in value]
+        return value if all(map(operator.is_, parts, value)) else _with_parts(value, dict(enumerate(parts)))
+    fresh = _shallow_copy(value)
+    copies[id(value)] = fresh
+    if fresh is not value:
+        for container, key, part in _places(fresh):
+            inner = _fresh(part, copies)
+            if inner is not part:
+                container[key] = inner
+    return fresh
+
+
+def _shallow_copy(value: Any) -> Any:
+    """Return a copy that shares all parts, or `value` itself if it is no container or cannot be copied."""
+    kind = type(value)
+    if isinstance(value, (dict, list, MutableMapping, set, deque)) or _is_dataclass(value) or _is_graph(value):
+        return copy.copy(value)
+    if kind is SimpleNamespace or (hasattr(kind, "__copy__") and hasattr(value, "__dict__")):
+        return copy.copy(value)
+    make: object = kind.__new__
+    if make is not object.__new__ or not hasattr(value, "__dict__"):
+        return value
+    try:
+        fresh = object.__new__(kind)
+    except TypeError:  # a type of C
+        return value
+    vars(fresh).update(vars(value))
+    return fresh
+
+
+class _Slots:
+    """The attributes of an object without `__dict__`, frozen or not, written by name."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        object.__setattr__(self._owner, name, value)
+
+
+def _places(container: Any) -> list[tuple[Any, Any, Any]]:
+    """Return the parts of a container, each with the object and the key by which it can be replaced."""
+    if isinstance(container, (list, deque)):
+        return [(container, index, part) for index, part in enumerate(container)]
+    if _is_graph(container):
+        return [(store, key, part) for store in container.stores for key, part in list(store.items())]
+    parts = [(container, *item) for item in container.items()] if isinstance(container, MutableMapping) else []
+    if not hasattr(container, "__dict__"):  # a dataclass with slots
+        slots = dataclasses.fields(container) if _is_dataclass(container) else ()
+        return [*parts, *((_Slots(container), slot.name, getattr(container, slot.name)) for slot in slots)]
+    attributes = vars(container)
+    return [*parts, *((attributes, *item) for item in list(attributes.items()))]
 
 
 def _parts(value: Any) -> Mapping[Any, Any]:

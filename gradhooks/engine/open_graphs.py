@@ -1,5 +1,6 @@
 """OpenGraphs: the bytes that earlier batches hold because their outer backward has not run yet."""
 
+
 class OpenGraphs:
     """The number of bytes that are held.
 

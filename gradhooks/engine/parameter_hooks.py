@@ -32,7 +32,7 @@ Receiver = Callable[[int, Tensor], None]
 
 
 class ParameterHooks:
-    """Hooks on the leaves of one group.
+    """Hooks on the leaves of one batch.
 
     Args:
         leaves: The shadow parameters, and the detached pose inputs.
@@ -52,7 +52,7 @@ class ParameterHooks:
         """Pass each gradient that arrives in a leaf to `receive(index, gradient)` and clear the leaf's `.grad`.
 
         Returns:
-            A handle; `close()` removes the hooks. They are also removed when an error leaves the group: leaf, hook and
+            A handle; `close()` removes the hooks. They are also removed when an error leaves the batch: leaf, hook and
             receiver form a reference cycle through C++ that the garbage collector cannot see.
         """
         hooks = ExitStack()
@@ -146,7 +146,7 @@ class RunningSums:
             return
         self._put_back()
         sums = self._sum(k)
-        self._dense.pop(k, None)
+        self._dense.pop(k, None)  # autograd may replace a gradient that it does not add in place
         for index in self._unhooked:
             self._leaves[index].grad = sums[index]
         self._in_leaves, self._targets = k, [(k, 1.0)]

@@ -9,7 +9,7 @@ from gradhooks.engine.model_output import check_shape
 from gradhooks.engine.open_graphs import OpenGraph
 from gradhooks.engine.progress import progress_of
 from gradhooks.engine.report import Report
-from gradhooks.engine.schedule import MemoryExceededError
+from gradhooks.engine.schedule import StartAgainError
 
 Observe = Callable[[Tensor], None]
 
@@ -17,7 +17,9 @@ MARGIN = 2
 """Chunks are not measured if all plain poses fit at this multiple of what their graphs are expected to keep."""
 
 
-def run_plain_chunks(batch: Batch, start: int, stop: int, observe: Observe) -> list[Tensor]:
+def run_plain_chunks(
+    batch: Batch, start: int, stop: int, observe: Observe, *, earlier: Tensor | None = None
+) -> list[Tensor]:
     """Return the predictions of the poses `start .. stop - 1` with their graphs, a tensor for each chunk.
 
     Args:
@@ -25,9 +27,11 @@ def run_plain_chunks(batch: Batch, start: int, stop: int, observe: Observe) -> l
         start: The index of the first pose.
         stop: The index after the last pose.
         observe: Called in the outer backward with the coefficients of each chunk, shape `(n, *prediction)`.
+        earlier: The predictions of the poses before `start`, whose shape these must have.
 
     Raises:
-        MemoryExceededError: The graphs keep more than was expected and allowed. What was measured is remembered.
+        PredictionError: The predictions differ in shape.
+        StartAgainError: The graphs keep more than was expected and allowed. What was measured is remembered.
     """
     schedule, need = batch.schedule, batch.schedule.need
     room = schedule.graph_room
@@ -38,12 +42,13 @@ def run_plain_chunks(batch: Batch, start: int, stop: int, observe: Observe) -> l
     with progress_of(batch.options.progress, len(batch.poses), "poses") as report_progress:
         while start < stop:
             size = schedule.plain_chunk_size(stop - start)
-            run = batch.runner.run_plainly(batch.poses, start, start + size, max(0, room - used), measure=measure)
+            limit = schedule.split_beyond(room - used)
+            run = batch.runner.run_plainly(batch.poses, start, start + size, limit, measure=measure)
             rows.append(run.predictions)
-            check_shape(rows[0], rows[-1], start)
+            check_shape(rows[0] if earlier is None else earlier, rows[-1], start)
             used += run.bytes
             if used > room and is_planned:
-                raise MemoryExceededError(f"graphs of {used} bytes do not fit in {room}")
+                raise StartAgainError(f"graphs of {used} bytes do not fit in {room}")
             _hold(batch, run.predictions, run.bytes, observe)
             start += len(rows[-1])
             report_progress(start)

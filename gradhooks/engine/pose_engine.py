@@ -1,4 +1,4 @@
-"""PoseEngine: the part of a group that an accumulator sees."""
+"""PoseEngine: the part of a batch that an accumulator sees."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -11,13 +12,24 @@ from torch import Tensor, nn
 from gradhooks.engine.leaves import Leaves
 from gradhooks.engine.memory_need import MemoryNeed
 from gradhooks.engine.model_output import prediction_rows
-from gradhooks.engine.nested import map_tensors, tensors_in
+from gradhooks.engine.nested import fresh_containers, map_tensors, tensors_in
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.saved_tensors import storage_addresses
 from gradhooks.errors import PosesError
 from gradhooks.options import Call
 
 _NEEDS_GRAD = ".*(does not require grad|None of the inputs have requires_grad)"
+
+
+def _inputs(poses: Poses, start: int, stop: int) -> Any:
+    """Return the model's input; what the model writes into its containers does not reach the user's poses."""
+    inputs = poses.slice(start, stop)
+    return inputs if poses.collated else fresh_containers(inputs)
+
+
+def input_bytes(inputs: Any) -> int:
+    """Return the bytes of the tensors in a model's input."""
+    return sum(tensor.nbytes for _, tensor in tensors_in(inputs))
 
 
 class NeedsGradModeError(Exception):
@@ -46,6 +58,9 @@ class PoseRunner:
         call: The option `call`.
         pose_count: The number of poses, for messages.
         need: Measures what poses need.
+
+    Attributes:
+        measures: Whether larger inputs than all before are measured.
     """
 
     def __init__(self, model: nn.Module, call: Call, pose_count: int, need: MemoryNeed) -> None:
@@ -53,9 +68,11 @@ class PoseRunner:
         self._call = call
         self._pose_count = pose_count
         self._need = need
+        self.measures = True
         self._detach_for: Leaves | None = None
         self._needs_grad_mode = False
         self._tried_without_graph = False
+        self._changed_poses: PosesError | None = None
 
     @property
     def detaches_inputs(self) -> bool:
@@ -80,51 +97,63 @@ class PoseRunner:
             PosesError: The model changed a tensor of a pose in place.
             PredictionError: The output cannot be used as a prediction.
         """
-        inputs = poses.slice(start, stop)
+        inputs = _inputs(poses, start, stop)
         if self._detach_for is not None:
             inputs = map_tensors(self._detach_input, inputs)
         versions = [(tensor, path, tensor._version) for path, tensor in tensors_in(inputs)]
-        size = sum(tensor.nbytes for tensor, _, _ in versions)
-
-        def forward() -> Tensor:
-            return self._predict(inputs, poses, start, stop)
-
-        if torch.is_grad_enabled() and self._need.is_unmeasured(size, stop - start):
-            predictions, _ = self._need.measure(forward, size, stop - start, self._not_counted(poses, inputs))
-        else:
-            predictions = forward()
+        predictions = self._predict_measured(inputs, poses, start, stop)
         changed = [path for tensor, path, version in versions if tensor._version != version]
         if changed:
-            raise PosesError(
-                f"pose {poses.original_index(start)}: the model changed {', '.join(changed)} in place, so the pose "
-                "cannot be run again; let the model work on a copy (clone), or pass one with "
-                "call=lambda model, pose: ..."
-            )
+            raise _changed_in_place(poses.original_index(start), changed)
         return predictions
 
-    def run_plainly(self, poses: Poses, start: int, stop: int, room: int, *, measure: bool) -> PlainRun:
+    def refuse_changed_poses(self) -> None:
+        """Refuse to run poses again that the model changed in place when they ran plainly.
+
+        Raises:
+            PosesError: It did.
+        """
+        if self._changed_poses is not None:
+            raise self._changed_poses
+
+    def run_plainly(self, poses: Poses, start: int, stop: int, room: int | None, *, measure: bool) -> PlainRun:
         """Run some poses that will not run again, and may be changed in place.
 
         Args:
             poses: The poses.
             start: The index of the first.
             stop: The index after the last; fewer poses run if these are expected to need more than `room`.
-            room: The bytes that their graph may keep.
+            room: The bytes that their graph may keep; None if all of them must run together.
             measure: Measure the need even if larger inputs were measured before.
         """
-        inputs = poses.slice(start, stop)
-        count, size = stop - start, sum(tensor.nbytes for _, tensor in tensors_in(inputs))
+        inputs = _inputs(poses, start, stop)
+        versions = [(tensor, path, _version(tensor)) for path, tensor in tensors_in(inputs)]
+        count, size = stop - start, sum(tensor.nbytes for tensor, _, _ in versions)
         expected = self._need.expected_graph(size, count)
-        if expected > room and count > 1:
+        if room is not None and expected > room and count > 1:
             return self.run_plainly(poses, start, start + max(1, count * room // expected), room, measure=True)
 
         def forward() -> Tensor:
-            return self._predict(inputs, poses, start, stop)
+            try:
+                return self._predict(inputs, poses, start, stop)
+            finally:
+                changed = [path for tensor, path, version in versions if _version(tensor) != version]
+                if changed and not poses.collated:
+                    self._changed_poses = _changed_in_place(poses.original_index(start), changed)
 
-        if measure or self._need.is_unmeasured(size, count):
+        if self.measures and (measure or self._need.is_unmeasured(size, count)):
             excluded = self._not_counted(poses, inputs)
             return PlainRun(*self._need.measure(forward, size, count, excluded), measured=True)
         return PlainRun(forward(), expected, measured=False)
+
+    def _predict_measured(self, inputs: Any, poses: Poses, start: int, stop: int) -> Tensor:
+        """Return the predictions; measure them if they have a graph and are larger than those before."""
+        if self.measures and torch.is_grad_enabled():
+            size, count = input_bytes(inputs), stop - start
+            if self._need.is_unmeasured(size, count):
+                excluded = self._not_counted(poses, inputs)
+                return self._need.measure(lambda: self._predict(inputs, poses, start, stop), size, count, excluded)[0]
+        return self._predict(inputs, poses, start, stop)
 
     def _not_counted(self, poses: Poses, inputs: Any) -> set[int]:
         """Return the addresses of storages that exist anyway: the model's, and those of poses that are not copied."""
@@ -163,3 +192,14 @@ class PoseRunner:
     def _detach_input(self, tensor: Tensor) -> Tensor:
         kept = tensor.grad_fn is not None or (self._detach_for is not None and self._detach_for.contain(tensor))
         return tensor if kept else tensor.detach()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _changed_in_place(index: int, changed: Sequence[str]) -> PosesError:
+    return PosesError(
+        f"pose {index}: the model changed {', '.join(changed)} in place, so the pose cannot be run again; let the "
+        "model work on a copy (clone), or pass one with call=lambda model, pose: ..."
+    )

@@ -1,4 +1,4 @@
-"""Report how many poses of a group are done: a tqdm bar, or a function of the user."""
+"""Report how many poses of a batch are done: a tqdm bar, or a function of the user."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

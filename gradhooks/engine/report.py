@@ -1,6 +1,6 @@
 """Report: what was done with the poses of a batch."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 from tabulate import tabulate
@@ -50,7 +50,7 @@ class Report:
     backwards: int = 0
     recomputed: int = 0
     skipped: int = 0
-    memory: MemoryUse = MemoryUse(0, 0)
+    memory: MemoryUse = field(default=MemoryUse(0, 0))
     accumulator: str = ""
     reason: str = ""
 

@@ -83,7 +83,7 @@ class SecondRun:
         return batch.schedule.retry_smaller(attempt, resizable=self._stateless)
 
     def jobs(self, selected: Tensor, size: int) -> list[RerunJob]:
-        """Return the jobs that run the selected poses again, in chunks of at most `size` poses if they may be packed."""
+        """Return the jobs that run the selected poses again, in chunks of `size` poses if they may be packed."""
         jobs = self._jobs(selected)
         return self._packed(jobs, selected, size) if self._may_pack and jobs else jobs
 
@@ -107,9 +107,7 @@ class SecondRun:
         indices: list[int] = selected.nonzero().flatten().tolist()
         poses = PoseSubset(self._context.poses, indices)
         chunks = [Chunk(max(0, stop - size), stop, jobs[0].chunk.before) for stop in range(len(indices), 0, -size)]
-        return [
-            RerunJob(poses, chunk, indices[chunk.start : chunk.stop], chunk.stop - chunk.start) for chunk in chunks
-        ]
+        return [RerunJob(poses, chunk, indices[chunk.start : chunk.stop], chunk.stop - chunk.start) for chunk in chunks]
 
     def _run(
         self, jobs: Sequence[RerunJob], predictions: Tensor, cotangents: Tensor, *, packed: bool = False

@@ -1,12 +1,15 @@
 """Measure what autograd graphs keep alive."""
 
-from collections.abc import Container, Iterable, Iterator
+import sys
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class _Saved(NamedTuple):
@@ -37,8 +40,15 @@ def record_saved_tensors(excluded: Container[int]) -> Iterator[dict[int, int]]:
             saved[storage.data_ptr()] = storage.nbytes()
         return _Saved(tensor.detach(), tensor._version)  # a node that saves its own output would be a reference cycle
 
-    with torch.autograd.graph.saved_tensors_hooks(record, _unpack):
+    with torch.autograd.graph.saved_tensors_hooks(_not_compiled(record), _not_compiled(_unpack)):
         yield saved
+
+
+def _not_compiled(function: Function) -> Function:
+    """Return the function, which runs as it is where the code that calls it is being compiled."""
+    if "torch._dynamo" not in sys.modules:  # importing it takes a second
+        return function
+    return cast("Function", torch.compiler.disable(function))
 
 
 def _unpack(saved: _Saved) -> Tensor:

@@ -31,8 +31,8 @@ PARTS = 8
 Result = TypeVar("Result")
 
 
-class MemoryExceededError(Exception):
-    """Internal: plain chunks needed more than was expected; the batch starts again with what was learned."""
+class StartAgainError(Exception):
+    """Internal: something was learned with which the batch has to start again, from the state before it."""
 
 
 class Schedule:
@@ -106,7 +106,7 @@ class Schedule:
         return self.need.known is None and self.left > 0
 
     def first_plain(self, count: int) -> int:
-        """Return the index of the first of `count` poses that runs plainly, after those that are intercepted (Rule 1)."""
+        """Return the index of the first of `count` poses that runs plainly; those before are intercepted (Rule 1)."""
         graph = self.need.graph_bytes
         for fitting in (count, self.room // (PARTS * self.need.step_bytes)):
             self._plain_chunk = self._capped(fitting, count)
@@ -117,6 +117,10 @@ class Schedule:
         self._planned = plain * graph
         size = self._chunk_size or 1  # chunks of a fixed size begin at its multiples
         return min(count, -(-(count - plain) // size) * size)
+
+    def split_beyond(self, room: int) -> int | None:
+        """Return beyond which need a chunk is split, given the bytes left; None if chunks have a fixed size."""
+        return max(0, room) if self._chunk_size is None else None
 
     def plain_chunk_size(self, remaining: int) -> int:
         """Return the size of the next plain chunk."""
@@ -165,7 +169,7 @@ class Schedule:
         while True:
             try:
                 return attempt()
-            except (MemoryExceededError, HooksRefusedError) as error:
+            except (StartAgainError, HooksRefusedError) as error:
                 logger.debug("starting the batch again: {}", error)
             except (RuntimeError, MemoryError) as error:
                 if not (ran_out_of_memory(error) and self._halve() and resizable):

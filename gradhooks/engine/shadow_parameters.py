@@ -26,11 +26,11 @@ _entered_by_thread = threading.local()
 
 
 class _Slot(NamedTuple):
-    """An entry of a module's `_parameters`, and the index of its shadow."""
+    """An entry of a module's `_parameters`, and the number of its shadow."""
 
     parameters: MutableMapping[str, Tensor | None]
     name: str
-    index: int
+    number: int
 
 
 class _Saved(NamedTuple):

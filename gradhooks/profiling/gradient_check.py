@@ -72,7 +72,7 @@ def gradcheck(
         poses: A list of poses, few enough for the full graph in float64.
         combination: As for `MultiPose`.
         loss: Of a prediction; the sum of the combined prediction by default.
-        **options: Further options of `MultiPose`; an accumulator that ignores one of them runs without it.
+        **options: Further options of `MultiPose`, for the accumulators that use them. `memory` counts in the last row.
     """
     double_model = copy.deepcopy(model).double()
     double_poses = [
