@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from unwatched import Unwatched
 
 import gradhooks
-from gradhooks.profiling.comparison import compare_steps, gradient_error
+from gradhooks.profiling.comparison import compare_steps
 from gradhooks.profiling.gradient_check import GradientCheck
+from gradhooks.profiling.gradient_error import gradient_error
 from gradhooks.profiling.peak_memory import PeakMemory
-from gradhooks.profiling.training_steps import TrainingBatch, full_graph_step, offloaded_step
+from gradhooks.profiling.training_batch import TrainingBatch
+from gradhooks.profiling.training_steps import full_graph_step, offloaded_step
 
 
 class Wide(nn.Module):

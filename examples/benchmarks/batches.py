@@ -11,7 +11,8 @@ from small_models import COMBINATIONS, SMALL_MODELS, batch_of
 
 from gradhooks.profiling.peak_memory import peak_bytes
 from gradhooks.profiling.timing import interleaved_seconds, median_ratio
-from gradhooks.profiling.training_steps import TrainingBatch, TrainingStep, batched_step, multipose_step
+from gradhooks.profiling.training_batch import TrainingBatch
+from gradhooks.profiling.training_steps import TrainingStep, batched_step, multipose_step
 from gradhooks.units import format_seconds
 
 WARM_UP_STEPS = 3  # in which sizes are measured and `auto` settles

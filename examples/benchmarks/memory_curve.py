@@ -10,7 +10,8 @@ from small_models import COMBINATIONS, SMALL_MODELS, batch_of
 
 from gradhooks.profiling.peak_memory import peak_bytes
 from gradhooks.profiling.timing import interleaved_seconds, median_ratio
-from gradhooks.profiling.training_steps import TrainingBatch, TrainingStep, batched_step, multipose_step
+from gradhooks.profiling.training_batch import TrainingBatch
+from gradhooks.profiling.training_steps import TrainingStep, batched_step, multipose_step
 from gradhooks.units import format_bytes
 
 WARM_UP_STEPS = 3

@@ -14,7 +14,8 @@ from models import Reference, reference
 from gradhooks import Combination
 from gradhooks.combinations import Boltzmann, Mean, Min
 from gradhooks.profiling.comparison import Comparison, compare_steps
-from gradhooks.profiling.training_steps import TrainingBatch, checkpoint_step, full_graph_step, multipose_step
+from gradhooks.profiling.training_batch import TrainingBatch
+from gradhooks.profiling.training_steps import checkpoint_step, full_graph_step, multipose_step
 
 # Options of MultiPose by the name of a row.
 ROWS: dict[str, Mapping[str, Any]] = {

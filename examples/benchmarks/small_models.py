@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gradhooks import Combination
 from gradhooks.combinations import Boltzmann, Mean, Min
-from gradhooks.profiling.training_steps import TrainingBatch
+from gradhooks.profiling.training_batch import TrainingBatch
 
 CUTOFF = 5.0
 Molecule = tuple[Tensor, Tensor]

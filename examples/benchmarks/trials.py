@@ -12,13 +12,8 @@ from gradhooks.options import call_model
 from gradhooks.profiling.peak_memory import peak_bytes
 from gradhooks.profiling.preserved_state import preserved_state
 from gradhooks.profiling.timing import interleaved_seconds
-from gradhooks.profiling.training_steps import (
-    TrainingBatch,
-    TrainingStep,
-    checkpoint_step,
-    full_graph_step,
-    multipose_step,
-)
+from gradhooks.profiling.training_batch import TrainingBatch
+from gradhooks.profiling.training_steps import TrainingStep, checkpoint_step, full_graph_step, multipose_step
 
 WARM_UP_STEPS = 3  # in which `auto` settles
 BASELINES = {"full graph": full_graph_step, "checkpoint per pose": checkpoint_step}

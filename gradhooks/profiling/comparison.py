@@ -16,21 +16,14 @@ from gradhooks.accumulators.base import Accumulator
 from gradhooks.engine.model_state import ModelState
 from gradhooks.engine.report import Report
 from gradhooks.options import Options, OptionTypes
+from gradhooks.profiling.gradient_error import gradient_error
 from gradhooks.profiling.peak_memory import peak_bytes
 from gradhooks.profiling.preserved_state import preserved_state
 from gradhooks.profiling.result_table import ResultTable, TableContent
 from gradhooks.profiling.timing import interleaved_seconds, median_ratio
-from gradhooks.profiling.training_steps import (
-    CombinationLike,
-    Loss,
-    TrainingBatch,
-    TrainingStep,
-    sum_of_combined,
-    training_steps,
-)
+from gradhooks.profiling.training_batch import CombinationLike, TrainingBatch
+from gradhooks.profiling.training_steps import Loss, TrainingStep, sum_of_combined, training_steps
 from gradhooks.units import format_bytes, format_seconds
-
-FLOOR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -197,24 +190,6 @@ def describe_setting(device: torch.device) -> str:
     if device.type == "cuda":
         return f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}"
     return f"torch {torch.__version__}, CPU, {torch.get_num_threads()} thread(s)"
-
-
-def gradient_error(gradients: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:
-    """Return the largest difference of a gradient, relative to its norm; infinite if one of a pair is missing.
-
-    A norm below `FLOOR` times that of the largest gradient of the model counts as that: what is as small is a
-    difference of larger numbers, of which only the rounding errors are left.
-    """
-    norms = [0.0 if reference is None else reference.to_dense().norm().item() for reference in expected]
-    floor = FLOOR * max([0.0, *norms])
-    errors = [0.0]
-    for actual, reference, norm in zip(gradients, expected, norms, strict=True):
-        if (actual is None) != (reference is None):
-            return float("inf")
-        if actual is not None and reference is not None:
-            difference = (actual.to_dense() - reference.to_dense()).norm().item()
-            errors.append(difference / (max(norm, floor) or 1.0))
-    return max(errors)
 
 
 def _row_name(step: str, report: Report | None) -> str:

@@ -12,17 +12,10 @@ from gradhooks.engine.model_state import ModelState
 from gradhooks.engine.nested import map_tensors
 from gradhooks.errors import ReplayError
 from gradhooks.options import Options, OptionTypes
-from gradhooks.profiling.comparison import gradient_error
+from gradhooks.profiling.gradient_error import gradient_error
 from gradhooks.profiling.result_table import ResultTable, TableContent
-from gradhooks.profiling.training_steps import (
-    CombinationLike,
-    Loss,
-    TrainingBatch,
-    accumulator_steps,
-    full_graph_step,
-    multipose_step,
-    sum_of_combined,
-)
+from gradhooks.profiling.training_batch import CombinationLike, TrainingBatch
+from gradhooks.profiling.training_steps import Loss, accumulator_steps, full_graph_step, multipose_step, sum_of_combined
 
 TOLERANCE = 1e-10
 ACCUMULATORS = ("store", "stream", "recompute", "auto")

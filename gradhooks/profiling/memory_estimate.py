@@ -11,11 +11,12 @@ from typing_extensions import Unpack
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.engine.memory_budget import free_bytes
 from gradhooks.options import OptionTypes
-from gradhooks.profiling.batch_plan import BatchPlan, BatchPlanner
-from gradhooks.profiling.pose_memory import measure_pose_memory
+from gradhooks.profiling.batch_plan import BatchPlan
+from gradhooks.profiling.batch_planner import BatchPlanner
+from gradhooks.profiling.pose_measurement import measure_pose_memory
 from gradhooks.profiling.preserved_state import preserved_state
 from gradhooks.profiling.result_table import ResultTable, TableContent
-from gradhooks.profiling.training_steps import CombinationLike, TrainingBatch
+from gradhooks.profiling.training_batch import CombinationLike, TrainingBatch
 from gradhooks.units import format_bytes
 from gradhooks.wrapper import MultiPose
 
