@@ -16,7 +16,14 @@ from gradhooks.profiling.timing import interleaved_seconds
 CPU = torch.device("cpu")
 WARM_UP_STEPS = 3
 MICRO = 1e6
-COMBINATIONS = {"mean": Mean(), "boltzmann": Boltzmann(1.0), "min, scale 1": Min(1.0)}
+WAYS = {
+    "mean, stream": (Mean(), "stream"),
+    "mean, recompute": (Mean(), "recompute"),
+    "min, stream": (Min(1.0), "stream"),
+    "min, recompute": (Min(1.0), "recompute"),
+    "boltzmann, stream": (Boltzmann(1.0), "stream"),
+    "boltzmann, recompute": (Boltzmann(1.0), "recompute"),
+}
 GROWTH = ("store", "stream", "recompute", "auto")
 
 
@@ -35,7 +42,7 @@ class Overhead(NamedTuple):
     """Seconds beyond plain steps of the same poses: those that run twice are compared with a forward and a step.
 
     Attributes:
-        way: The combination and the accumulator that ran, or `"plain"` for what fits in memory.
+        way: The combination and the accumulator of poses in chunks of one; or that all poses are plain, in one chunk.
         per_batch: For a batch, whatever its size.
         per_pose: For each pose.
         per_parameter: For each parameter and batch.
@@ -51,14 +58,13 @@ class Overhead(NamedTuple):
 
 def overheads(poses: tuple[int, int], parameters: tuple[int, int], repeats: int) -> Iterator[Overhead]:
     """Fit the costs to two numbers of poses and two of parameters, in chunks of one pose, and where all are plain."""
-    for name, combination in COMBINATIONS.items():
-        extra, way = {}, ""
+    for way, (combination, accumulator) in WAYS.items():
+        extra = {}
         for count in parameters:
             model = Tiny(count)
             for number in poses:
-                scorer = MultiPose(model, combination, memory=0)
+                scorer = MultiPose(model, combination, accumulator=accumulator, memory=0, tolerance=0)  # skips no pose
                 extra[number, count] = _extra(scorer, torch.randn(number, count), repeats, _one_by_one)
-                way = f"{name} ({scorer.report.accumulator})"
         yield Overhead(way, *_fit(extra))
     extra = {}
     for count in parameters:
