@@ -138,10 +138,7 @@ class ModelState:
                 which ones a forward changes. Without, only a new memory (`.data = ...`) can be undone of large ones
                 that no forward changed before.
         """
-        if self._depth == 0:
-            before = self._begin(copy_all=probe)
-        else:
-            before = self.snapshot(statistics=True)
+        before = self._begin(copy_all=probe) if self._depth == 0 else self.snapshot(statistics=True)
         succeeded = False
         self._depth += 1
         try:
