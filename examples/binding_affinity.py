@@ -1,11 +1,13 @@
-"""Train SchNet on measured binding free energies, N conformers per ligand, with the memory of one.
+"""Train SchNet on measured binding free energies, by batches of ligands with N conformers each.
 
-    python examples/binding_affinity.py                     # two minutes on two cores
+    python examples/binding_affinity.py                     # a minute on two cores
+    python examples/binding_affinity.py --memory 0          # with the memory of one conformer
     python examples/binding_affinity.py --combination min --poses 8
     python examples/binding_affinity.py --ligands cmet      # poses in the binding site; 24 ligands are too few to learn
 
-The data comes with the rdkit wheel; nothing is downloaded. On a CPU, repeated runs of a command print the same numbers,
-except for times.
+All conformers of a batch are one call of `MultiPose`. At the end, a training step is measured in every way that PyTorch
+offers and with several values of `memory=`. The data comes with the rdkit wheel; nothing is downloaded. On a CPU,
+repeated runs of a command print the same numbers, except for times.
 """
 
 import argparse
@@ -16,11 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from conformers import SOURCES, Ligand, Pose, load_ligands, split
+from conformers import CUTOFF, SOURCES, Ligand, Pose, collate_molecules, load_ligands, radius_graph, split
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torch_geometric.nn import SchNet
 from tqdm import tqdm
 
@@ -29,8 +32,9 @@ from gradhooks.profiling.comparison import Comparison
 
 BATCH_SIZE = 4  # ligands per optimizer step
 LEARNING_RATE = 5e-3
-CUTOFF = 5.0  # Angstrom
-ENLARGEMENT = 8  # the second group whose training step is measured has this many times more poses
+# The training step is measured for a batch, and for one with more conformers, with these values of `memory=`, the
+# default and 0.
+BUDGETS = {1: ("4MiB",), 4: ("32MiB", "8MiB", "2MiB")}
 
 
 class Result(NamedTuple):
@@ -41,7 +45,7 @@ class Result(NamedTuple):
         predictions: The predictions of the model for them.
         targets: The measured values. All in kcal/mol, of shape `(ligands,)`.
         curve: For each epoch, the RMSE during training and then on the held-out ligands.
-        costs: Comparisons of a training step with the full graph and with a checkpoint per pose.
+        costs: Comparisons of a training step, for a batch and for one with more conformers.
     """
 
     baseline: tuple[Tensor, Tensor]
@@ -54,7 +58,8 @@ class Result(NamedTuple):
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description="SchNet on groups of conformers.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="SchNet on batches of ligands with several conformers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--ligands", choices=list(SOURCES), default="sulfonamides", help="data set")
     parser.add_argument("--molecules", type=int, default=320, help="maximum number; every fourth is held out")
@@ -64,6 +69,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--combination", choices=combinations, default="boltzmann", help="combines the energies")
     accumulators = gradhooks.registry.accumulators.available()
     parser.add_argument("--accumulator", choices=accumulators, default="auto", help="sums the gradients")
+    parser.add_argument("--memory", default="1GiB", help="of a step beyond that of one conformer: bytes, 64MiB, ...")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the conformers, the weights and the order")
     parser.add_argument("--output", type=Path, default=Path("binding_affinity.png"), help="file of the plot")
@@ -75,14 +81,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if getattr(options, name) < minimum:
             parser.error(f"--{name} must be at least {minimum}")
     return options
-
-
-def radius_graph(positions: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the edges `(2, E)` between atoms of a molecule closer than the cutoff, and their lengths `(E,)`."""
-    distances = (positions.unsqueeze(1) - positions).norm(dim=-1)
-    near = (distances < CUTOFF) & (batch.unsqueeze(1) == batch)
-    near.fill_diagonal_(False)
-    return near.nonzero().t(), distances[near]
 
 
 def load(options: argparse.Namespace) -> tuple[list[Ligand], list[Ligand]]:
@@ -99,24 +97,22 @@ def train(
 ) -> list[tuple[float, float]]:
     """Train, and return for each epoch the RMSE during training and then on the held-out ligands."""
     optimizer = torch.optim.Adam(scorer.parameters(), lr=LEARNING_RATE)
-    steps = epochs * len(range(0, len(training), BATCH_SIZE))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, steps=steps))
+    loader = DataLoader(training, BATCH_SIZE, shuffle=True, collate_fn=gradhooks.collate_groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, steps=epochs * len(loader)))
     curve = []
     with tqdm(total=epochs * len(training), desc="training", unit="ligand") as progress:
         for _ in range(epochs):
             squares = []
-            for batch in torch.randperm(len(training)).split(BATCH_SIZE):
+            for groups, target in loader:
                 optimizer.zero_grad()
-                for index in batch.tolist():
-                    poses, target = training[index]
-                    square = (scorer(poses).combined - target).square().sum()
-                    (square / len(batch)).backward()  # `.grad` accumulates over the batch
-                    squares.append(square.detach())
-                    progress.update()
+                square = (scorer(groups).combined - target).square()
+                square.mean().backward()
                 optimizer.step()
                 schedule.step()
+                squares.append(square.detach())
+                progress.update(len(target))
             predicted, measured = predict(scorer, held_out)
-            curve.append((torch.stack(squares).mean().sqrt().item(), rmse(predicted - measured)))
+            curve.append((torch.cat(squares).mean().sqrt().item(), rmse(predicted - measured)))
             progress.set_postfix({"RMSE": f"{curve[-1][0]:.2f}", "held out": f"{curve[-1][1]:.2f} kcal/mol"})
     return curve
 
@@ -129,8 +125,8 @@ def learning_rate(step: int, steps: int) -> float:
 @torch.no_grad()
 def predict(scorer: gradhooks.MultiPose, ligands: list[Ligand]) -> tuple[Tensor, Tensor]:
     """Return predicted and measured free energies, shape `(ligands,)`."""
-    predicted = torch.cat([scorer(ligand.poses).combined for ligand in ligands])
-    return predicted.flatten().cpu(), torch.cat([ligand.free_energy for ligand in ligands]).flatten().cpu()
+    groups, measured = gradhooks.collate_groups(ligands)
+    return scorer(groups).combined.flatten().cpu(), measured.flatten().cpu()
 
 
 def rmse(errors: Tensor) -> float:
@@ -147,27 +143,31 @@ def run(options: argparse.Namespace) -> Result:
     measured = torch.cat([ligand.free_energy for ligand in training])
     mean, deviation = measured.mean().item(), measured.std().item()
     schnet = SchNet(32, 32, 3, 25, CUTOFF, radius_graph, readout="mean", mean=mean, std=deviation)
-    scorer = gradhooks.MultiPose(schnet, options.combination, accumulator=options.accumulator).to(options.device)
+    scorer = gradhooks.MultiPose(schnet, options.combination, accumulator=options.accumulator)
+    scorer.memory, scorer.collate = options.memory, collate_molecules
+    scorer.to(options.device)
     curve = train(scorer, training, held_out, options.epochs)
     fitted, unseen = predict(scorer, training), predict(scorer, held_out)
-    poses, target = held_out[0]
     return Result(
         baseline=(torch.full_like(fitted[0], mean), torch.full_like(unseen[0], mean)),
         predictions=(fitted[0], unseen[0]),
         targets=(fitted[1], unseen[1]),
         curve=curve,
-        costs=[step_costs(scorer, group, target) for group in (poses, jittered(poses, ENLARGEMENT))],
+        costs=[step_costs(scorer, held_out[:BATCH_SIZE], times) for times in BUDGETS],
     )
 
 
-def step_costs(scorer: gradhooks.MultiPose, poses: list[Pose], target: Tensor) -> Comparison:
-    """Measure a training step on a group of poses."""
+def step_costs(scorer: gradhooks.MultiPose, ligands: list[Ligand], times: int = 1) -> Comparison:
+    """Measure a training step on a batch of ligands with `times` as many conformers."""
+    groups, target = gradhooks.collate_groups([(jittered(poses, times), energy) for poses, energy in ligands])
     return gradhooks.compare(
         scorer.model,
-        poses,
+        groups,
         scorer.combination,
-        accumulators=[scorer.accumulator],
-        loss=lambda prediction: (prediction.combined - target).square().sum(),
+        budgets=BUDGETS[times],
+        loss=lambda prediction: (prediction.combined - target).square().mean(),
+        repeats=3,
+        collate=collate_molecules,
     )
 
 
@@ -197,9 +197,9 @@ def tables(options: argparse.Namespace, result: Result) -> str:
 
 
 def plot(result: Result, path: Path) -> None:
-    """Draw predicted against measured energies, and the learning curve."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    scatter, curve = figure.subplots(1, 2)
+    """Draw predicted against measured energies, the learning curve, and the time of a step against its memory."""
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    scatter, curve, costs = figure.subplots(1, 3)
     _plot_predictions(scatter, result)
     epochs = range(1, len(result.curve) + 1)
     for errors, label in zip(zip(*result.curve, strict=True), ("during training", "held out"), strict=True):
@@ -208,8 +208,21 @@ def plot(result: Result, path: Path) -> None:
     curve.axhline(baseline, color="gray", linestyle="--", label="training mean, held out")
     curve.set(xlabel="epoch", ylabel="RMSE, kcal/mol", title="learning curve")
     curve.legend()
+    _plot_costs(costs, result.costs[-1])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _plot_costs(axes: Axes, cost: Comparison) -> None:
+    points = {row.name: (row.peak_bytes / 2**20, 1000 * row.seconds) for row in cost.rows}
+    curve = sorted(point for name, point in points.items() if name.startswith("MultiPose"))
+    axes.plot(*zip(*curve, strict=True), marker="o", label="MultiPose, by memory=")
+    for name, point in points.items():
+        if not name.startswith("MultiPose"):
+            axes.scatter(*point, label=name)
+    axes.set(xlabel="peak memory of a step, MiB", ylabel="time, ms", xscale="log", title=f"{cost.poses} poses")
+    axes.set_ylim(bottom=0)
+    axes.legend()
 
 
 def _plot_predictions(axes: Axes, result: Result) -> None:

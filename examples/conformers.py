@@ -1,9 +1,9 @@
-"""Load measured ligands from the rdkit wheel, and embed conformers as poses for SchNet."""
+"""Load measured ligands from the rdkit wheel, embed conformers as poses, and make batches of them for SchNet."""
 
 import csv
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from gradhooks.combinations.boltzmann import ROOM_TEMPERATURE
 
 DATA = Path(RDConfig.RDContribDir, "FreeWilson", "data")
 Pose = tuple[Tensor, Tensor]
+CUTOFF = 5.0  # Angstrom
 
 
 class Measured(NamedTuple):
@@ -29,10 +30,37 @@ class Measured(NamedTuple):
 
 
 class Ligand(NamedTuple):
-    """Training data of a molecule; a pose is `(atomic numbers, positions)` of its heavy atoms, in Angstrom."""
+    """Training data of a molecule, with a free energy of shape `(1,)`.
+
+    A pose is `(atomic numbers, positions)` of its heavy atoms, in Angstrom.
+    """
 
     poses: list[Pose]
     free_energy: Tensor
+
+
+def collate_molecules(poses: Sequence[Pose]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the arguments of SchNet for several poses: all atoms, and the number of the pose of each atom."""
+    numbers, positions = zip(*poses, strict=True)
+    atoms = torch.tensor([len(pose) for pose in numbers], device=numbers[0].device)
+    return (
+        torch.cat(numbers),
+        torch.cat(positions),
+        torch.arange(len(poses), device=atoms.device).repeat_interleave(atoms),
+    )
+
+
+def radius_graph(positions: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the edges `(2, E)` between atoms of a pose closer than the cutoff, and their lengths `(E,)`."""
+    atoms = batch.bincount()
+    first = atoms.cumsum(0) - atoms  # the first atom of each pose
+    partners = atoms[batch]  # an atom may be close to all atoms of its pose
+    row = torch.arange(len(batch), device=batch.device).repeat_interleave(partners)
+    first_row = (partners.cumsum(0) - partners)[row]
+    column = first[batch][row] + torch.arange(len(row), device=batch.device) - first_row
+    lengths = (positions[row] - positions[column]).norm(dim=1)
+    near = (lengths < CUTOFF) & (row != column)
+    return torch.stack([row[near], column[near]]), lengths[near]
 
 
 def sulfonamides() -> list[Measured]:
@@ -88,7 +116,7 @@ def load_ligands(
         atomic_numbers, positions = _cached(molecule, count, seed, cache)
         numbers = torch.from_numpy(atomic_numbers).to(device)
         poses = [(numbers, torch.from_numpy(coordinates).to(device)) for coordinates in positions]
-        yield Ligand(poses, torch.tensor([[molecule.free_energy]], device=device))
+        yield Ligand(poses, torch.tensor([molecule.free_energy], device=device))
 
 
 def _cached(measured: Measured, count: int, seed: int, cache: Path) -> tuple[np.ndarray, np.ndarray]:

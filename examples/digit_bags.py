@@ -4,13 +4,14 @@
     python examples/digit_bags.py --combinations noisy_or top_k_mean
 
 A bag is a group of images with one label: whether any of them is a 9. The labels of the images are not used to train.
+All images of a batch of bags are one call of `MultiPose`.
 Every combination is trained on the same bags; the plot shows which digits determined the prediction. The images come
 with scikit-learn; nothing is downloaded. On a CPU, repeated runs of a command print the same numbers, except for times.
 """
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +23,15 @@ from sklearn.datasets import load_digits
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import gradhooks
 
 TARGET_DIGIT = 9
 EMBEDDING = 16
-LEARNING_RATE = 1e-3
+BATCH_SIZE = 4  # bags per optimizer step
+LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 1e-4
 
 
@@ -77,6 +80,11 @@ class AttentionClassifier(gradhooks.Combination):
         logit: Tensor = self.classifier(self.attention(predictions))
         return logit
 
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor:
+        """Return the logits of all bags, shape `(count, 1)`, in a few kernels."""
+        logits: Tensor = self.classifier(self.attention.forward_groups(predictions, groups, count))
+        return logits
+
 
 def network(outputs: int) -> nn.Module:
     """Return a network from images `(n, 1, 8, 8)` to `(n, outputs)`: logits of the images, or embeddings."""
@@ -92,17 +100,20 @@ def network(outputs: int) -> nn.Module:
     )
 
 
-def attention_scorer(chunk: int) -> gradhooks.MultiPose:
-    """Return a model whose network predicts embeddings; the attention over them is trained with it."""
-    return gradhooks.MultiPose(network(EMBEDDING), AttentionClassifier(EMBEDDING), chunk_size=chunk)
+def scorer_of(name: str, memory: str) -> gradhooks.MultiPose:
+    """Return a model of bags: the network predicts a logit for each image, the combination one for the bag.
+
+    With attention the network predicts embeddings; the attention over them is trained with it.
+    """
+    if name == "gated_attention":
+        return gradhooks.MultiPose(network(EMBEDDING), AttentionClassifier(EMBEDDING), memory=memory)
+    return gradhooks.MultiPose(network(1), name, memory=memory)
 
 
-def scorer_of(name: str, chunk: int) -> gradhooks.MultiPose:
-    """Return a model of bags: the network predicts a logit for each image, the combination one for the bag."""
-    special: dict[str, Callable[[int], gradhooks.MultiPose]] = {"gated_attention": attention_scorer}
-    if name in special:
-        return special[name](chunk)
-    return gradhooks.MultiPose(network(1), name, chunk_size=chunk)
+def collate(bags: Sequence[Bag]) -> tuple[gradhooks.Groups, Tensor]:
+    """Return the images of several bags as groups, and the labels, shape `(bags, 1)`."""
+    batch: tuple[gradhooks.Groups, Tensor] = gradhooks.collate_groups([(bag.images, bag.label) for bag in bags])
+    return batch
 
 
 def bags_of(images: Tensor, digits: Tensor, count: int, size: int, generator: torch.Generator) -> list[Bag]:
@@ -137,31 +148,31 @@ def load_bags(options: argparse.Namespace) -> tuple[list[Bag], list[Bag]]:
 
 
 def train(scorer: gradhooks.MultiPose, bags: Sequence[Bag], epochs: int, title: str) -> float:
-    """Train bag by bag and return the duration in seconds."""
+    """Train by batches of bags and return the duration in seconds."""
     optimizer = torch.optim.Adam(scorer.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    loader = DataLoader(bags, BATCH_SIZE, shuffle=True, collate_fn=collate)
     started = time.perf_counter()
     for _ in tqdm(range(epochs), desc=title, leave=False, disable=None):
-        for index in torch.randperm(len(bags)).tolist():
-            bag = bags[index]
+        for groups, labels in loader:
             optimizer.zero_grad()
-            binary_cross_entropy_with_logits(scorer(bag.images).combined, bag.label).backward()
+            binary_cross_entropy_with_logits(scorer(groups).combined, labels).backward()
             optimizer.step()
     return time.perf_counter() - started
 
 
+@torch.no_grad()
 def evaluate(name: str, scorer: gradhooks.MultiPose, bags: Sequence[Bag], seconds: float) -> Result:
     """Measure the accuracy, and which images determined each prediction."""
-    correct, shares, found = [], [], []
-    with torch.no_grad():
-        for bag in bags:
-            prediction = scorer(bag.images)
-            correct.append(bool((prediction.combined > 0) == (bag.label > 0)))
-            # d logit / d prediction of an image: a number, or a vector if the prediction is an embedding.
-            sizes = prediction.coefficients().flatten(1).norm(dim=1)
-            shares.append(sizes / sizes.sum().clamp_min(1e-30))
-            if bag.label > 0:
-                found.append(bool(bag.digits[sizes.argmax()] == TARGET_DIGIT))
-    return Result(name, sum(correct) / len(correct), sum(found) / max(1, len(found)), seconds, shares)
+    groups, labels = collate(bags)
+    prediction = scorer(groups)
+    accuracy = ((prediction.combined > 0) == (labels > 0)).float().mean().item()
+    # d logit / d prediction of an image: a number, or a vector if the prediction is an embedding.
+    sizes = prediction.coefficients().flatten(1).norm(dim=1).split([len(bag.digits) for bag in bags])
+    found = [
+        bool(bag.digits[size.argmax()] == TARGET_DIGIT) for bag, size in zip(bags, sizes, strict=True) if bag.label > 0
+    ]
+    shares = [size / size.sum().clamp_min(1e-30) for size in sizes]
+    return Result(name, accuracy, sum(found) / max(1, len(found)), seconds, shares)
 
 
 def plot(results: Sequence[Result], bags: Sequence[Bag], path: Path) -> None:
@@ -206,11 +217,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=300, help="held-out bags")
     parser.add_argument("--size", type=int, default=10, help="images per bag, plus or minus two")
     parser.add_argument("--epochs", type=int, default=12, help="passes over the training bags")
-    parser.add_argument("--chunk", type=int, default=16, help="images per call of the network")
+    parser.add_argument("--memory", default="1GiB", help="of a step beyond that of one image: bytes, 64MiB, ...")
     parser.add_argument("--seed", type=int, default=0, help="of the bags, the weights and the order")
     parser.add_argument("--output", type=Path, default=Path("digit_bags.png"), help="file of the plot")
     options = parser.parse_args(argv)
-    for name, minimum in {"bags": 2, "held_out": 2, "size": 1, "epochs": 1, "chunk": 1, "seed": 0}.items():
+    for name, minimum in {"bags": 2, "held_out": 2, "size": 1, "epochs": 1, "seed": 0}.items():
         if getattr(options, name) < minimum:
             parser.error(f"--{name.replace('_', '-')} must be at least {minimum}")
     return options
@@ -223,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     results = []
     for name in options.combinations:
         torch.manual_seed(options.seed)
-        scorer = scorer_of(name, options.chunk)
+        scorer = scorer_of(name, options.memory)
         seconds = train(scorer, training, options.epochs, name)
         results.append(evaluate(name, scorer, held_out, seconds))
     plot(results, held_out, options.output)

@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from binding_affinity import CUTOFF, radius_graph
-from conformers import Pose, load_ligands, sulfonamides
+from conformers import CUTOFF, Pose, collate_molecules, load_ligands, radius_graph, sulfonamides
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch_geometric.nn import SchNet
@@ -77,7 +76,7 @@ def conformers(blocks: Sequence[int], options: argparse.Namespace, device: torch
     for block in blocks:
         (loaded,) = load_ligands([ligand], BLOCK, block, options.cache, device)
         poses += [(numbers, positions.double() if options.double else positions) for numbers, positions in loaded.poses]
-    return poses, torch.tensor([[ligand.free_energy]], device=device)
+    return poses, torch.tensor([ligand.free_energy], device=device)
 
 
 def blocks_of(rank: int, blocks: int, ranks: int) -> range:
@@ -96,7 +95,13 @@ def train(options: argparse.Namespace, rank: int, ranks: int, device: torch.devi
     schnet = SchNet(32, 32, 3, 25, CUTOFF, radius_graph, readout="mean", mean=-11.0, std=1.5).to(device)
     schnet.to(torch.float64 if options.double else torch.float32)
     group = dist.group.WORLD if dist.is_initialized() else None
-    scorer = gradhooks.MultiPose(schnet, options.combination, accumulator=options.accumulator, process_group=group)
+    scorer = gradhooks.MultiPose(
+        schnet,
+        options.combination,
+        accumulator=options.accumulator,
+        collate=collate_molecules,  # the conformers of a rank run in chunks that fit in memory
+        process_group=group,
+    )
     optimizer = torch.optim.SGD(schnet.parameters(), lr=LEARNING_RATE)
     blocks = -(-options.poses // BLOCK)
     poses, measured = conformers(blocks_of(rank, blocks, ranks), options, device)

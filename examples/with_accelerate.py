@@ -4,8 +4,9 @@
     python examples/with_accelerate.py --mixed-precision bf16
     accelerate launch examples/with_accelerate.py        # on several GPUs, if `accelerate config` says so
 
-Does the bag hold a 9? (See `digit_bags.py`.) A batch is one bag, that is one group of images; Accelerate accumulates
-the gradients of four bags per optimizer step. The images come with scikit-learn; nothing is downloaded.
+Does the bag hold a 9? (See `digit_bags.py`.) A batch is two bags, that is two groups of images in one call of the
+scorer; Accelerate accumulates the gradients of two batches per optimizer step. The images come with scikit-learn;
+nothing is downloaded.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
-from digit_bags import EMBEDDING, LEARNING_RATE, WEIGHT_DECAY, AttentionClassifier, Bag, load_bags, network
+from digit_bags import EMBEDDING, LEARNING_RATE, WEIGHT_DECAY, AttentionClassifier, Bag, collate, load_bags, network
 from digit_bags import parse_arguments as data_options
 from tabulate import tabulate
 from torch import nn
@@ -22,10 +23,7 @@ from torch.utils.data import DataLoader
 
 import gradhooks
 
-
-def first(bags: Sequence[Bag]) -> Bag:
-    """Return the only bag of a batch."""
-    return bags[0]
+BATCH_SIZE = 2
 
 
 def train(
@@ -33,15 +31,15 @@ def train(
 ) -> list[tuple[float, float]]:
     """Train, and return for each epoch the loss and the accuracy on the held-out bags."""
     optimizer = torch.optim.Adam(scorer.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    loader = DataLoader(training, batch_size=1, shuffle=True, collate_fn=first)
-    held_out_loader = DataLoader(held_out, batch_size=1, collate_fn=first)
+    loader = DataLoader(training, batch_size=BATCH_SIZE, shuffle=True, collate_fn=collate)
+    held_out_loader = DataLoader(held_out, batch_size=BATCH_SIZE, collate_fn=collate)
     scorer, optimizer, loader, held_out_loader = accelerator.prepare(scorer, optimizer, loader, held_out_loader)
     curve = []
     for _ in range(epochs):
         losses = []
-        for bag in loader:
+        for groups, labels in loader:
             with accelerator.accumulate(scorer):
-                loss = binary_cross_entropy_with_logits(scorer(bag.images).combined, bag.label)
+                loss = binary_cross_entropy_with_logits(scorer(groups).combined, labels)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(scorer.parameters(), 1.0)
@@ -49,9 +47,9 @@ def train(
                 optimizer.zero_grad()
             losses.append(loss.detach())
         with torch.no_grad():
-            correct = [(scorer(bag.images).combined > 0) == (bag.label > 0) for bag in held_out_loader]
-        loss_per_bag, accuracies = accelerator.gather((torch.stack(losses), torch.cat(correct).float()))
-        curve.append((loss_per_bag.mean().item(), accuracies.mean().item()))
+            correct = [(scorer(groups).combined > 0) == (labels > 0) for groups, labels in held_out_loader]
+        loss_per_batch, accuracies = accelerator.gather((torch.stack(losses), torch.cat(correct).float()))
+        curve.append((loss_per_batch.mean().item(), accuracies.mean().item()))
     return curve
 
 
@@ -69,10 +67,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, and print the loss and the accuracy of each epoch."""
     options = parse_arguments(argv)
-    accelerator = Accelerator(mixed_precision=options.mixed_precision, gradient_accumulation_steps=4)
+    accelerator = Accelerator(mixed_precision=options.mixed_precision, gradient_accumulation_steps=2)
     training, held_out = load_bags(data_options([f"--bags={options.bags}", f"--held-out={options.bags}"]))
     torch.manual_seed(0)
-    scorer = gradhooks.MultiPose(network(EMBEDDING), AttentionClassifier(EMBEDDING), chunk_size=16)
+    scorer = gradhooks.MultiPose(network(EMBEDDING), AttentionClassifier(EMBEDDING))
     curve = train(scorer, training, held_out, options.epochs, accelerator)
     rows = [[epoch, loss, accuracy] for epoch, (loss, accuracy) in enumerate(curve, start=1)]
     accelerator.print(tabulate(rows, ["epoch", "loss", "held-out accuracy"], tablefmt="pipe", floatfmt=".3f"))

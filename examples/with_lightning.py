@@ -4,8 +4,8 @@
     python examples/with_lightning.py --precision bf16-mixed
     python examples/with_lightning.py --accelerator gpu
 
-A batch is one ligand, that is one group of poses; `accumulate_grad_batches` accumulates the gradients of four ligands
-per optimizer step. The data comes with the rdkit wheel; nothing is downloaded.
+A batch is four ligands, that is four groups of poses in one call of the scorer. The data comes with the rdkit wheel;
+nothing is downloaded.
 """
 
 import argparse
@@ -15,8 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from binding_affinity import CUTOFF, radius_graph
-from conformers import Ligand, load_ligands, split, sulfonamides
+from conformers import CUTOFF, Ligand, collate_molecules, load_ligands, radius_graph, split, sulfonamides
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -25,7 +24,9 @@ from torch_geometric.nn import SchNet
 import gradhooks
 
 POSES = 4
+BATCH_SIZE = 4
 LEARNING_RATE = 5e-3
+Batch = tuple[gradhooks.Groups, Tensor]
 
 
 class BindingAffinity(pl.LightningModule):
@@ -35,19 +36,20 @@ class BindingAffinity(pl.LightningModule):
         super().__init__()
         self.scorer = scorer
 
-    def squared_error(self, ligand: Ligand) -> Tensor:
-        """Return the squared error of the predicted free energy, in (kcal/mol)^2."""
-        square: Tensor = (self.scorer(ligand.poses).combined - ligand.free_energy).square().mean()
+    def squared_error(self, batch: Batch) -> Tensor:
+        """Return the mean squared error of the predicted free energies, in (kcal/mol)^2."""
+        groups, measured = batch
+        square: Tensor = (self.scorer(groups).combined - measured).square().mean()
         return square
 
-    def training_step(self, ligand: Ligand, _: int) -> Tensor:
+    def training_step(self, batch: Batch, _: int) -> Tensor:
         """Return the loss."""
-        return self.squared_error(ligand)
+        return self.squared_error(batch)
 
-    def validation_step(self, ligand: Ligand, _: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Batch, _: int, dataloader_idx: int = 0) -> None:
         """Log the squared error, which Lightning averages over each loader."""
         del dataloader_idx
-        self.log("squared error", self.squared_error(ligand), batch_size=1)
+        self.log("squared error", self.squared_error(batch), batch_size=len(batch[1]))
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Return Adam with a learning rate that ends near 0."""
@@ -58,9 +60,8 @@ class BindingAffinity(pl.LightningModule):
 
 
 def loader_of(ligands: Sequence[Ligand], *, shuffle: bool = False) -> DataLoader[Ligand]:
-    """Return a loader whose batches are single ligands, that is groups."""
-    # The default collate function would turn poses, which are tuples, into lists.
-    return DataLoader(ligands, batch_size=None, shuffle=shuffle, collate_fn=lambda ligand: ligand)
+    """Return a loader of batches of ligands, each with the conformers of all of them."""
+    return DataLoader(ligands, BATCH_SIZE, shuffle=shuffle, collate_fn=gradhooks.collate_groups)
 
 
 def train(
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     halves = split(sulfonamides(), options.molecules, seed=0)
     training, held_out = (list(load_ligands(half, POSES, 0, options.cache, torch.device("cpu"))) for half in halves)
     schnet = model_for(training)
-    scorer = gradhooks.MultiPose(schnet, "boltzmann")
+    scorer = gradhooks.MultiPose(schnet, "boltzmann", collate=collate_molecules)
     before, after = train(
         scorer,
         training,
@@ -115,7 +116,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_epochs=options.epochs,
         precision=options.precision,
         accelerator=options.accelerator,
-        accumulate_grad_batches=4,
         gradient_clip_val=10.0,
     )
     rows = [["before", *before], ["after", *after]]

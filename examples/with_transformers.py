@@ -3,8 +3,8 @@
     python examples/with_transformers.py                 # half a minute on one core
     python examples/with_transformers.py --combination top_k_mean --bf16
 
-Does the bag hold a 9? (See `digit_bags.py`.) The collator passes the bags of a batch as a list, because
-their numbers of images differ. The images come with scikit-learn; nothing is downloaded.
+Does the bag hold a 9? (See `digit_bags.py`.) The collator makes groups of images from the bags of a batch, whose
+numbers of images differ; they are one call of the scorer. The images come with scikit-learn; nothing is downloaded.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from digit_bags import LEARNING_RATE, WEIGHT_DECAY, Bag, load_bags, network
+from digit_bags import LEARNING_RATE, WEIGHT_DECAY, Bag, collate, load_bags, network
 from digit_bags import parse_arguments as data_options
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -30,15 +30,16 @@ class BagClassifier(nn.Module):
         super().__init__()
         self.scorer = scorer
 
-    def forward(self, bags: Sequence[Tensor], labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, groups: gradhooks.Groups, labels: Tensor) -> dict[str, Tensor]:
         """Return the loss and the logit of each bag."""
-        logits = torch.cat([self.scorer(images).combined for images in bags])
+        logits = self.scorer(groups).combined
         return {"loss": binary_cross_entropy_with_logits(logits, labels), "logits": logits}
 
 
-def collate(bags: Sequence[Bag]) -> dict[str, Any]:
+def keyword_arguments(bags: Sequence[Bag]) -> dict[str, Any]:
     """Return the keyword arguments of the forward."""
-    return {"bags": [bag.images for bag in bags], "labels": torch.cat([bag.label for bag in bags])}
+    groups, labels = collate(bags)
+    return {"groups": groups, "labels": labels}
 
 
 def accuracy(evaluation: EvalPrediction) -> dict[str, float]:
@@ -54,7 +55,7 @@ def train(
         model=BagClassifier(scorer),
         args=TrainingArguments(
             output_dir=folder,
-            learning_rate=3 * LEARNING_RATE,  # each step is for four bags, and the rate falls to 0
+            learning_rate=LEARNING_RATE,
             weight_decay=WEIGHT_DECAY,
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
@@ -63,7 +64,7 @@ def train(
         ),
         train_dataset=training,
         eval_dataset=held_out,
-        data_collator=collate,
+        data_collator=keyword_arguments,
         compute_metrics=accuracy,
     )
     trainer.train()
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     training, held_out = load_bags(data_options([f"--bags={options.bags}", f"--held-out={options.bags}"]))
     torch.manual_seed(0)
-    scorer = gradhooks.MultiPose(network(1), options.combination, chunk_size=16)
+    scorer = gradhooks.MultiPose(network(1), options.combination)
     with tempfile.TemporaryDirectory() as folder:
         log = train(
             scorer,

@@ -36,7 +36,7 @@ def test_report_prints_the_summary(
     run_script(monkeypatch, "report.py", "resnet", "--poses", "2", "--repeats", "1", "--save", str(path))
     printed = capsys.readouterr().out
     assert "| time / peak memory, full graph = 1" in printed
-    assert "| mean: recompute, all graphs kept " in printed
+    assert "| mean: auto, memory=64GiB " in printed
     assert "| min, scale 1000: recompute " in printed
     assert len(json.loads(path.read_text())) == 3
     with pytest.raises(SystemExit, match="2"):
@@ -71,6 +71,70 @@ def test_a_target_that_is_not_met_is_marked() -> None:
         ["one", "1.00", "1.200 NOT MET", "0.900"],
         ["other", "2.00", "", "2.000"],
     ]
+
+
+@pytest.mark.usefixtures("_sibling_imports")
+def test_batches_are_compared_with_the_batched_full_graph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "batches.json"
+    sizes = ["--models", "mlp", "--sizes", "4", "--groups", "1", "2", "--repeats", "1"]
+    run_script(monkeypatch, "batches.py", *sizes, "--save", str(path))
+    printed = capsys.readouterr().out
+    assert printed.count("| mlp: boltzmann ") == 2
+    saved = json.loads(path.read_text())
+    assert [time["way"] for time in saved].count("a tenth") == 2
+    assert len(saved) == 14
+    assert all(time["ratio"] > 0 for time in saved)
+
+
+@pytest.mark.usefixtures("_sibling_imports")
+def test_batches_above_their_limit_are_bold() -> None:
+    from batches import BatchTime, table  # noqa: PLC0415 - on sys.path in this test only
+
+    times = [
+        BatchTime("schnet", "mean", 4, 8, "default", 0.1, 1.2),
+        BatchTime("schnet", "mean", 4, 8, "memory=0", 0.1, 1.3),
+        BatchTime("mlp", "mean", 4, 8, "default", 1e-4, 3.0),  # less than a millisecond more
+        BatchTime("mlp", "mean", 4, 64, "default", 1e-2, 3.0),
+    ]
+    cells = [[cell.strip() for cell in line.split("|")[4:-1]] for line in table(times).splitlines()[2:]]
+    assert [row[:2] for row in cells] == [["100 ms", "**1.20**"], ["100 us", "3.00"], ["10.0 ms", "**3.00**"]]
+    assert cells[0][2] == "1.30"
+
+
+@pytest.mark.usefixtures("_sibling_imports")
+def test_the_curve_of_memory_stays_below_its_bound(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "curve.json"
+    sizes = ["--model", "mlp", "--group-size", "16", "--groups", "32", "--many", "16", "--repeats", "1"]
+    run_script(monkeypatch, "memory_curve.py", *sizes, "--save", str(path))
+    assert "| mean: 0 B " in capsys.readouterr().out
+    saved = json.loads(path.read_text())
+    points = [point for point in saved if "bound" in point]
+    assert len(points) == 18
+    assert points[5]["plain"] == 512
+    gradients = 33 * 1024
+    assert all(point["peak"] <= point["bound"] + 2 * gradients for point in points)
+    assert all(point["copies"] <= 2.1 for point in saved if "copies" in point)
+
+
+@pytest.mark.usefixtures("_sibling_imports")
+def test_overheads_and_growth_are_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "overheads.json"
+    sizes = ["--poses", "2", "4", "--parameters", "2", "8", "--sizes", "32", "128", "--repeats", "1"]
+    run_script(monkeypatch, "overheads.py", *sizes, "--save", str(path))
+    printed = capsys.readouterr().out
+    assert "| all poses plain " in printed
+    grown = [each for each in json.loads(path.read_text()) if "bytes_per_pose" in each]
+    by_accumulator = {each["accumulator"]: [] for each in grown}
+    for each in grown:
+        by_accumulator[each["accumulator"]].append(each["bytes_per_pose"])
+    assert all(many == pytest.approx(few, abs=8) for few, many in by_accumulator.values()), by_accumulator
+    assert all(few < 500 for few, _ in by_accumulator.values())
 
 
 def test_pose_parallel_measures_several_processes(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_second_run_reads_the_cache_and_prints_the_same_numbers(
     first = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "training: 100%" in first.stderr
-    rows = ["training mean", "SchNet, boltzmann", "full graph", "checkpoint per pose", "auto (stream)"]
+    rows = ["training mean", "SchNet, boltzmann", "full graph, batched", "MultiPose, memory=0 (recompute)"]
     assert [row for row in rows if f"\n| {row} " not in first.stdout] == []
     assert _without_times(first.stdout) != first.stdout
 
@@ -60,17 +60,33 @@ def test_a_second_run_reads_the_cache_and_prints_the_same_numbers(
     assert _without_times(capsys.readouterr().out) == _without_times(first.stdout)
 
 
-def test_a_step_needs_the_memory_of_one_pose_and_gives_the_full_gradient(example: ModuleType) -> None:
+def test_a_step_within_little_memory_gives_the_gradient_of_the_full_graph(example: ModuleType) -> None:
     numbers = torch.full((12,), 6)
     poses = [(numbers, 3 * torch.rand(12, 3, generator=torch.Generator().manual_seed(seed))) for seed in range(16)]
     torch.manual_seed(0)
-    scorer = example.gradhooks.MultiPose(example.SchNet(8, 8, 2, 8, 5.0, example.radius_graph, readout="mean"), "min")
-    full, checkpointed, scored = example.step_costs(scorer, poses, torch.zeros(1, 1)).rows
-    assert full.gradient_error == 0
-    assert max(checkpointed.gradient_error, scored.gradient_error) < 1e-5
-    assert max(checkpointed.peak_bytes, scored.peak_bytes) < full.peak_bytes / 4
-    assert min(full.seconds, checkpointed.seconds, scored.seconds) > 0
-    assert all(parameter.grad is None for parameter in scorer.parameters())
+    model = example.SchNet(8, 8, 2, 8, 5.0, example.radius_graph, readout="mean")
+    ligands = [example.Ligand(poses[:6], torch.zeros(1)), example.Ligand(poses[6:], torch.ones(1))]
+    full, *others = example.step_costs(example.gradhooks.MultiPose(model, "min"), ligands).rows
+    assert max(row.gradient_error for row in others) < 1e-5
+    default, *_, least = (row for row in others if row.name.startswith("MultiPose"))
+    assert (default.plain, least.plain) == (16, 0)
+    assert least.peak_bytes < full.peak_bytes / 4
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_batch_of_molecules_has_the_edges_of_each(example: ModuleType) -> None:
+    poses = [(torch.full((atoms,), 6), 4 * torch.rand(atoms, 3)) for atoms in (5, 1, 9)]
+    numbers, positions, batch = example.collate_molecules(poses)
+    edges, lengths = example.radius_graph(positions, batch)
+    separate = [example.radius_graph(each, torch.zeros(len(each), dtype=torch.long)) for _, each in poses]
+    firsts = (0, 5, 6)
+    torch.testing.assert_close(
+        edges, torch.cat([part + first for (part, _), first in zip(separate, firsts, strict=True)], 1)
+    )
+    torch.testing.assert_close(lengths, torch.cat([part for _, part in separate]))
+    distances = torch.cdist(poses[2][1], poses[2][1])
+    assert separate[2][0].shape[1] == int((distances < example.CUTOFF).sum()) - 9
+    assert len(numbers) == 15
 
 
 def test_the_split_is_by_molecule_and_depends_on_the_seed_only(example: ModuleType) -> None:

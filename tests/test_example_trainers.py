@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trainers import OF_TRAINERS, STEPS, FullGraph, accelerator_of, fast_garbage_collection, missing
 
 import gradhooks
+from gradhooks.testing import full_graph
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PACKAGES = {
@@ -69,26 +70,45 @@ def in_float64(bags: list[Any]) -> list[Any]:
     return [bag._replace(images=bag.images.double(), label=bag.label.double()) for bag in bags]
 
 
+class FullGraphOfGroups(FullGraph):
+    """Takes `Groups`, as the examples pass them."""
+
+    def forward(self, groups: gradhooks.Groups) -> Any:
+        return full_graph(self.model, groups.poses, self.combination, groups.index, **self.options)
+
+
 def call_with_one_image(model: nn.Module, image: Tensor) -> Tensor:
     prediction: Tensor = model(image.unsqueeze(0)).squeeze(0)
     return prediction
 
 
+def call_with_one_molecule(model: nn.Module, pose: tuple[Tensor, Tensor]) -> Tensor:
+    prediction: Tensor = model(*pose).squeeze(0)
+    return prediction
+
+
 def assert_trains_as_full_graph(
-    model: nn.Module, combination: nn.Module, train: Callable[[nn.Module], Any], **options: Any
+    model: nn.Module,
+    combination: nn.Module,
+    train: Callable[[nn.Module], Any],
+    call: Callable[..., Tensor],
+    **options: Any,
 ) -> None:
-    """Train with the example's function, by gradhooks and by the full graph with `options`, and compare."""
-    before = copy.deepcopy(model)
-    reference = FullGraph(copy.deepcopy(model), copy.deepcopy(combination), **options)
-    trained = gradhooks.MultiPose(model, combination, chunk_size=4 if options else 1)
+    """Train with the example's function by the full graph, whose poses run by `call`, and by gradhooks, and compare."""
+    reference = FullGraphOfGroups(copy.deepcopy(model), copy.deepcopy(combination), call=call)
+    trained = gradhooks.MultiPose(copy.deepcopy(model), combination, **options)
     for scorer in (reference, trained):
         torch.manual_seed(0)
         with fast_garbage_collection():
             train(scorer)
-    assert_same_weights(trained.model, reference.model, before)
+    assert_same_weights(trained.model, reference.model, model)
 
 
-def test_lightning_trains_as_the_full_graph(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
+every_memory = pytest.mark.parametrize("memory", ["1GiB", 0])
+
+
+@every_memory
+def test_lightning_trains_as_the_full_graph(load: Callable[[str], ModuleType], tmp_path: Path, memory: Any) -> None:
     example = load("with_lightning")
     halves = example.split(example.sulfonamides(), 8, seed=0)
     training, held_out = (list(example.load_ligands(half, 2, 0, tmp_path, torch.device("cpu"))) for half in halves)
@@ -98,10 +118,14 @@ def test_lightning_trains_as_the_full_graph(load: Callable[[str], ModuleType], t
         example.model_for(training).double(),
         gradhooks.combinations.Boltzmann(),
         lambda scorer: example.train(scorer, training, held_out, **options),
+        call_with_one_molecule,
+        memory=memory,
+        collate=example.collate_molecules,
     )
 
 
-def test_transformers_trains_as_the_full_graph(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
+@every_memory
+def test_transformers_trains_as_the_full_graph(load: Callable[[str], ModuleType], tmp_path: Path, memory: Any) -> None:
     example = load("with_transformers")
     training, held_out = map(
         in_float64, example.load_bags(example.data_options(["--bags=8", "--held-out=2", "--size=4"]))
@@ -111,11 +135,13 @@ def test_transformers_trains_as_the_full_graph(load: Callable[[str], ModuleType]
         example.network(1).double(),
         gradhooks.registry.combinations.resolve("noisy_or"),
         lambda scorer: example.train(scorer, training, held_out, str(tmp_path), **options),
-        call=call_with_one_image,
+        call_with_one_image,
+        memory=memory,
     )
 
 
-def test_accelerate_trains_as_the_full_graph(load: Callable[[str], ModuleType]) -> None:
+@every_memory
+def test_accelerate_trains_as_the_full_graph(load: Callable[[str], ModuleType], memory: Any) -> None:
     example = load("with_accelerate")
     training, held_out = map(
         in_float64, example.load_bags(example.data_options(["--bags=10", "--held-out=2", "--size=4"]))
@@ -125,5 +151,6 @@ def test_accelerate_trains_as_the_full_graph(load: Callable[[str], ModuleType]) 
         example.network(example.EMBEDDING).double(),
         example.AttentionClassifier(example.EMBEDDING).double(),
         lambda scorer: example.train(scorer, training, held_out, 1, accelerator),
-        call=call_with_one_image,
+        call_with_one_image,
+        memory=memory,
     )

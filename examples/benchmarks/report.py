@@ -14,16 +14,17 @@ from models import Reference, reference
 from gradhooks import Combination
 from gradhooks.combinations import Boltzmann, Mean, Min
 from gradhooks.profiling.comparison import Comparison, compare_steps
-from gradhooks.profiling.training_steps import accumulator_step, checkpoint_step, full_graph_step
+from gradhooks.profiling.training_batch import TrainingBatch
+from gradhooks.profiling.training_steps import checkpoint_step, full_graph_step, multipose_step
 
 # Options of MultiPose by the name of a row.
 ROWS: dict[str, Mapping[str, Any]] = {
-    "stream": {"accumulator": "stream"},
-    "recompute": {"accumulator": "recompute"},
-    "recompute, all graphs kept": {"accumulator": "recompute", "memory": "64GiB"},
-    "auto": {"accumulator": "auto"},
+    "stream": {"accumulator": "stream", "memory": 0},
+    "recompute": {"accumulator": "recompute", "memory": 0},
+    "auto, memory=0": {"accumulator": "auto", "memory": 0},
+    "auto, memory=64GiB": {"accumulator": "auto", "memory": "64GiB"},
 }
-SHORT = ("stream", "recompute", "auto")
+SHORT = ("stream", "recompute", "auto, memory=0")
 
 
 class Result(NamedTuple):
@@ -58,12 +59,13 @@ def benchmark(names: Sequence[str], poses: int, repeats: int, device: torch.devi
 
 
 def _compare(group: Reference, combination: Combination, rows: Sequence[str], repeats: int) -> Comparison:
+    batch = TrainingBatch(group.model, group.poses, combination)
     steps = [
-        full_graph_step(group.model, group.poses, combination),
-        checkpoint_step(group.model, group.poses, combination),
-        *(accumulator_step(group.model, group.poses, combination, name=row, **ROWS[row]) for row in rows),
+        full_graph_step(batch),
+        checkpoint_step(batch),
+        *(multipose_step(batch, name=row, **ROWS[row]) for row in rows),
     ]
-    return compare_steps(group.model, steps, len(group.poses), repeats=repeats)
+    return compare_steps(batch, steps, repeats=repeats)
 
 
 def summary(results: Sequence[Result]) -> str:

@@ -13,7 +13,7 @@ from gradhooks.profiling.timing import median_ratio
 
 # Bookkeeping allowed per prediction: the predictions, coefficients and weights of a pose, in a few tensors each.
 BYTES_PER_PREDICTION = 128
-KEPT_GRAPHS = "recompute with all graphs kept"
+KEPT_GRAPHS = "auto, memory=64GiB"
 
 
 class Target(NamedTuple):
@@ -66,7 +66,7 @@ def _uniform_weights(runner: TrialRunner) -> Ratios:
     for title, combination in (("mean", Mean()), ("min, scale 1", Min(1 / runner.spread))):
         names = ("full graph", "checkpoint per pose", "stream", "recompute", "auto")
         trials = {name: Trial(name, combination, runner.poses) for name in names}
-        trials[KEPT_GRAPHS] = Trial("recompute", combination, runner.poses, {"memory": "64GiB"})
+        trials[KEPT_GRAPHS] = Trial("auto", combination, runner.poses, {"memory": "64GiB"})
         results = runner.run(trials)
         full_graph, stream, recompute = results["full graph"], results["stream"], results["recompute"]
         yield f"{title}: stream / full graph, time", _time_ratio(stream, full_graph), 1.03

@@ -12,7 +12,8 @@ from gradhooks.options import call_model
 from gradhooks.profiling.peak_memory import peak_bytes
 from gradhooks.profiling.preserved_state import preserved_state
 from gradhooks.profiling.timing import interleaved_seconds
-from gradhooks.profiling.training_steps import TrainingStep, accumulator_step, checkpoint_step, full_graph_step
+from gradhooks.profiling.training_batch import TrainingBatch
+from gradhooks.profiling.training_steps import TrainingStep, checkpoint_step, full_graph_step, multipose_step
 
 WARM_UP_STEPS = 3  # in which `auto` settles
 BASELINES = {"full graph": full_graph_step, "checkpoint per pose": checkpoint_step}
@@ -33,7 +34,7 @@ class Trial(NamedTuple):
         step: `"full graph"`, `"checkpoint per pose"`, or the name of an accumulator.
         combination: The combination.
         poses: Poses in the group.
-        options: Further options of `MultiPose`.
+        options: Further options of `MultiPose`; `memory` is 0 by default.
     """
 
     step: str
@@ -91,10 +92,10 @@ class TrialRunner:
         return self.gradient_bytes() + max(peaks)
 
     def _training_step(self, trial: Trial) -> TrainingStep:
-        group = self._group(trial.poses)
+        batch = TrainingBatch(self.model, self._group(trial.poses), trial.combination)
         if trial.step in BASELINES:
-            return BASELINES[trial.step](self.model, group, trial.combination)
-        return accumulator_step(self.model, group, trial.combination, trial.step, **trial.options)
+            return BASELINES[trial.step](batch)
+        return multipose_step(batch, accumulator=trial.step, **{"memory": 0, **trial.options})
 
     def _group(self, poses: int) -> list[Any]:
         if poses <= len(self.distinct_poses):

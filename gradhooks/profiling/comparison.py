@@ -1,4 +1,4 @@
-"""Compare time, memory and gradients of one training step between the full graph and the accumulators."""
+"""Compare time, memory and gradients of one training step between full graphs, checkpoints and `MultiPose`."""
 
 import json
 import statistics
@@ -14,12 +14,15 @@ from typing_extensions import Unpack
 
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.engine.model_state import ModelState
-from gradhooks.options import OptionTypes
+from gradhooks.engine.report import Report
+from gradhooks.options import Options, OptionTypes
+from gradhooks.profiling.gradient_error import gradient_error
 from gradhooks.profiling.peak_memory import peak_bytes
 from gradhooks.profiling.preserved_state import preserved_state
 from gradhooks.profiling.result_table import ResultTable, TableContent
 from gradhooks.profiling.timing import interleaved_seconds, median_ratio
-from gradhooks.profiling.training_steps import CombinationLike, Loss, TrainingStep, sum_of_combined, training_steps
+from gradhooks.profiling.training_batch import CombinationLike, TrainingBatch
+from gradhooks.profiling.training_steps import Loss, TrainingStep, sum_of_combined, training_steps
 from gradhooks.units import format_bytes, format_seconds
 
 
@@ -28,18 +31,20 @@ class ComparisonRow:
     """What one training step costs.
 
     Attributes:
-        name: Full graph, checkpoint per pose, or the accumulator.
+        name: Full graph, checkpoint, or the options of `MultiPose`.
         seconds: Median time of a step.
         time_ratio: Median of the ratios to the full graph's step of the same round.
         peak_bytes: Peak of what a step allocates, gradients included; on a CPU counted to the byte.
+        plain: Poses that ran as in plain PyTorch; None if this step does not use `MultiPose`.
         backwards: Poses that went through a backward, counted each time; None if every pose did so once.
-        gradient_error: Largest relative difference of a parameter's gradient from the full graph's.
+        gradient_error: Largest difference of a parameter's gradient from the full graph's; see `gradient_error`.
     """
 
     name: str
     seconds: float
     time_ratio: float
     peak_bytes: int
+    plain: int | None
     backwards: int | None
     gradient_error: float
 
@@ -50,17 +55,19 @@ class Comparison(ResultTable):
 
     Attributes:
         rows: One per training step, the full graph first.
-        poses: Poses in the group.
+        poses: Poses in the batch.
+        groups: Groups of the batch.
         setting: Versions and device.
     """
 
     rows: tuple[ComparisonRow, ...]
     poses: int
+    groups: int
     setting: str
 
     def table_content(self) -> TableContent:
         """Return one row per training step; memory relative to the full graph's."""
-        headers = ["step", "time ratio", "time", "memory ratio", "peak memory", "backwards", "gradient error"]
+        headers = ["step", "time ratio", "time", "memory ratio", "peak memory", "plain", "backwards", "gradient error"]
         rows = [
             [
                 row.name,
@@ -68,12 +75,14 @@ class Comparison(ResultTable):
                 format_seconds(row.seconds),
                 f"{row.peak_bytes / self.rows[0].peak_bytes:.3f}",
                 format_bytes(row.peak_bytes),
+                "" if row.plain is None else str(row.plain),
                 str(self.poses if row.backwards is None else row.backwards),
                 f"{row.gradient_error:.1e}",
             ]
             for row in self.rows
         ]
-        return TableContent(headers, rows, [f"{self.poses} poses; ratios to the full graph; {self.setting}"])
+        size = f"{self.poses} poses" + (f" in {self.groups} groups" if self.groups > 1 else "")
+        return TableContent(headers, rows, [f"{size}; ratios to the full graph; {self.setting}"])
 
     def save(self, path: str | Path) -> None:
         """Write all fields as JSON."""
@@ -96,49 +105,54 @@ class Comparison(ResultTable):
 
 def compare(
     model: nn.Module,
-    poses: Sequence[Any],
+    poses: Any,
     combination: CombinationLike = "mean",
     *,
-    accumulators: Sequence[str | Accumulator] = ("stream", "recompute", "auto"),
+    groups: Any = None,
+    budgets: Sequence[str | float] = (),
+    accumulators: Sequence[str | Accumulator] = (),
     loss: Loss = sum_of_combined,
     repeats: int = 5,
     **options: Unpack[OptionTypes],
 ) -> Comparison:
-    """Run a training step with the full graph, with `torch.utils.checkpoint` per pose and with each accumulator.
+    """Run a training step in the ways that PyTorch offers, and with `MultiPose`.
+
+    The rows are: the graph of all poses, run one by one, with which the others are compared; all poses in one forward,
+    if they are stacked or can be collated; on a GPU, the same with what the graph keeps moved to the host;
+    `torch.utils.checkpoint` for each pose and for each chunk; `MultiPose` with the given memory and with `memory=0`.
 
     The steps are interleaved, so that background load affects all of them equally. The model, its `.grad`, buffers and
     random state are restored.
 
     Args:
         model: The bare model.
-        poses: The group, a list of poses.
+        poses: A list of poses, a stacked tensor, a mapping of stacked tensors, or `Groups`.
         combination: As for `MultiPose`.
-        accumulators: Names or objects.
+        groups: The group of each pose, shape `(M,)`; by default the poses are one group.
+        budgets: Further values of the option `memory`, a row for each.
+        accumulators: Names or objects, a row for each, in which no pose runs plainly.
         loss: Of a prediction; the sum of the combined prediction by default.
         repeats: Timed rounds, after two that are not timed, in which `auto` settles.
         **options: Further options of `MultiPose`; an accumulator that ignores one of them runs without it.
     """
-    steps = training_steps(model, poses, combination, accumulators, **options)
-    return compare_steps(model, steps, len(poses), loss=loss, repeats=repeats)
+    batch = TrainingBatch(model, poses, combination, groups, options.get("call"), options.get("collate"))
+    every = dict.fromkeys([options.get("memory", Options.memory), *budgets, 0])
+    steps = training_steps(batch, list(every), accumulators, **options)
+    return compare_steps(batch, steps, loss=loss, repeats=repeats)
 
 
 def compare_steps(
-    model: nn.Module,
-    steps: Sequence[TrainingStep],
-    poses: int,
-    *,
-    loss: Loss = sum_of_combined,
-    repeats: int = 5,
+    batch: TrainingBatch, steps: Sequence[TrainingStep], *, loss: Loss = sum_of_combined, repeats: int = 5
 ) -> Comparison:
     """Run the given steps, the first of which is the reference.
 
     Args:
-        model: The bare model.
-        steps: Training steps of the same group and combination.
-        poses: Poses in the group.
+        batch: The model and its poses.
+        steps: Training steps of this batch.
         loss: As for `compare`.
         repeats: As for `compare`.
     """
+    model = batch.model
     device = next(model.parameters()).device
     with preserved_state(model):
         gradients = [_gradients(model, step, loss) for step in steps]
@@ -148,19 +162,27 @@ def compare_steps(
             model.zero_grad()
             peaks.append(peak_bytes(run, device))
         seconds = interleaved_seconds(runs, repeats, device)
-        reports = [step.report() for step in steps]
     rows = [
-        ComparisonRow(
-            name=_row_name(step.name, "" if report is None else report.accumulator),
-            seconds=statistics.median(seconds[index]),
-            time_ratio=median_ratio(seconds[index], seconds[0]),
-            peak_bytes=peaks[index],
-            backwards=None if report is None else report.backwards,
-            gradient_error=gradient_error(gradients[index], gradients[0]),
-        )
-        for index, (step, report) in enumerate(zip(steps, reports, strict=True))
+        _row(step, seconds[index], seconds[0], peaks[index], gradient_error(gradients[index], gradients[0]))
+        for index, step in enumerate(steps)
     ]
-    return Comparison(tuple(rows), poses, describe_setting(device))
+    groups = 1 if batch.bound.groups is None else batch.bound.groups.count
+    return Comparison(tuple(rows), len(batch.inputs), groups, describe_setting(device))
+
+
+def _row(
+    step: TrainingStep, seconds: Sequence[float], reference: Sequence[float], peak: int, error: float
+) -> ComparisonRow:
+    report = step.report()
+    return ComparisonRow(
+        name=_row_name(step.name, report),
+        seconds=statistics.median(seconds),
+        time_ratio=median_ratio(seconds, reference),
+        peak_bytes=peak,
+        plain=None if report is None else report.plain,
+        backwards=None if report is None else report.backwards,
+        gradient_error=error,
+    )
 
 
 def describe_setting(device: torch.device) -> str:
@@ -170,21 +192,11 @@ def describe_setting(device: torch.device) -> str:
     return f"torch {torch.__version__}, CPU, {torch.get_num_threads()} thread(s)"
 
 
-def gradient_error(gradients: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:
-    """Return the largest relative difference of a gradient; infinite if one of a pair is missing."""
-    errors = [0.0]
-    for actual, reference in zip(gradients, expected, strict=True):
-        if (actual is None) != (reference is None):
-            return float("inf")
-        if actual is not None and reference is not None:
-            scale = reference.to_dense().norm().item()
-            errors.append((actual.to_dense() - reference.to_dense()).norm().item() / (scale or 1.0))
-    return max(errors)
-
-
-def _row_name(step: str, accumulator: str) -> str:
+def _row_name(step: str, report: Report | None) -> str:
     """Return the name of a step, with the accumulator that ran if the name does not say so."""
-    return step if accumulator in step else f"{step} ({accumulator})"
+    if report is None or report.accumulator in {step, "none"}:
+        return step
+    return f"{step} ({report.accumulator})"
 
 
 def _run(model: nn.Module, step: TrainingStep, loss: Loss) -> None:

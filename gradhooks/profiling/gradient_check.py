@@ -11,10 +11,11 @@ from typing_extensions import Unpack
 from gradhooks.engine.model_state import ModelState
 from gradhooks.engine.nested import map_tensors
 from gradhooks.errors import ReplayError
-from gradhooks.options import OptionTypes
-from gradhooks.profiling.comparison import gradient_error
+from gradhooks.options import Options, OptionTypes
+from gradhooks.profiling.gradient_error import gradient_error
 from gradhooks.profiling.result_table import ResultTable, TableContent
-from gradhooks.profiling.training_steps import CombinationLike, Loss, sum_of_combined, training_steps
+from gradhooks.profiling.training_batch import CombinationLike, TrainingBatch
+from gradhooks.profiling.training_steps import Loss, accumulator_steps, full_graph_step, multipose_step, sum_of_combined
 
 TOLERANCE = 1e-10
 ACCUMULATORS = ("store", "stream", "recompute", "auto")
@@ -25,7 +26,8 @@ class GradientCheck(ResultTable):
     """The result of `gradcheck`; prints as a table.
 
     Attributes:
-        errors: Largest relative error of a parameter's gradient in float64, by accumulator.
+        errors: Largest relative error of a parameter's gradient in float64: by accumulator with `memory=0`, so that
+            all poses are intercepted, and with the given or default memory, so that poses run plainly where they fit.
         second_run_agrees: Whether a second run of every pose gives the prediction of the first.
         unused_parameters: Parameters that require grad and get no gradient from any pose, also in the full graph.
     """
@@ -63,14 +65,21 @@ def gradcheck(
         poses: A list of poses, few enough for the full graph in float64.
         combination: As for `MultiPose`.
         loss: Of a prediction; the sum of the combined prediction by default.
-        **options: Further options of `MultiPose`, for the accumulators that use them. `memory` is 0 by default.
+        **options: Further options of `MultiPose`, for the accumulators that use them. `memory` counts in the last row.
     """
-    options.setdefault("memory", 0)  # all poses are intercepted
     double_model = copy.deepcopy(model).double()
     double_poses = [
         map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, pose) for pose in poses
     ]
-    reference, _, *steps = training_steps(double_model, double_poses, combination, ACCUMULATORS, **options)
+    batch = TrainingBatch(double_model, double_poses, combination, None, options.get("call"), options.get("collate"))
+    reference = full_graph_step(batch)
+    memory = options.get("memory", Options.memory)
+    intercepting: dict[str, Any] = {**options, "memory": 0}
+    default: dict[str, Any] = {**options, "memory": memory}
+    steps = [
+        *accumulator_steps(batch, ACCUMULATORS, **intercepting),
+        multipose_step(batch, name=f"memory={memory}", **default),
+    ]
     gradients, second_run_agrees = {}, True
     for step in (reference, *steps):
         double_model.zero_grad()

@@ -1,23 +1,42 @@
-"""Estimate the peak memory of every accumulator from one run of the largest pose."""
+"""Estimate what a step of a batch needs at several values of the option `memory`, from steps of a few poses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Unpack
 
-from gradhooks.combination import BoundCombination
-from gradhooks.engine.memory_budget import free_bytes, memory_in_bytes
-from gradhooks.engine.nested import tensors_in
+from gradhooks.accumulators.base import Accumulator
+from gradhooks.engine.memory_budget import free_bytes
 from gradhooks.options import OptionTypes
-from gradhooks.profiling.peak_memory import PeakMemory
+from gradhooks.profiling.batch_plan import BatchPlan
+from gradhooks.profiling.batch_planner import BatchPlanner
+from gradhooks.profiling.pose_measurement import measure_pose_memory
 from gradhooks.profiling.preserved_state import preserved_state
 from gradhooks.profiling.result_table import ResultTable, TableContent
-from gradhooks.profiling.training_steps import CombinationLike
+from gradhooks.profiling.training_batch import CombinationLike, TrainingBatch
 from gradhooks.units import format_bytes
 from gradhooks.wrapper import MultiPose
+
+BUDGETS = (0.0, 4.0**-4, 4.0**-3, 4.0**-2, 4.0**-1, 1.0)
+"""The budgets of the curve, relative to what is needed so that all poses run plainly."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimateRow:
+    """A step of the batch with one value of the option `memory`.
+
+    Attributes:
+        memory: The value.
+        plan: How the poses run.
+        peak_bytes: The peak of the step, in addition to the model and the poses.
+    """
+
+    memory: str | float
+    plan: BatchPlan
+    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -25,116 +44,101 @@ class MemoryEstimate(ResultTable):
     """The result of `estimate_memory`; prints as a table. All peaks are in addition to model and poses.
 
     Attributes:
-        poses: Number of poses in the group.
+        rows: One for each budget, from the least to the largest.
+        memory: The option `memory`.
+        poses: Poses of the batch.
+        groups: Groups of the batch.
         gradient_bytes: One copy of the gradients.
-        graph_bytes: Peak of the largest pose's forward with its graph.
-        step_bytes: Peak of a plain training step of the largest pose, with the gradients of an earlier step.
-        peak_bytes: Peak of a step of the group, by accumulator, and under `"full graph"`.
+        pose_bytes: What the library expects a pose to need.
+        full_graph_bytes: Peak of a step of the full graph, whose poses run one by one.
         free_bytes: Free memory of the model's device.
-        auto_accumulator: The accumulator that `auto` uses for the first group.
-        auto_reason: Why it uses that one.
     """
 
+    rows: tuple[MemoryEstimateRow, ...]
+    memory: str | float
     poses: int
+    groups: int
     gradient_bytes: int
-    graph_bytes: int
-    step_bytes: int
-    peak_bytes: dict[str, int]
+    pose_bytes: int
+    full_graph_bytes: int
     free_bytes: int
-    auto_accumulator: str
-    auto_reason: str
 
-    def fits(self, name: str) -> bool:
-        """Return whether the peak of an accumulator, or of `"full graph"`, is within the free memory."""
-        return self.peak_bytes[name] <= self.free_bytes
+    @property
+    def chosen(self) -> MemoryEstimateRow:
+        """The row of the option `memory`: what the library does."""
+        return next(row for row in self.rows if row.memory == self.memory)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak of the chosen row is within the free memory."""
+        return self.chosen.peak_bytes <= self.free_bytes
 
     def table_content(self) -> TableContent:
-        """Return one row per accumulator, and notes on the free memory and on `auto`."""
+        """Return one row for each budget, the chosen one marked, and notes on the full graph and the free memory."""
+        headers = ["memory", "allowed", "plain", "chunks", "run twice", "expected peak", "accumulator"]
         rows = [
-            [name, format_bytes(peak), "yes" if self.fits(name) else "no"] for name, peak in self.peak_bytes.items()
+            [
+                f"-> {row.memory}" if row is self.chosen else str(row.memory),
+                format_bytes(row.plan.allowed),
+                str(row.plan.plain),
+                str(row.plan.chunks),
+                f"{row.plan.rerun_share:.0%}",
+                format_bytes(row.peak_bytes),
+                row.plan.accumulator,
+            ]
+            for row in self.rows
         ]
-        notes = [f"free: {format_bytes(self.free_bytes)}; auto begins with {self.auto_accumulator}: {self.auto_reason}"]
-        return TableContent([f"{self.poses} poses", "predicted peak", "fits"], rows, notes)
+        size = f"{self.poses} poses" + (f" in {self.groups} groups" if self.groups > 1 else "")
+        notes = [
+            f"{size}; full graph: {format_bytes(self.full_graph_bytes)}; free: {format_bytes(self.free_bytes)}",
+            f"{self.chosen.plan.accumulator}: {self.chosen.plan.reason}",
+        ]
+        return TableContent(headers, rows, notes)
 
 
 def estimate_memory(
     model: nn.Module,
-    poses: Sequence[Any],
+    poses: Any,
     combination: CombinationLike = "mean",
     *,
+    groups: Any = None,
     count: int | None = None,
+    accumulator: str | Accumulator = "auto",
+    budgets: Sequence[str | float] | None = None,
     **options: Unpack[OptionTypes],
 ) -> MemoryEstimate:
-    """Predict the peak memory of every accumulator for a group, in chunks of one pose, by running its largest pose.
+    """Predict how the poses of a batch run, and the peak of a step, for several values of `memory`.
 
-    With the option `memory` the figure of "recompute" is an upper bound.
+    The largest of the given poses is run a few times, and the model's state is restored. The sizes are those that the
+    library would choose from this measurement; the poses that run twice are at most those in the table, since some may
+    be skipped.
 
     Args:
         model: The bare model; its state is restored.
-        poses: A list of poses.
+        poses: A list of poses, a stacked tensor, a mapping of stacked tensors, or `Groups`.
         combination: As for `MultiPose`.
-        count: Number of poses in the group, if other than `len(poses)`.
+        groups: The group of each pose, shape `(M,)`; by default the poses are one group.
+        count: The number of poses, if other than that of `poses`. Their groups are then repeated.
+        accumulator: As for `MultiPose`.
+        budgets: Values of the option `memory`; by default six, from 0 to what the full graph needs.
         **options: Further options of `MultiPose`.
     """
-    count = len(poses) if count is None else count
-    largest = max(poses, key=lambda pose: sum(tensor.nbytes for _, tensor in tensors_in(pose)))
-    scorer = MultiPose(model, combination, accumulator="auto", **options)
-    with preserved_state(model):
-        device = next(model.parameters()).device
-        with torch.no_grad():
-            prediction = scorer([largest]).per_pose
-        copies = _gradient_copies(BoundCombination(scorer.combination, count), prediction)
-        measured = _measure(scorer, largest, device)
-        model.zero_grad()
-        scorer([largest])
-    gradients = measured.gradients
-    full_graph = (count - 1) * measured.graph + measured.first_step
-    kept_graphs = memory_in_bytes(scorer.memory, device)
-    peaks = {"full graph": full_graph, "recompute": min(measured.later_step + kept_graphs, full_graph)}
-    if copies is not None:
-        peaks["stream"] = measured.later_step + (copies - 1) * gradients
-    peaks["store"] = max((count - 1) * gradients + measured.first_step, (count + 1) * gradients)
+    scorer = MultiPose(model, combination, accumulator=accumulator, **options)
+    batch = TrainingBatch(model, poses, scorer.combination, groups, scorer.call, scorer.collate)
+    with preserved_state(model), torch.enable_grad():
+        planner = BatchPlanner(batch, scorer, len(batch.inputs) if count is None else count)
+        measured = measure_pose_memory(batch, planner.largest, planner.device)
+    if budgets is None:
+        budgets = [int(share * planner.plain_budget) for share in BUDGETS]
+    plans = {memory: planner.plan(memory) for memory in dict.fromkeys([*budgets, scorer.memory])}
+    rows = [MemoryEstimateRow(memory, plan, measured.peak(plan)) for memory, plan in plans.items()]
     return MemoryEstimate(
-        poses=count,
-        gradient_bytes=gradients,
-        graph_bytes=measured.graph,
-        step_bytes=measured.later_step,
-        peak_bytes=peaks,
-        free_bytes=free_bytes(device),
-        auto_accumulator=scorer.report.accumulator,
-        auto_reason=scorer.report.reason,
+        rows=tuple(sorted(rows, key=lambda row: row.plan.allowed)),
+        memory=scorer.memory,
+        poses=planner.pose_count,
+        groups=planner.group_count,
+        gradient_bytes=measured.gradients,
+        pose_bytes=planner.pose_bytes,
+        full_graph_bytes=measured.separate.of(planner.pose_count),
+        free_bytes=free_bytes(planner.device),
     )
-
-
-class _PoseMemory(NamedTuple):
-    """Bytes that one pose needs: gradients, graph, and a step without and with earlier gradients."""
-
-    gradients: int
-    graph: int
-    first_step: int
-    later_step: int
-
-
-def _measure(scorer: MultiPose[Any], pose: Any, device: torch.device) -> _PoseMemory:
-    model = scorer.model
-    model.zero_grad()
-    with PeakMemory(device) as forward:
-        prediction = scorer.call(model, pose)
-    with PeakMemory(device) as first_step:
-        scorer.call(model, pose).sum().backward()
-    gradients = sum(leaf.grad.nbytes for leaf in model.parameters() if leaf.grad is not None)
-    with PeakMemory(device) as later_step:
-        scorer.call(model, pose).sum().backward()
-    del prediction
-    return _PoseMemory(gradients, forward.peak, first_step.peak, gradients + later_step.peak)
-
-
-def _gradient_copies(combination: BoundCombination, prediction: Tensor) -> int | None:
-    """Return how many copies of the gradients a stream keeps; None if the combination cannot be streamed."""
-    if prediction.numel() != 1:
-        return None
-    declaration = combination.declare(prediction.flatten(), 0)
-    if declaration is None:
-        return None
-    features = declaration.features
-    return 1 if features is None else 1 + features.reshape(1, -1).shape[1]

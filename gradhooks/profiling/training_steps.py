@@ -1,21 +1,21 @@
-"""The ways to run one training step of a group: the full graph, a checkpoint per pose, and accumulators."""
+"""The ways to run one training step of a batch: full graphs, checkpoints, offloading, and `MultiPose`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from math import isqrt
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
+from torch.autograd.graph import save_on_cpu
 
 from gradhooks import registry
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.engine.report import Report
-from gradhooks.options import Call, call_model
 from gradhooks.prediction import MultiPosePrediction
+from gradhooks.profiling.training_batch import TrainingBatch
 from gradhooks.testing import full_graph
 from gradhooks.wrapper import MultiPose
 
 Loss = Callable[[MultiPosePrediction], Tensor]
-CombinationLike = str | Callable[..., Tensor]
 
 
 class TrainingStep(NamedTuple):
@@ -23,7 +23,7 @@ class TrainingStep(NamedTuple):
 
     Attributes:
         name: Its name in a table.
-        forward: Predicts the group with a graph.
+        forward: Predicts the batch with a graph.
         report: Returns the report of the last step; None for steps without gradhooks.
     """
 
@@ -33,29 +33,45 @@ class TrainingStep(NamedTuple):
 
 
 def training_steps(
-    model: nn.Module,
-    poses: Sequence[Any],
-    combination: CombinationLike,
-    accumulators: Sequence[str | Accumulator],
-    **options: Any,
+    batch: TrainingBatch, budgets: Sequence[str | float], accumulators: Sequence[str | Accumulator], **options: Any
 ) -> list[TrainingStep]:
-    """Return the full graph, `torch.utils.checkpoint` per pose, and one step per accumulator.
+    """Return the full graph, what PyTorch offers to save memory, and `MultiPose` in each way.
 
     Args:
-        model: The bare model.
-        poses: A list of poses.
-        combination: As for `MultiPose`.
-        accumulators: Names or objects.
+        batch: The model and its poses.
+        budgets: Values of the option `memory`, a step for each.
+        accumulators: Names or objects, a step for each.
         **options: Further options of `MultiPose`; an accumulator that ignores one of them runs without it.
     """
-    combination = registry.combinations.resolve(combination)  # all steps share one object
-    call: Call = options.get("call") or call_model
-    resolved = [registry.accumulators.resolve(accumulator) for accumulator in accumulators]
     return [
-        full_graph_step(model, poses, combination, call),
-        checkpoint_step(model, poses, combination, call),
-        *(accumulator_step(model, poses, combination, each, **_used(options, each, resolved)) for each in resolved),
+        full_graph_step(batch),
+        *_pytorch_steps(batch, options.get("chunk_size")),
+        *(
+            multipose_step(batch, name=f"MultiPose, memory={memory}", **{**options, "memory": memory})
+            for memory in budgets
+        ),
+        *accumulator_steps(batch, accumulators, **options),
     ]
+
+
+def _pytorch_steps(batch: TrainingBatch, chunk_size: int | None) -> Iterator[TrainingStep]:
+    count = len(batch.inputs)
+    batched = batch.inputs.batched and count > 1
+    if batched:
+        yield batched_step(batch)
+    if next(batch.model.parameters()).device.type == "cuda":
+        yield offloaded_step(batch)
+    yield checkpoint_step(batch)
+    if batched:
+        yield checkpoint_step(batch, chunk_size or isqrt(count - 1) + 1)
+
+
+def accumulator_steps(
+    batch: TrainingBatch, accumulators: Sequence[str | Accumulator], **options: Any
+) -> list[TrainingStep]:
+    """Return a step for each accumulator; one that ignores some of the options runs without them."""
+    resolved = [registry.accumulators.resolve(accumulator) for accumulator in accumulators]
+    return [multipose_step(batch, accumulator=each, **_used(options, each, resolved)) for each in resolved]
 
 
 def _used(options: dict[str, Any], accumulator: Accumulator, compared: Sequence[Accumulator]) -> dict[str, Any]:
@@ -67,48 +83,60 @@ def _used(options: dict[str, Any], accumulator: Accumulator, compared: Sequence[
     return {name: value for name, value in options.items() if name not in accumulator.ignored_options & used}
 
 
-def full_graph_step(
-    model: nn.Module, poses: Sequence[Any], combination: Callable[..., Tensor], call: Call = call_model
+def full_graph_step(batch: TrainingBatch) -> TrainingStep:
+    """Return the step that runs pose by pose and keeps the graph of all poses."""
+
+    def forward() -> MultiPosePrediction:
+        poses = range(len(batch.inputs))
+        combination = registry.combinations.resolve(batch.combination)
+        return full_graph(batch.model, poses, combination, batch.index, call=lambda _, i: batch.run(i, i + 1)[0])
+
+    return TrainingStep("full graph", forward, _no_report)
+
+
+def batched_step(batch: TrainingBatch) -> TrainingStep:
+    """Return the step that runs all poses at once and keeps their graph."""
+    return TrainingStep("full graph, batched", lambda: batch.combined([batch.run(0, len(batch.inputs))]), _no_report)
+
+
+def checkpoint_step(batch: TrainingBatch, chunk_size: int = 1) -> TrainingStep:
+    """Return the step that wraps each chunk in `torch.utils.checkpoint`."""
+    name = "checkpoint per pose" if chunk_size == 1 else f"checkpoint per chunk of {chunk_size}"
+    return TrainingStep(name, lambda: batch.combined(list(_chunks(batch, batch.checkpointed, chunk_size))), _no_report)
+
+
+def offloaded_step(batch: TrainingBatch) -> TrainingStep:
+    """Return the step that keeps the tensors of all graphs in the memory of the host."""
+    on_device = next(batch.model.parameters()).device.type != "cpu"
+
+    def forward() -> MultiPosePrediction:
+        with save_on_cpu(pin_memory=on_device):
+            return batch.combined(list(_chunks(batch, batch.run, len(batch.inputs) if batch.inputs.batched else 1)))
+
+    return TrainingStep("full graph on the host", forward, _no_report)
+
+
+def multipose_step(
+    batch: TrainingBatch, *, accumulator: str | Accumulator = "auto", name: str | None = None, **options: Any
 ) -> TrainingStep:
-    """Return the step that keeps the graph of all poses."""
-    return TrainingStep("full graph", lambda: full_graph(model, poses, combination, call=call), _no_report)
-
-
-def checkpoint_step(
-    model: nn.Module, poses: Sequence[Any], combination: Callable[..., Tensor], call: Call = call_model
-) -> TrainingStep:
-    """Return the step that wraps each pose in `torch.utils.checkpoint`."""
-
-    def checkpointed(model: nn.Module, pose: Any) -> Tensor:
-        prediction: Tensor = checkpoint(call, model, pose, use_reentrant=False)
-        return prediction
-
-    return TrainingStep(
-        "checkpoint per pose", lambda: full_graph(model, poses, combination, call=checkpointed), _no_report
-    )
-
-
-def accumulator_step(
-    model: nn.Module,
-    poses: Sequence[Any],
-    combination: CombinationLike,
-    accumulator: str | Accumulator,
-    *,
-    name: str | None = None,
-    **options: Any,
-) -> TrainingStep:
-    """Return the step of a `MultiPose` with an accumulator.
+    """Return the step of a `MultiPose`.
 
     Args:
-        model: The bare model.
-        poses: A list of poses.
-        combination: As for `MultiPose`.
+        batch: The model and its poses.
         accumulator: A name or an object.
         name: Name in a table; that of the accumulator by default.
         **options: Further options of `MultiPose`.
     """
-    scorer = MultiPose(model, combination, accumulator=accumulator, **options)
-    return TrainingStep(name or str(scorer.accumulator), lambda: scorer(poses), lambda: scorer.report)
+    options = {"call": batch.call, "collate": batch.collate, **options}
+    scorer = MultiPose(batch.model, batch.combination, accumulator=accumulator, **options)
+    return TrainingStep(
+        name or str(scorer.accumulator), lambda: scorer(batch.poses, groups=batch.groups), lambda: scorer.report
+    )
+
+
+def _chunks(batch: TrainingBatch, run: Callable[[int, int], Tensor], size: int) -> Iterator[Tensor]:
+    count = len(batch.inputs)
+    return (run(start, min(count, start + size)) for start in range(0, count, size))
 
 
 def sum_of_combined(prediction: MultiPosePrediction) -> Tensor:
