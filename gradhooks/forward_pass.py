@@ -43,6 +43,8 @@ def run_batch(batch: Batch, accumulator: Accumulator) -> Predictions:
         predictions = predict(batch)
         _check(batch, predictions)
         return Predictions(predictions, predictions)
+    if plainly:
+        accumulator.begin_plain()
 
     def attempt(*, plainly: bool = plainly) -> Predictions:
         batch.runner.refuse_changed_poses()

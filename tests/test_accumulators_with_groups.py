@@ -163,7 +163,7 @@ def test_auto_counts_a_sum_for_each_feature(double: TensorFactory) -> None:
     arguments = (DECLARED["boltzmann"], GROUPS["sorted"], loss_on_groups, double, 1.0)
     copies = 6 * sum(parameter.nbytes for parameter in probabilities(double, 1).model.parameters())
     for memory_left, reason in ((copies - 1, "streaming needs 6 copies"), (copies, "no earlier batch")):
-        _, report = trained(*arguments, accumulator="auto", memory_left=memory_left)
+        _, report = trained(*arguments, accumulator="auto", memory=0, memory_left=memory_left)
         assert report is not None
         assert report.reason.startswith(reason)
 

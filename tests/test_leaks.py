@@ -160,7 +160,7 @@ def test_a_group_that_fails_is_freed_at_once(accumulator: str, double: TensorFac
     for _ in range(5):
         fail()
     gc.collect()  # pytest's record of the exception is a cycle
-    assert tensors_alive() == before
+    assert tensors_alive() <= before
     assert hooks_on(case) == hooks_on(build("plain_mlp", double))
 
 

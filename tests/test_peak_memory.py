@@ -66,7 +66,7 @@ def peak(step: Callable[[], Tensor]) -> int:
 
 def peak_of_group(name: str, count: int, combination: Any, accumulator: str) -> int:
     model, poses = make_model_and_poses(name, count)
-    scorer = gradhooks.MultiPose(model, combination, accumulator=accumulator)
+    scorer = gradhooks.MultiPose(model, combination, accumulator=accumulator, memory=0)
     return peak(lambda: scorer(poses).combined)
 
 

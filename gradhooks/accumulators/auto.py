@@ -1,6 +1,6 @@
 """Auto: choose the cheapest exact accumulator for each batch."""
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,9 +23,6 @@ to the same choice, and to the same bits, in every process.
 """
 INERTIA = 1.1
 """The choice changes only if the other accumulator is cheaper by this factor."""
-MOST_PENDING = 256
-"""Of the observations since the last evaluation, the newest count: one for each intercepted batch or plain chunk."""
-
 Observer = Callable[[Tensor, Coefficients], None]
 
 
@@ -47,8 +44,8 @@ class Auto(Accumulator):
 
     def __init__(self) -> None:
         self._shares = PoseShares()
-        # Bounded, since nothing is evaluated while all batches run plainly.
-        self._pending: deque[Observation] = deque(maxlen=MOST_PENDING)
+        self._pending: list[Observation] = []
+        self._previous: list[Observation] = []  # of the batch before, if it ran plainly
         self._streams = False
 
     def begin(self, engine: Engine, predictions: Tensor) -> Accumulation:
@@ -86,13 +83,18 @@ class Auto(Accumulator):
             f"loss read {shares.read_directly:.0%} directly: {costs}"
         )
 
+    def begin_plain(self) -> None:
+        # While all batches run plainly nothing is evaluated, and only the newest observations are kept.
+        if self._pending:
+            self._previous, self._pending = self._pending, []
+
     def observe_plain(self, coefficients: Tensor) -> None:
         self._pending.append(observe_plain(coefficients))
 
     def _learn(self) -> None:
         """Evaluate what was observed since the last batch; until then nothing waits for the device."""
-        self._shares.learn(list(self._pending))
-        self._pending.clear()
+        pending, self._previous, self._pending = [*self._previous, *self._pending], [], []
+        self._shares.learn(pending)
 
     def _observed(self, engine: Engine, accumulation: Accumulation) -> Accumulation:
         return ObservedAccumulation(accumulation, lambda *arguments: self._observe(engine, *arguments))

@@ -141,6 +141,9 @@ class Accumulator(ABC):
             predictions: Live, shape `(n, *prediction)`: the first chunk, which `Accumulation.add` gets next.
         """
 
+    def begin_plain(self) -> None:  # noqa: B027 - may be left out
+        """Begin a batch of which poses may run plainly; `begin` follows if not all do."""
+
     def observe_plain(self, coefficients: Tensor) -> None:
         """Take note of the coefficients, shape `(n, *prediction)`, of poses that ran plainly.
 
