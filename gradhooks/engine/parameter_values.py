@@ -72,7 +72,7 @@ class ParameterValues:
         if probe:
             self._probing = _affordable(tensors, copy_all=copy_all) - self._changing
             self._probes_left = _PROBES
-        elif self._is_current(tensors):
+        elif not self._changing and self._is_current(tensors):
             return
         copied = self._changing | self._probing
         records: Sequence[TensorRecord | None] = self.records or [None] * len(tensors)

@@ -95,7 +95,7 @@ def test_invalid_options(make: Callable[[], Combination]) -> None:
 
 
 def test_top_k_mean_reruns_k_poses() -> None:
-    scorer = MultiPose(torch.nn.Linear(2, 1), gradhooks_mil.TopKMean(2))
+    scorer = MultiPose(torch.nn.Linear(2, 1), gradhooks_mil.TopKMean(2), memory=0)
     scorer(torch.randn(20, 2).unbind()).combined.sum().backward()
     assert scorer.report.recomputed == 2
 
