@@ -67,7 +67,8 @@ def peak(step: Callable[[], Tensor]) -> int:
 def peak_of_group(name: str, count: int, combination: Any, accumulator: str) -> int:
     model, poses = make_model_and_poses(name, count)
     scorer = gradhooks.MultiPose(model, combination, accumulator=accumulator, memory=0)
-    scorer(poses).combined.sum().backward()  # the first batch copies small parameters, to see whether forwards write them
+    # The first batch also copies small parameters, to find out whether forwards change them.
+    scorer(poses).combined.sum().backward()
     model.zero_grad()
     return peak(lambda: scorer(poses).combined)
 
