@@ -84,7 +84,7 @@ def test_batches_are_compared_with_the_batched_full_graph(
     assert printed.count("| mlp: boltzmann ") == 2
     saved = json.loads(path.read_text())
     assert [time["way"] for time in saved].count("a tenth") == 2
-    assert len(saved) == 14
+    assert len(saved) == 20
     assert all(time["ratio"] > 0 for time in saved)
 
 

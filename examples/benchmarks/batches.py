@@ -12,11 +12,12 @@ from small_models import COMBINATIONS, SMALL_MODELS, batch_of
 from gradhooks.profiling.peak_memory import peak_bytes
 from gradhooks.profiling.timing import interleaved_seconds, median_ratio
 from gradhooks.profiling.training_batch import TrainingBatch
-from gradhooks.profiling.training_steps import TrainingStep, batched_step, multipose_step
+from gradhooks.profiling.training_steps import TrainingStep, batched_step, checkpoint_step, multipose_step
 from gradhooks.units import format_seconds
 
 WARM_UP_STEPS = 3  # in which sizes are measured and `auto` settles
-LIMITS = {"default": 1.10, "memory=0": 1.40, "a tenth": 1.0}
+LIMITS = {"default": 1.10, "memory=0": 1.40, "checkpoint": float("inf"), "a tenth": 1.0}
+CHUNK_SIZE = 16
 MLP_LIMIT = 1.5  # or ALLOWED_SECONDS more
 ALLOWED_SECONDS = 1e-3
 
@@ -29,7 +30,8 @@ class BatchTime(NamedTuple):
         combination: The combination.
         group_size: Poses of a group.
         groups: Groups of the batch.
-        way: `"default"` memory; `"memory=0"` in chunks of 16; `"a tenth"` of the memory of the full graph.
+        way: `"default"` memory; `"memory=0"` in chunks of 16, and a `"checkpoint"` for each of these chunks, for
+            comparison; `"a tenth"` of the memory of the full graph.
         batched_seconds: Median time of the batched full graph.
         ratio: Median of the ratios of the same round.
     """
@@ -73,7 +75,8 @@ def steps_of(batch: TrainingBatch, *, sharp: bool) -> dict[str, TrainingStep]:
     steps = {
         "batched": full,
         "default": multipose_step(batch),
-        "memory=0": multipose_step(batch, memory=0, chunk_size=16),
+        "memory=0": multipose_step(batch, memory=0, chunk_size=CHUNK_SIZE),
+        "checkpoint": checkpoint_step(batch, CHUNK_SIZE),
     }
     if sharp:
         memory = peak_bytes(partial(_run, batch, full), torch.device("cpu")) // 10
@@ -96,7 +99,16 @@ def table(times: Sequence[BatchTime]) -> str:
     lines = [
         [f"{key[0]}: {key[1]}", *map(str, key[2:]), *(cells.get(c, "") for c in columns)] for key, cells in rows.items()
     ]
-    headers = ["time / batched full graph", "N", "B", "batched", "default", "memory=0, chunks of 16", "a tenth"]
+    headers = [
+        "time / batched full graph",
+        "N",
+        "B",
+        "batched",
+        "default",
+        "memory=0, chunks of 16",
+        "checkpoint",
+        "a tenth",
+    ]
     return markdown_table(headers, lines)
 
 
