@@ -1,6 +1,7 @@
 """Find the leaf tensors that autograd reaches from a tensor."""
 
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def accumulation_nodes(leaves: Iterable[Tensor]) -> set[Any]:
     return {torch.autograd.graph.get_gradient_edge(leaf).node for leaf in leaves}
 
 
-def other_leaves(root: Tensor, known_nodes: set[Any]) -> list[Tensor]:
+def other_leaves(root: Tensor, known_nodes: AbstractSet[Any]) -> list[Tensor]:
     """Return the leaves below `root` that are not in `known_nodes`, in half the time of `reached_leaves`."""
     if root.grad_fn is None:
         return []

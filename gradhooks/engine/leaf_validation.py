@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradhooks.engine.accumulation import Chunk
-from gradhooks.engine.graph_leaves import accumulation_nodes, leaves_inside_checkpoint, other_leaves, reached_leaves
+from gradhooks.engine.graph_leaves import leaves_inside_checkpoint, other_leaves, reached_leaves
 from gradhooks.engine.leaves import Leaves
 from gradhooks.engine.model_state import ModelState
 from gradhooks.engine.pose_inputs import Poses
@@ -32,7 +32,7 @@ class LeafValidator:
         self._leaves = leaves
         self._state = state
         self._inspected_checkpoints = False
-        self._shadow_nodes: set[Any] = set()
+        self._shadow_nodes: frozenset[Any] = frozenset()
 
     def run(self, poses: Poses, chunk: Chunk) -> Tensor:
         """Return the predictions of a chunk, with their graph.
@@ -79,7 +79,7 @@ class LeafValidator:
     def _unregistered_leaves(self, predictions: Tensor, *, inside_checkpoints: bool) -> list[Tensor]:
         if inside_checkpoints:
             return [leaf for leaf in self.reached_leaves(predictions) if not self._leaves.contain(leaf)]
-        self._shadow_nodes = self._shadow_nodes or accumulation_nodes(self._leaves.shadows)
+        self._shadow_nodes = self._shadow_nodes or self._leaves.nodes()
         return other_leaves(predictions, self._shadow_nodes)
 
     def _refuse(self, leaves: list[Tensor], chunk: Chunk) -> None:

@@ -1,7 +1,10 @@
 """Leaves: where the backward of each pose of a batch ends: shadow parameters, and aliases of pose inputs."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from gradhooks.engine.graph_leaves import accumulation_nodes
 from gradhooks.engine.parameter_hooks import ParameterHooks
 from gradhooks.engine.shadow_parameters import ShadowParameters
 
@@ -44,6 +47,10 @@ class Leaves:
             self.shadows.append(tensor.detach().requires_grad_())
             self._ids.add(id(self.shadows[-1]))
         return self.shadows[index]
+
+    def nodes(self) -> frozenset[Any]:
+        """Return the graph nodes at which a backward reaches the shadows."""
+        return self._parameters.nodes.union(accumulation_nodes(self.shadows[self._parameter_count :]))
 
     def contain(self, tensor: Tensor) -> bool:
         """Return whether `tensor` is one of the shadows."""

@@ -101,7 +101,9 @@ class ParameterValues:
         records = list(self.records)
         for index, (record, tensor) in enumerate(zip(self.records, tensors, strict=True)):
             if tensor is not record.tensor and tensor.requires_grad:  # shadows were put in, or taken out
-                records[index] = TensorRecord(tensor, with_values=index in self._changing or index in probed)
+                copied = index in self._changing or index in probed
+                shares = not copied and address_of(tensor) == record.address
+                records[index] = record.of_alias(tensor) if shares else TensorRecord(tensor, with_values=copied)
                 continue
             kept = tensor is record.tensor and record.looks_unchanged()
             compared = index in probed or index in self._changing

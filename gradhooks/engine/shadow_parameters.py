@@ -15,10 +15,12 @@ Rules:
 
 import threading
 from collections.abc import MutableMapping
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from gradhooks.engine.graph_leaves import accumulation_nodes
 from gradhooks.errors import ConcurrentUseError
 
 _swap_lock = threading.Lock()
@@ -89,10 +91,10 @@ class ShadowParameters:
             self.shadows.append(shadow)
         return index
 
-    def clear_gradients(self) -> None:
-        """Set `.grad` of the shadows to None."""
-        for shadow in self.shadows:
-            shadow.grad = None
+    @cached_property
+    def nodes(self) -> frozenset[Any]:
+        """The graph nodes at which a backward reaches the shadows."""
+        return frozenset(accumulation_nodes(self.shadows))
 
     def names(self, model: nn.Module) -> list[str]:
         """Return the name of each parameter in the model, the first one if it is tied."""

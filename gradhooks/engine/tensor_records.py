@@ -68,6 +68,12 @@ class TensorRecord:
         record.version = version_of(self.tensor)
         return record
 
+    def of_alias(self, tensor: Tensor) -> "TensorRecord":
+        """Return a record, without a copy, of another tensor with the same memory and version counter."""
+        record = self.renewed()
+        record.tensor, record.value = tensor, None
+        return record
+
     def with_new_values(self) -> "TensorRecord":
         """Return a record of now without a copy."""
         if address_of(self.tensor) != self.address:
