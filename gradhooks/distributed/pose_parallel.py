@@ -1,4 +1,4 @@
-"""Pose parallel: split the poses of one group over ranks.
+"""Pose parallel: split the poses of a batch over ranks.
 
 Each rank runs its own poses. Predictions are gathered, every rank computes the same combination and loss, each rank
 runs the backward of its own poses, and the gradients are summed. Every rank ends with the gradients of a single process
@@ -26,7 +26,7 @@ _SAME_LOSS_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class PosePartition:
-    """Contiguous partition of the `N` poses of a group over ranks. A single process has all of them.
+    """Contiguous partition of the `N` poses of a batch over ranks. A single process has all of them.
 
     Attributes:
         collectives: The ranks.

@@ -98,7 +98,7 @@ def refuse_sharded_parameters(
 
 
 def refuse_pose_parallel(inputs: Sequence[Tensor], combination: object) -> None:
-    """Refuse a group that cannot be split over the ranks of a `process_group`.
+    """Refuse a batch that cannot be split over the ranks of a `process_group`.
 
     Args:
         inputs: Tensors in the poses that require grad.

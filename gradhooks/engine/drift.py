@@ -18,7 +18,7 @@ def refuse_drift(
     """Raise an error if a second run gave other predictions than the first. Waits for the device once.
 
     Args:
-        context: The group.
+        context: The intercepted poses.
         indices: Shape `(n,)`: which poses ran again.
         second: Shape `(n, *prediction)`: their predictions in the second run.
         predictions: Shape `(N, *prediction)`: the predictions of all poses in the first run.
