@@ -336,10 +336,13 @@ class TracedBatchNorm(ScriptedBatchNorm):
             self.norm = torch.jit.trace(nn.BatchNorm1d(1), torch.randn(4, 1))
 
 
-@changing
 class ExportedBatchNorm(ScriptedBatchNorm):
     def prepare(self) -> None:
         self.norm = torch.export.export(nn.BatchNorm1d(1), (torch.randn(4, 1),)).module()
+
+
+if torch.__version__ >= "2.7":  # before, the graph modules of two equal programs differ in numbers of lines
+    changing(ExportedBatchNorm)
 
 
 class ScriptedCounter(nn.Module):
