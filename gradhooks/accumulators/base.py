@@ -95,9 +95,6 @@ class Engine(Protocol):
     def reached_leaves(self, predictions: Tensor) -> set[int]:
         """Return the indices of the leaves below live predictions."""
 
-    def storage_addresses(self) -> set[int]:
-        """Return the addresses of the storages of the model and the leaves."""
-
     def skip_threshold(self, dtype: torch.dtype) -> float:
         """Return the size relative to the largest coefficient below which a pose gets no backward.
 

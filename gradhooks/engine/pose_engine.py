@@ -13,7 +13,6 @@ from gradhooks.engine.gradient_sums import Gradients
 from gradhooks.engine.parameter_hooks import Receiver
 from gradhooks.engine.report import Report
 from gradhooks.engine.rerun import SecondRun
-from gradhooks.engine.saved_tensors import storage_addresses
 from gradhooks.engine.unused_parameters import add_zeros_for_skipped
 from gradhooks.numerics import at_least_float32
 from gradhooks.options import Options
@@ -98,9 +97,6 @@ class PoseEngine:
         indices = {id(leaf): index for index, leaf in enumerate(self.leaves)}
         leaves = self.context.validator.reached_leaves(predictions)
         return {indices[id(leaf)] for leaf in leaves if id(leaf) in indices}
-
-    def storage_addresses(self) -> set[int]:
-        return storage_addresses(self.context.batch.model, self.leaves)
 
     def skip_threshold(self, dtype: torch.dtype) -> float:
         if self.options.tolerance is not None:
