@@ -149,9 +149,7 @@ def _gather_groups(
     index = torch.empty(0, dtype=torch.int64) if index is None else index
     if not partition.collectives.is_single:
         index = partition.collectives.gather_rows(index, partition.counts)
+    bound = BoundCombination(combination, partition.total)
     return group_index(
-        index,
-        max(counts) or None,
-        empty_allowed=getattr(combination, "accepts_empty_groups", combination is None),
-        combination_name=BoundCombination(combination, 0).name,
+        index, max(counts) or None, empty_allowed=bound.accepts_empty_groups, combination_name=bound.name
     )

@@ -27,11 +27,6 @@ def _inputs(poses: Poses, start: int, stop: int) -> Any:
     return inputs if poses.collated else fresh_containers(inputs)
 
 
-def input_bytes(inputs: Any) -> int:
-    """Return the bytes of the tensors in a model's input."""
-    return sum(tensor.nbytes for _, tensor in tensors_in(inputs))
-
-
 class NeedsGradModeError(Exception):
     """Internal: the model cannot run without grad mode."""
 
@@ -41,13 +36,11 @@ class PlainRun(NamedTuple):
 
     Attributes:
         predictions: Shape `(n, *prediction)`, with the graph that the model built.
-        bytes: What the graph keeps.
-        measured: Whether this was measured, and not expected from earlier chunks.
+        bytes: What the graph keeps, measured or expected from earlier chunks.
     """
 
     predictions: Tensor
     bytes: int
-    measured: bool
 
 
 class PoseRunner:
@@ -101,7 +94,8 @@ class PoseRunner:
         if self._detach_for is not None:
             inputs = map_tensors(self._detach_input, inputs)
         versions = [(tensor, path, tensor._version) for path, tensor in tensors_in(inputs)]
-        predictions = self._predict_measured(inputs, poses, start, stop)
+        size = sum(tensor.nbytes for tensor, _, _ in versions)
+        predictions = self._predict_measured(inputs, size, poses, start, stop)
         changed = [path for tensor, path, version in versions if tensor._version != version]
         if changed:
             raise _changed_in_place(poses.original_index(start), changed)
@@ -143,16 +137,18 @@ class PoseRunner:
 
         if self.measures and (measure or self._need.is_unmeasured(size, count)):
             excluded = self._not_counted(poses, inputs)
-            return PlainRun(*self._need.measure(forward, size, count, excluded), measured=True)
-        return PlainRun(forward(), expected, measured=False)
+            return PlainRun(*self._need.measure(forward, size, count, excluded))
+        return PlainRun(forward(), expected)
 
-    def _predict_measured(self, inputs: Any, poses: Poses, start: int, stop: int) -> Tensor:
-        """Return the predictions; measure them if they have a graph and are larger than those before."""
-        if self.measures and torch.is_grad_enabled():
-            size, count = input_bytes(inputs), stop - start
-            if self._need.is_unmeasured(size, count):
-                excluded = self._not_counted(poses, inputs)
-                return self._need.measure(lambda: self._predict(inputs, poses, start, stop), size, count, excluded)[0]
+    def _predict_measured(self, inputs: Any, size: int, poses: Poses, start: int, stop: int) -> Tensor:
+        """Return the predictions; measure them if they have a graph and are larger than those before.
+
+        `size` is the number of bytes of the tensors in `inputs`.
+        """
+        count = stop - start
+        if self.measures and torch.is_grad_enabled() and self._need.is_unmeasured(size, count):
+            excluded = self._not_counted(poses, inputs)
+            return self._need.measure(lambda: self._predict(inputs, poses, start, stop), size, count, excluded)[0]
         return self._predict(inputs, poses, start, stop)
 
     def _not_counted(self, poses: Poses, inputs: Any) -> set[int]:

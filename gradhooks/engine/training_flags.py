@@ -1,4 +1,4 @@
-"""Training flags of modules: read them, and run a block under other ones."""
+"""Training flags of modules: run a block under other ones."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -6,11 +6,6 @@ from contextlib import contextmanager
 from torch import nn
 
 TrainingFlags = list[tuple[nn.Module, bool]]
-
-
-def training_flags(model: nn.Module) -> TrainingFlags:
-    """Return the training flag of each module of `model`."""
-    return [(module, module.training) for module in model.modules()]
 
 
 @contextmanager
