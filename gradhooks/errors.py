@@ -24,6 +24,14 @@ class ReplayError(GradhooksError, RuntimeError):
     """Make the model repeatable, or use an accumulator that runs each pose once: a second run gave another result."""
 
 
+class OutlivingGraphError(GradhooksError, RuntimeError):
+    """Detach the tensor, or return it as `side`: a tensor with a graph outlives the forward of an intercepted pose."""
+
+
+class NonlinearBackwardError(GradhooksError, RuntimeError):
+    """Use accumulator="auto" or "recompute": the backward of the model is not linear in its cotangent."""
+
+
 class ConcurrentUseError(GradhooksError, RuntimeError):
     """Give each thread its own copy of the model: two groups cannot run through one model at the same time."""
 

@@ -8,8 +8,10 @@ from torch import Tensor
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.accumulators.sharded_recompute import begin_sharded
 from gradhooks.autograd_function import attach_to_graph
+from gradhooks.engine.audit import audit
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.context import intercept
+from gradhooks.engine.findings import Findings
 from gradhooks.engine.forward import predict, run_forward
 from gradhooks.engine.model_output import refuse_detached, refuse_nonfinite
 from gradhooks.engine.plain import run_plain_chunks
@@ -20,6 +22,10 @@ from gradhooks.numerics import at_least_float32
 
 class DroppedPosesError(Exception):
     """Internal: a plain pose is dropped. A backward with the coefficient 0 would make NaN of its gradients."""
+
+
+class AuditDueError(Exception):
+    """Internal: some poses do not run plainly, and nothing is known about the model."""
 
 
 class Predictions(NamedTuple):
@@ -43,24 +49,39 @@ def run_batch(batch: Batch, accumulator: Accumulator) -> Predictions:
         predictions = predict(batch)
         _check(batch, predictions)
         return Predictions(predictions, predictions)
+    findings = None if plainly else _findings(batch)
     if plainly:
         accumulator.begin_plain()
 
-    def attempt(*, plainly: bool = plainly) -> Predictions:
+    def attempt() -> Predictions:
         batch.runner.refuse_changed_poses()
         with batch.parts.state.preserved(only_on_error=True):
             batch.report.reset_counts()
-            predictions = _run(batch, accumulator, plainly=plainly)
+            predictions = _run(batch, accumulator, findings, plainly=plainly)
             if batch.parts.trainable and not predictions.for_user.requires_grad:
                 refuse_detached(len(predictions.for_user))
             _check(batch, predictions.for_user)
             batch.report.memory = batch.schedule.use
             return predictions
 
-    try:
-        return batch.schedule.retry_smaller(attempt) if plainly else attempt()
-    except DroppedPosesError:
-        return attempt(plainly=False)
+    while True:
+        try:
+            return batch.schedule.retry_smaller(attempt) if plainly else attempt()
+        except DroppedPosesError:  # noqa: PERF203 - at most three turns
+            plainly, findings = False, _findings(batch)
+        except AuditDueError:
+            findings = _findings(batch)
+
+
+def _findings(batch: Batch) -> Findings:
+    """Return what the audit found out about the model in its present mode; run it if it is due."""
+    mode = (batch.mode, batch.parts.state.training_flags)
+    known = batch.parts.findings
+    if mode not in known:
+        if not batch.options.audit:
+            return Findings()
+        known[mode] = audit(batch)
+    return known[mode]
 
 
 def _requires_grad(batch: Batch) -> bool:
@@ -84,7 +105,7 @@ def _may_run_plainly(batch: Batch, accumulator: Accumulator) -> bool:
     )
 
 
-def _run(batch: Batch, accumulator: Accumulator, *, plainly: bool) -> Predictions:
+def _run(batch: Batch, accumulator: Accumulator, findings: Findings | None, *, plainly: bool) -> Predictions:
     count, schedule = len(batch.poses), batch.schedule
     parts: list[Predictions] = []
 
@@ -103,7 +124,11 @@ def _run(batch: Batch, accumulator: Accumulator, *, plainly: bool) -> Prediction
     if start > 0 and stop > 0:
         raise StartAgainError("now that the need of a pose is known, the first poses do not run plainly")
     if stop or not plainly:  # with a process group, this rank may have no poses
-        parts.append(_run_intercepted(batch, accumulator, 0, stop))
+        if findings is None:
+            raise AuditDueError
+        context = intercept(batch, 0, stop, findings)
+        first_run = run_forward(context, begin_sharded if batch.sharded else accumulator.begin)
+        parts.append(Predictions(*attach_to_graph(context, *first_run)))
     else:
         batch.report.accumulator, batch.report.reason = "none", "the graphs of all poses fit in the allowed memory"
     if max(start, stop) < count:
@@ -111,9 +136,3 @@ def _run(batch: Batch, accumulator: Accumulator, *, plainly: bool) -> Prediction
     if len(parts) == 1:
         return parts[0]
     return Predictions(*(torch.cat(rows) for rows in zip(*parts, strict=True)))
-
-
-def _run_intercepted(batch: Batch, accumulator: Accumulator, start: int, stop: int) -> Predictions:
-    context = intercept(batch, start, stop)
-    first_run = run_forward(context, begin_sharded if batch.sharded else accumulator.begin)
-    return Predictions(*attach_to_graph(context, *first_run))

@@ -60,6 +60,7 @@ class OptionTypes(TypedDict, total=False):
     nonfinite: Nonfinite
     generators: Iterable[object]
     process_group: "ProcessGroup | DeviceMesh | None"
+    audit: bool
     progress: Progress
 
 
@@ -82,6 +83,7 @@ class Options:
     nonfinite: Nonfinite = "propagate"
     generators: tuple[object, ...] = ()
     process_group: "ProcessGroup | DeviceMesh | None" = None
+    audit: bool = True
     progress: Progress = False
 
     def __post_init__(self) -> None:
@@ -95,6 +97,8 @@ class Options:
         for name in ("call", "collate"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise TypeError(f"{name} must be a function, got {getattr(self, name)!r}")
+        if not isinstance(self.audit, bool):
+            raise TypeError(f"audit must be True or False, got {self.audit!r}")
         if self.tolerance is not None and not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance must be in [0, 1), relative to the largest coefficient, got {self.tolerance}")
         if self.nonfinite not in get_args(Nonfinite):
@@ -163,6 +167,7 @@ class OptionAttributes:
     nonfinite = Option[Nonfinite]()
     generators = Option[tuple[object, ...]]()
     process_group = Option["ProcessGroup | DeviceMesh | None"]()
+    audit = Option[bool]()
     progress = Option[Progress]()
 
 

@@ -54,6 +54,8 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         process_group: Ranks that share each group, or a `DeviceMesh` of one axis. Each rank passes poses of its own,
             any number or none, and gets the predictions of all, in the order of the ranks. Combination and loss must be
             computed equally on all ranks; `.grad` is then on each what one process with all poses would have.
+        audit: Whether to run a pose twice before poses are intercepted for the first time, and in each new mode of the
+            model: models whose gradients would be wrong are found and refused. It leaves no trace.
         progress: True for a bar (needs tqdm), or a function of `(done, total)`, called after each chunk.
 
     All options are attributes, and are validated when they are set.

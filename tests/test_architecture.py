@@ -27,7 +27,7 @@ LAYERS = [
     ["distributed.pose_parallel", "distributed.sharded_model"],
     ["distributed.validation"],
     ["options"],
-    ["engine.model_output", "engine.autocast", "engine.training_flags"],
+    ["engine.model_output", "engine.autocast", "engine.training_flags", "engine.findings", "engine.hidden_generators"],
     ["engine.graph_leaves", "engine.saved_tensors", "engine.live_bytes", "engine.memory_budget", "engine.open_graphs"],
     ["engine.learned", "engine.progress", "engine.report", "engine.gradient_sums"],
     ["engine.tensor_records", "engine.containers", "engine.script_attributes", "engine.generator_states"],
@@ -35,7 +35,7 @@ LAYERS = [
     ["engine.module_attributes", "engine.parameter_values"],
     ["engine.attribute_recorder"],
     ["engine.module_watch"],
-    ["engine.module_values"],
+    ["engine.module_values", "engine.graph_watch"],
     ["engine.pose_inputs", "engine.model_state", "engine.lazy_parameters", "engine.memory_need"],
     ["engine.parameter_hooks"],
     ["engine.shadow_parameters", "engine.accumulation", "engine.schedule"],
@@ -43,7 +43,7 @@ LAYERS = [
     ["engine.pose_runner"],
     ["engine.batch", "engine.leaf_validation"],
     ["engine.chunk_dependence", "engine.context", "engine.plain"],
-    ["engine.drift", "engine.batch_setup"],
+    ["engine.drift", "engine.batch_setup", "engine.audit"],
     ["engine.rerun"],
     ["engine.unused_parameters"],
     ["engine.pose_engine"],
@@ -127,7 +127,7 @@ def test_an_upward_import_is_found() -> None:
 
 def test_accumulators_use_the_protocol_that_plugins_have() -> None:
     """Built-in accumulators see `Engine` only; the one for sharded parameters is not chosen by name."""
-    allowed = {"accumulation", "gradient_sums", "parameter_hooks", "memory_budget", "saved_tensors", "rerun", "report"}
+    allowed = {"accumulation", "findings", "gradient_sums", "parameter_hooks", "report"}
     for path in (PACKAGE / "accumulators").glob("*.py"):
         engine = {name.removeprefix("engine.") for name in imports_of(path.read_text()) if name.startswith("engine.")}
         assert path.name == "sharded_recompute.py" or engine <= allowed, path.name

@@ -38,6 +38,7 @@ INVALID: list[tuple[str, Any, type[Exception], str]] = [
     ("tolerance", -0.1, ValueError, "tolerance must be in"),
     ("nonfinite", "ignore", ValueError, "nonfinite must be one of propagate, raise, drop, got 'ignore'"),
     ("generators", [3], TypeError, "generators takes generators of torch, numpy or random"),
+    ("audit", "first", TypeError, "audit must be True or False, got 'first'"),
     ("progress", 1, TypeError, "progress must be a bool or a function"),
 ]
 VALID: dict[str, Any] = {
@@ -49,6 +50,7 @@ VALID: dict[str, Any] = {
     "nonfinite": "drop",
     "generators": (torch.Generator(),),
     "process_group": None,
+    "audit": False,
     "progress": print,
 }
 
@@ -98,7 +100,7 @@ def test_an_unknown_option_is_refused_with_the_closest_one() -> None:
     ):
         with pytest.raises(TypeError, match="no option 'chunk_sise'; did you mean 'chunk_size'"):
             create()
-    with pytest.raises(TypeError, match=r"no option 'zzz'\. The options are accumulator, call, chunk_size"):
+    with pytest.raises(TypeError, match=r"no option 'zzz'\. The options are accumulator, audit, call"):
         gradhooks.MultiPose(nn.Linear(4, 1), zzz=3)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="MultiPose has no option 'chunks'"):
         gradhooks.MultiPose(nn.Linear(4, 1), chunks=2)  # type: ignore[call-arg]

@@ -1,4 +1,4 @@
-"""Random generators other than PyTorch's default: a differing second run is refused; `generators=` makes it equal."""
+"""Random generators other than PyTorch's default: found wherever a forward finds them, or named by `generators=`."""
 
 import random
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import gradhooks
+from gradhooks.random_state import generator_source, same_state
 
 TORCH = torch.Generator()
 NUMPY = np.random.default_rng(0)
@@ -39,22 +40,59 @@ def poses() -> list[Tensor]:
     return [torch.randn(4) for _ in range(5)]
 
 
+@pytest.mark.parametrize("accumulator", ["recompute", "stream", "auto"])
 @pytest.mark.parametrize("source", [source for source in SOURCES if not source.startswith("module")])
-def test_a_second_run_that_differs_is_refused(source: str) -> None:
-    """These generators are hidden in a function; global ones, and those in attributes, are found."""
-    draw, _ = SOURCES[source]
-    model = Noisy(draw)
-    combined = gradhooks.MultiPose(model, "boltzmann", accumulator="recompute")(poses()).combined
-    with pytest.raises(gradhooks.errors.ReplayError, match=r"pose \d of 5: its second run differs.*generators"):
-        combined.sum().backward()
+def test_generators_hidden_in_a_function_are_found(source: str, accumulator: str) -> None:
+    draw, generator = SOURCES[source]
+    source_of = generator_source(generator)
+    assert source_of is not None
+    model, given = Noisy(draw), poses()
+    state = source_of.get()
+    torch.stack([model(pose) for pose in given]).mean().backward()
+    expected, drawn = [parameter.grad for parameter in model.parameters()], source_of.get()
+    source_of.set(state)
+    model.zero_grad()
+    gradhooks.MultiPose(model, "mean", accumulator=accumulator, memory=0)(given).combined.sum().backward()
+    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], expected)
+    assert same_state(source_of.get(), drawn)
+
+
+def hidden_noise() -> Callable[[], float]:
+    """Return numbers that nobody can draw again: those of an iterator."""
+    return iter(torch.rand(200).tolist()).__next__
+
+
+@pytest.mark.parametrize(("audit", "message"), [
+    (True, "a second run of a pose gives another prediction or gradient than the first.*generators="),
+    (False, r"pose \d of 5: its second run differs.*generators="),
+])  # fmt: skip
+def test_a_second_run_that_differs_is_refused(audit: bool, message: str) -> None:
+    model = Noisy(hidden_noise())
+    scorer = gradhooks.MultiPose(model, "boltzmann", accumulator="recompute", audit=audit)
+    with pytest.raises(gradhooks.errors.ReplayError, match=message):
+        scorer(poses()).combined.sum().backward()
     assert model.linear.weight.grad is None
+
+
+@pytest.mark.parametrize("combination", ["mean", "boltzmann"])
+def test_a_model_whose_second_run_differs_runs_once(combination: str) -> None:
+    model = Noisy(hidden_noise())
+    scorer = gradhooks.MultiPose(model, combination, memory=0)
+    prediction = scorer(poses())
+    prediction.combined.sum().backward()
+    assert (scorer.report.accumulator, scorer.report.recomputed) == ("stream", 0)
+    assert "does not agree" in scorer.report.reason
+    # dy/dw = pose * (1 + noise), so w . g is the combined derivative of y without the bias.
+    assert model.linear.weight.grad is not None
+    expected = (prediction.coefficients() * (prediction.per_pose - model.linear.bias)).sum()
+    torch.testing.assert_close((model.linear.weight.grad * model.linear.weight).sum(), expected)
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_generators_are_restored_for_the_second_run(source: str) -> None:
     draw, generator = SOURCES[source]
     model = Noisy(draw)
-    scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", generators=[generator])
+    scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", generators=[generator], audit=False)
     seen: list[Tensor] = []
     scorer.call = lambda model, pose: seen.append(pose) or model(pose)  # type: ignore[func-returns-value]
     prediction = scorer(poses())

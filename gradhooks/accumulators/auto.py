@@ -53,20 +53,27 @@ class Auto(Accumulator):
             return Store().begin_because(engine, predictions, "the combination works on the gradients of the poses")
         self._learn()
         declaration = declaration_of(engine, predictions)
-        if declaration is None:
-            return self._observed(engine, Recompute().begin_because(engine, why_not_streamed(predictions)))
-        copies = engine.group_count * (1 + len(declaration.features[0]))
-        if engine.group_count > 1 and copies * engine.gradient_bytes > engine.memory_left:
-            reason = f"streaming needs {copies} copies of the gradients, which do not fit in memory"
-            return self._observed(engine, Recompute().begin_because(engine, reason))
-        reason = self._decide(declaration, _backwards_per_chunk(engine, declaration))
-        if not self._streams:
+        if not engine.findings.repeatable:
+            return _begin_single_run(engine, predictions, declaration)
+        reason = self._choose(engine, declaration, predictions)
+        if declaration is None or not self._streams:
             return self._observed(engine, Recompute().begin_because(engine, reason))
         set_accumulator(engine, "stream", reason)
         return self._observed(engine, StreamAccumulation(engine, declaration, predictions))
 
-    def _decide(self, declaration: Declaration, backwards: float) -> str:
+    def _choose(self, engine: Engine, declaration: Declaration | None, predictions: Tensor) -> str:
         """Choose whether to stream, and return the reason."""
+        if declaration is None or not engine.findings.linear:
+            self._streams = False
+            return why_not_streamed(predictions)
+        copies = engine.group_count * (1 + len(declaration.features[0]))
+        if engine.group_count > 1 and copies * engine.gradient_bytes > engine.memory_left:
+            self._streams = False
+            return f"streaming needs {copies} copies of the gradients, which do not fit in memory"
+        return self._decide(declaration, _backwards_per_chunk(engine, declaration))
+
+    def _decide(self, declaration: Declaration, backwards: float) -> str:
+        """Choose by the costs, and return them."""
         shares = self._shares
         if not shares.batches and not declaration.uniform:
             self._streams = False
@@ -108,6 +115,18 @@ class Auto(Accumulator):
     def __getstate__(self) -> dict[str, Any]:
         self._learn()  # so that a copy contains numbers only
         return self.__dict__
+
+
+def _begin_single_run(engine: Engine, predictions: Tensor, declaration: Declaration | None) -> Accumulation:
+    """Begin a batch of a model whose second run does not agree with the first."""
+    reason = "a second run of a pose does not agree with the first, so that each runs once"
+    if declaration is not None:
+        set_accumulator(engine, "stream", reason)
+        return StreamAccumulation(engine, declaration, predictions)
+    is_scalar = predictions.numel() == len(predictions)
+    if is_scalar and engine.pose_count * engine.gradient_bytes <= engine.memory_left:
+        return Store().begin_because(engine, predictions, reason)
+    return Recompute().begin_because(engine, reason)  # refuses, and says why
 
 
 def _backwards_per_chunk(engine: Engine, declaration: Declaration) -> float:

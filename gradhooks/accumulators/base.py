@@ -10,10 +10,11 @@ from torch import Tensor
 
 from gradhooks.combination import BoundCombination, StreamWeights
 from gradhooks.engine.accumulation import Accumulation
+from gradhooks.engine.findings import Findings
 from gradhooks.engine.gradient_sums import Gradients
 from gradhooks.engine.parameter_hooks import HookHandle, Receiver
 from gradhooks.engine.report import Report
-from gradhooks.errors import CombinationError
+from gradhooks.errors import CombinationError, NonlinearBackwardError
 from gradhooks.options import Options
 
 
@@ -51,6 +52,10 @@ class Engine(Protocol):
     @property
     def memory_left(self) -> int:
         """The bytes that an accumulator may use beyond the step of one pose, after what open batches hold."""
+
+    @property
+    def findings(self) -> Findings:
+        """Whether a second run of a pose agrees with the first, and whether its backward is linear."""
 
     @property
     def leaves(self) -> Sequence[Tensor]:
@@ -153,6 +158,20 @@ def set_accumulator(engine: Engine, name: str, reason: str) -> None:
     """Write to the report which accumulator does the work, and why."""
     engine.report.accumulator, engine.report.reason = name, reason
     logger.debug("{} poses by {}: {}", engine.pose_count, name, reason)
+
+
+def refuse_nonlinear_backward(engine: Engine, accumulator: str) -> None:
+    """Refuse a model whose backward is not linear, by an accumulator that runs it before coefficients are known.
+
+    Raises:
+        NonlinearBackwardError: It is not.
+    """
+    if not engine.findings.linear:
+        raise NonlinearBackwardError(
+            "the gradient of this model is not proportional to the gradient of its prediction: a hook clamps it, or a "
+            f"function adds a loss of its own in its backward. The accumulator {accumulator!r} runs backwards before "
+            "the loss is known; use accumulator='auto' or 'recompute', which give each pose its own coefficient"
+        )
 
 
 def refuse_gradient_combination(engine: Engine, accumulator: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from gradhooks.accumulators.base import Accumulator, Engine, refuse_gradient_combination, set_accumulator
 from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
 from gradhooks.engine.gradient_sums import Gradients
+from gradhooks.errors import ReplayError
 
 
 class Recompute(Accumulator):
@@ -29,6 +30,16 @@ class Recompute(Accumulator):
     def begin_because(self, engine: Engine, reason: str) -> Accumulation:
         """Begin a batch for a reason that the report shows, such as another accumulator that cannot serve it."""
         refuse_gradient_combination(engine, self.name)
+        if not engine.findings.repeatable:
+            raise ReplayError(
+                "a second run of a pose gives another prediction or gradient than the first, and the accumulator "
+                "'recompute' runs poses twice: the model depends on something that is not restored (a random "
+                "generator inside an object of another library, a value that it keeps in such an object). Name its "
+                "generators with generators=[...], use accumulator='store', which runs every pose once, or allow "
+                "enough memory= for poses to run plainly"
+            )
+        if not engine.findings.linear:
+            reason = "the backward of the model is not linear, so every pose runs again with its own coefficient"
         set_accumulator(engine, self.name, reason)
         return RecomputeAccumulation(engine)
 
@@ -51,7 +62,10 @@ class RecomputeAccumulation(Accumulation):
         del last  # nothing is saved that could be overwritten
         (predictions,) = saved
         engine = self._engine
-        selected = significant_poses(coefficients, engine.skip_threshold(predictions.dtype))
+        if engine.findings.linear:
+            selected = significant_poses(coefficients, engine.skip_threshold(predictions.dtype))
+        else:  # a coefficient of 0 may give a gradient
+            selected = torch.ones(engine.pose_count, dtype=torch.bool)
         gradients = engine.rerun(predictions, coefficients.total, selected)
         engine.report.skipped = engine.pose_count - int(selected.sum())
         logger.debug("{} of {} poses skipped: negligible coefficients", engine.report.skipped, engine.pose_count)

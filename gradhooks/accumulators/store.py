@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gradhooks.accumulators.base import Accumulator, Engine, set_accumulator
+from gradhooks.accumulators.base import Accumulator, Engine, refuse_nonlinear_backward, set_accumulator
 from gradhooks.accumulators.recompute import Recompute
 from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
 from gradhooks.engine.gradient_sums import Gradients, accumulate, add_into, all_finite, zeros_like_gradient
@@ -43,6 +43,7 @@ class Store(Accumulator):
                 f"none is skipped; leave out tolerance={engine.options.tolerance}"
             )
         if predictions.numel() == len(predictions):
+            refuse_nonlinear_backward(engine, self.name)
             set_accumulator(engine, self.name, reason)
             return StoreAccumulation(engine, self.device, self.dtype, engine.fp16_scale(predictions))
         if engine.combination.combine_gradients is not None:

@@ -6,7 +6,13 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from gradhooks.accumulators.base import Accumulator, Engine, refuse_gradient_combination, set_accumulator
+from gradhooks.accumulators.base import (
+    Accumulator,
+    Engine,
+    refuse_gradient_combination,
+    refuse_nonlinear_backward,
+    set_accumulator,
+)
 from gradhooks.accumulators.declaration_warning import warn_unexplained
 from gradhooks.accumulators.declared_fit import fit_groups
 from gradhooks.accumulators.online_softmax import Declaration, OnlineSoftmax, declaration_of
@@ -29,6 +35,7 @@ class Stream(Accumulator):
 
     def begin(self, engine: Engine, predictions: Tensor) -> Accumulation:
         refuse_gradient_combination(engine, self.name)
+        refuse_nonlinear_backward(engine, self.name)
         declaration = declaration_of(engine, predictions)
         if declaration is not None:
             set_accumulator(engine, self.name, "it was requested by name")

@@ -32,7 +32,7 @@ _ATOMS |= {MethodType, type, slice, range, frozenset}
 _MODULES_OF_GENERATORS = {"torch", "numpy"}
 
 
-def _computed_attributes(module: nn.Module) -> set[str]:
+def computed_attributes(module: nn.Module) -> set[str]:
     """Return the attributes that `weight_norm` and `spectral_norm` compute from parameters in each forward."""
     hooks = module._forward_pre_hooks.values()
     return {hook.name for hook in hooks if isinstance(hook, (WeightNorm, SpectralNorm))}
@@ -72,7 +72,7 @@ class Recorder:
                 self.add_tensor(cast("Tensor", buffer))
         else:
             skipped = _RNN_MACHINERY if isinstance(module, nn.RNNBase) else MACHINERY
-            self.add_container(vars(module), skipped | _computed_attributes(module))
+            self.add_container(vars(module), skipped | computed_attributes(module))
             if not is_write_only(module):
                 self.add_container(module._buffers)
                 self.add_container(module._non_persistent_buffers_set)

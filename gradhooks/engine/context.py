@@ -10,6 +10,7 @@ from torch import Tensor
 from gradhooks.distributed.pose_parallel import PosePartition
 from gradhooks.engine.accumulation import Chunk
 from gradhooks.engine.batch import Batch
+from gradhooks.engine.findings import Findings
 from gradhooks.engine.leaf_validation import LeafValidator
 from gradhooks.engine.leaves import Leaves
 from gradhooks.engine.pose_inputs import Poses
@@ -28,6 +29,7 @@ class ForwardContext:
         partition: Which of the intercepted poses of all ranks these are.
         shadows: The shadows of the parameters.
         leaves: The tensors at which the backward of each pose ends.
+        findings: What the audit found out about the model.
         flags: The training flags of the forward, which the user may have changed when the backward runs.
         validator: Runs the model and refuses leaves without a shadow.
     """
@@ -38,6 +40,7 @@ class ForwardContext:
     partition: PosePartition
     shadows: ShadowParameters
     leaves: Leaves
+    findings: Findings
     flags: TrainingFlags
     validator: LeafValidator
 
@@ -82,9 +85,19 @@ class ForwardContext:
             yield
 
 
-def intercept(batch: Batch, start: int, stop: int) -> ForwardContext:
-    """Return the context in which the poses `start .. stop - 1` of a batch are intercepted."""
-    shadows = ShadowParameters(None) if batch.sharded else batch.parts.shadows
+def intercept(
+    batch: Batch, start: int, stop: int, findings: Findings, *, shadows: ShadowParameters | None = None
+) -> ForwardContext:
+    """Return the context in which the poses `start .. stop - 1` of a batch are intercepted.
+
+    Args:
+        batch: The batch.
+        start: The index of the first pose.
+        stop: The index after the last pose.
+        findings: What the audit found out about the model.
+        shadows: Shadows that replace the parameters in place of those that are kept from batch to batch.
+    """
+    shadows = ShadowParameters(None) if batch.sharded else shadows or batch.parts.shadows
     leaves = Leaves(shadows)
     if batch.sharded and batch.parts.trainable:
         # Without shadows, this leaf makes the predictions part of autograd's graph.
@@ -101,6 +114,7 @@ def intercept(batch: Batch, start: int, stop: int) -> ForwardContext:
         partition=partition,
         shadows=shadows,
         leaves=leaves,
+        findings=findings,
         flags=batch.parts.flags,
         validator=LeafValidator(batch.model, batch.runner, leaves, batch.parts.state),
     )

@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+from torch import nn
+
 from gradhooks.random_state import RandomSource
 
 
@@ -22,6 +25,20 @@ class GeneratorStates:
         self._sources = tuple(sources)
         self.states: tuple[Any, ...] = (None,) * len(self._sources)
         self._drawn: set[int] = set()
+        self._found: list[tuple[RandomSource, Any]] = []
+
+    def add(self, source: RandomSource) -> None:
+        """Record another source from now on; older snapshots are taken to contain its present state."""
+        state = source.get()
+        self._drawn.add(len(self._sources))
+        self._sources += (source,)
+        self.states += (state,)
+        self._found.append((source, state))
+
+    @property
+    def found(self) -> list[RandomSource]:
+        """The sources that were added."""
+        return [source for source, _ in self._found]
 
     @property
     def change_count(self) -> int:
@@ -40,6 +57,9 @@ class GeneratorStates:
     def restore(self, states: tuple[Any, ...], *, every: bool) -> None:
         """Set all generators to the states of a snapshot."""
         self._drawn |= self._read(every=every)
+        missing = len(self._sources) - len(states)
+        if missing:
+            states = (*states, *(state for _, state in self._found[-missing:]))
         for source, wanted, present in zip(self._sources, states, self.states, strict=True):
             if wanted is not present:
                 source.set(wanted)
@@ -57,3 +77,12 @@ class GeneratorStates:
         if changed:
             self.states = tuple(states)
         return changed
+
+
+def devices_in_use(model: nn.Module) -> list[torch.device]:
+    """Return the devices whose default generators a model may use."""
+    devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
+    devices.add(torch.device("cpu"))
+    if torch.cuda.is_initialized():
+        devices.add(torch.device("cuda", torch.cuda.current_device()))
+    return sorted(devices - {torch.device("meta")}, key=str)

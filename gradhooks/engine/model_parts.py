@@ -1,6 +1,6 @@
 """ModelParts: what is found by walking a model, kept from batch to batch while the model is unchanged."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from gradhooks.distributed.sharded_model import ShardedModel
 from gradhooks.distributed.validation import synchronizing_modules
+from gradhooks.engine.findings import Findings  # noqa: TC001 - the annotation of an attribute
 from gradhooks.engine.model_state import ModelState
 from gradhooks.engine.open_graphs import OpenGraphs
 from gradhooks.engine.shadow_parameters import ShadowParameters, refuse_concurrent_use
@@ -31,6 +32,7 @@ class ModelParts:
         has_lazy_parameters: Whether a lazy parameter or buffer has no shape yet.
         trainable: Whether any parameter requires grad.
         synchronizing: Modules that may synchronize ranks in each pose, with their paths.
+        findings: What the audit found out, by mode. Written by `forward_pass.py`.
 
     Raises:
         ConcurrentUseError: Another thread runs a batch through the model.
@@ -56,6 +58,14 @@ class ModelParts:
         self.synchronizing = synchronizing_modules(model)
         self._sharded = ShardedModel(model)
         self._shadows: ShadowParameters | None = None
+        self._trainable_ids = list(map(id, trainable))
+        self.findings: dict[Hashable, Findings] = {}
+
+    def take_over(self, former: "ModelParts") -> None:
+        """Take over what the audit found out about the same model, if the same parameters are trained."""
+        if self._model is former._model and self._trainable_ids == former._trainable_ids:
+            self.findings = former.findings
+            self.state.add_generators(former.state.found_generators)
 
     def are_current(self, generators: Sequence[object]) -> bool:
         """Return whether modules, parameters and generators are still the same."""
@@ -95,7 +105,10 @@ class ModelPartsCache:
         parts = self._parts
         if parts is None or parts._model is not model or not parts.are_current(generators):
             self._parts = None  # an error must not leave the old parts
-            self._parts = parts = ModelParts(model, generators)
+            former, parts = parts, ModelParts(model, generators)
+            if former is not None:
+                parts.take_over(former)
+            self._parts = parts
         return parts
 
     def __deepcopy__(self, memo: object) -> "ModelPartsCache":

@@ -25,18 +25,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from gradhooks.engine.generator_states import GeneratorStates
+from gradhooks.engine.generator_states import GeneratorStates, devices_in_use
 from gradhooks.engine.module_attributes import ModuleRecord, Thoroughness, is_write_only
 from gradhooks.engine.module_values import ModuleValues
 from gradhooks.engine.module_watch import modules_in_use
 from gradhooks.engine.parameter_values import ParameterValues
 from gradhooks.engine.tensor_records import TensorRecord, equal_values
 from gradhooks.errors import ReplayError
-from gradhooks.random_state import default_source, global_sources, user_sources
+from gradhooks.random_state import RandomSource, default_source, global_sources, user_sources
 
 
 class StatisticsCopy(NamedTuple):
@@ -78,7 +77,7 @@ class ModelState:
 
     def __init__(self, model: nn.Module, generators: Iterable[object] = ()) -> None:
         modules = modules_in_use(model)
-        self.devices = _devices_in_use(model)
+        self.devices = devices_in_use(model)
         self._random = GeneratorStates([
             *map(default_source, self.devices), *global_sources(), *user_sources(generators)
         ])  # fmt: skip
@@ -156,6 +155,21 @@ class ModelState:
                 self._known_modes.add(self._modules.training_flags)
 
     @property
+    def training_flags(self) -> tuple[bool, ...]:
+        """The training flag of each module."""
+        return self._modules.training_flags
+
+    def add_generators(self, generators: Iterable[RandomSource]) -> None:
+        """Record and restore these generators, too, from now on."""
+        for generator in generators:
+            self._random.add(generator)
+
+    @property
+    def found_generators(self) -> list[RandomSource]:
+        """The generators that were added."""
+        return self._random.found
+
+    @property
     def _thoroughness(self) -> Thoroughness:
         return "everything" if self._is_first_in_mode else "signs"
 
@@ -229,11 +243,3 @@ class ModelState:
 
 def _are_identical(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return len(one) == len(other) and all(map(operator.is_, one, other))
-
-
-def _devices_in_use(model: nn.Module) -> list[torch.device]:
-    devices = {tensor.device for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
-    devices.add(torch.device("cpu"))
-    if torch.cuda.is_initialized():
-        devices.add(torch.device("cuda", torch.cuda.current_device()))
-    return sorted(devices - {torch.device("meta")}, key=str)

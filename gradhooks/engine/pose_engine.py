@@ -9,6 +9,7 @@ from torch import Tensor
 from gradhooks.combination import BoundCombination, StreamWeights
 from gradhooks.engine.accumulation import Chunk  # noqa: TC001 - the annotation of an attribute
 from gradhooks.engine.context import ForwardContext
+from gradhooks.engine.findings import Findings
 from gradhooks.engine.gradient_sums import Gradients
 from gradhooks.engine.parameter_hooks import Receiver
 from gradhooks.engine.report import Report
@@ -45,6 +46,10 @@ class PoseEngine:
     @property
     def pose_count(self) -> int:
         return len(self.context.poses)
+
+    @property
+    def findings(self) -> Findings:
+        return self.context.findings
 
     @property
     def leaves(self) -> Sequence[Tensor]:
