@@ -5,7 +5,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from types import CodeType, FunctionType, MethodType
+from types import BuiltinMethodType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -64,8 +64,8 @@ def _parts(value: Any) -> Iterable[Any]:
     """Return what can be reached from a value directly."""
     if isinstance(value, FunctionType):
         return _parts_of_function(value)
-    if isinstance(value, MethodType):
-        return [value.__self__, value.__func__]
+    if isinstance(value, (MethodType, BuiltinMethodType)):
+        return [value.__self__, getattr(value, "__func__", None)]
     if isinstance(value, partial):
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, (Mapping, list, tuple, set, frozenset, deque)):
