@@ -34,10 +34,23 @@ class Predictions(NamedTuple):
     Attributes:
         for_combination: In float32 or wider.
         for_user: In the dtype of the model.
+        side: What `call=` returned beside them, shape `(M, *side)`, or None.
     """
 
     for_combination: Tensor
     for_user: Tensor
+    side: Tensor | None = None
+
+
+def _unpacked(batch: Batch, for_combination: Tensor, for_user: Tensor) -> Predictions:
+    """Return predictions and sides that went through the engine together."""
+    layout = batch.runner.layout
+    if layout is None:
+        return Predictions(for_combination, for_user)
+    predictions, side = layout.unpack(for_user)
+    dtype = layout.prediction.dtype
+    combined = layout.unpack(for_combination)[0].to(at_least_float32(dtype))
+    return Predictions(combined, predictions.to(dtype), side)
 
 
 def run_batch(batch: Batch, accumulator: Accumulator) -> Predictions:
@@ -46,9 +59,10 @@ def run_batch(batch: Batch, accumulator: Accumulator) -> Predictions:
     if not (torch.is_grad_enabled() and (plainly or _requires_grad(batch))):
         batch.report.accumulator = accumulator.name
         batch.report.reason = "no gradient is computed: grad mode is off, or nothing requires grad"
-        predictions = predict(batch)
-        _check(batch, predictions)
-        return Predictions(predictions, predictions)
+        rows = predict(batch)
+        predictions = _unpacked(batch, rows, rows)
+        _check(batch, predictions.for_user)
+        return predictions
     findings = None if plainly else _findings(batch)
     if plainly:
         accumulator.begin_plain()
@@ -107,13 +121,13 @@ def _may_run_plainly(batch: Batch, accumulator: Accumulator) -> bool:
 
 def _run(batch: Batch, accumulator: Accumulator, findings: Findings | None, *, plainly: bool) -> Predictions:
     count, schedule = len(batch.poses), batch.schedule
-    parts: list[Predictions] = []
+    parts: list[tuple[Tensor, Tensor]] = []  # for the combination, and for the user
 
     def run_plainly(first: int, last: int) -> None:
-        earlier = parts[0].for_user if parts else None
+        earlier = parts[0][1] if parts else None
         rows = run_plain_chunks(batch, first, last, accumulator.observe_plain, earlier=earlier)
         live = rows[0] if len(rows) == 1 else torch.cat(rows)
-        parts.append(Predictions(live.to(at_least_float32(live.dtype)), live))
+        parts.append((live.to(at_least_float32(live.dtype)), live))
 
     start, stop = 0, count
     if plainly:
@@ -128,11 +142,10 @@ def _run(batch: Batch, accumulator: Accumulator, findings: Findings | None, *, p
             raise AuditDueError
         context = intercept(batch, 0, stop, findings)
         first_run = run_forward(context, begin_sharded if batch.sharded else accumulator.begin)
-        parts.append(Predictions(*attach_to_graph(context, *first_run)))
+        parts.append(attach_to_graph(context, *first_run))
     else:
         batch.report.accumulator, batch.report.reason = "none", "the graphs of all poses fit in the allowed memory"
     if max(start, stop) < count:
         run_plainly(max(start, stop), count)
-    if len(parts) == 1:
-        return parts[0]
-    return Predictions(*(torch.cat(rows) for rows in zip(*parts, strict=True)))
+    for_combination, for_user = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    return _unpacked(batch, for_combination, for_user)

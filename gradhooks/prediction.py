@@ -55,10 +55,12 @@ class MultiPosePrediction(_Fields):
             `(*prediction)` without; `per_pose` itself without a combination.
         per_pose: Shape `(M, *prediction)`, in the order of the poses. A loss may use it together with `combined` or
             alone.
+        side: What `call=` returned beside the predictions, shape `(M, *side)`, with gradient; None if it did not.
     """
 
     _combination: BoundCombination | None
     _selected: Tensor | None
+    side: Tensor | None
 
     def __new__(  # noqa: PYI034 - typing.Self needs Python 3.11
         cls,
@@ -66,15 +68,17 @@ class MultiPosePrediction(_Fields):
         per_pose: Tensor,
         combination: BoundCombination | None = None,
         selected: Tensor | None = None,
+        side: Tensor | None = None,
     ) -> "MultiPosePrediction":
         self = super().__new__(cls, (combined, per_pose))
         tensors = [tensor for tensor in (per_pose, combined) if isinstance(tensor, Tensor)]
         if combination is None:
             known = (_combination_of[tensor] for tensor in tensors if tensor in _combination_of)
-            combination, selected = next(known, (None, None))
+            combination, selected, known_side = next(known, (None, None, None))
+            side = known_side if side is None else side
         else:
-            _combination_of.update((tensor, (combination, selected)) for tensor in tensors)
-        self._combination, self._selected = combination, selected
+            _combination_of.update((tensor, (combination, selected, side)) for tensor in tensors)
+        self._combination, self._selected, self.side = combination, selected, side
         return self
 
     def __getnewargs__(self) -> tuple[Tensor, Tensor]:
@@ -82,7 +86,7 @@ class MultiPosePrediction(_Fields):
 
     def _replace(self, **tensors: Tensor) -> "MultiPosePrediction":
         fields = {**self._asdict(), **tensors}
-        return MultiPosePrediction(**fields, combination=self._combination, selected=self._selected)
+        return MultiPosePrediction(**fields, combination=self._combination, selected=self._selected, side=self.side)
 
     @property
     def groups(self) -> Tensor | None:
@@ -131,7 +135,12 @@ class MultiPosePrediction(_Fields):
 
 
 def combine(
-    combination: BoundCombination, predictions: Tensor, per_pose: Tensor, nonfinite: Nonfinite
+    combination: BoundCombination,
+    predictions: Tensor,
+    per_pose: Tensor,
+    side: Tensor | None,
+    *,
+    nonfinite: Nonfinite,
 ) -> MultiPosePrediction:
     """Combine the predictions of a batch.
 
@@ -140,6 +149,7 @@ def combine(
         predictions: Shape `(M, *prediction)`, for the combination.
         per_pose: Shape `(M, *prediction)`, equal to `predictions`, for the user; also the result if there is no
             combination.
+        side: Shape `(M, *side)`, or None.
         nonfinite: The option `nonfinite`.
 
     Raises:
@@ -152,13 +162,13 @@ def combine(
                 "nonfinite='drop' leaves poses out of the combination, and combination=None combines nothing; use "
                 "'propagate' or 'raise'"
             )
-        return MultiPosePrediction(per_pose, per_pose, combination)
+        return MultiPosePrediction(per_pose, per_pose, combination, side=side)
     finite = None
     if nonfinite == "drop":
         finite = finite_rows(predictions)
         if combination.groups is None and not finite.any():
             raise PredictionError(f"none of the {len(finite)} predictions of the group is finite, so none is left")
-    return MultiPosePrediction(combination(predictions, finite), per_pose, combination, finite)
+    return MultiPosePrediction(combination(predictions, finite), per_pose, combination, finite, side)
 
 
 def _outside_inference(tensor: Tensor) -> Tensor:
@@ -167,11 +177,13 @@ def _outside_inference(tensor: Tensor) -> Tensor:
 
 
 def _flatten(prediction: MultiPosePrediction) -> tuple[list[Any], Any]:
-    return list(prediction), (prediction._combination, prediction._selected)
+    return [*prediction, prediction.side], (prediction._combination, prediction._selected)
 
 
 def _unflatten(tensors: Iterable[Any], context: Any) -> MultiPosePrediction:
-    return MultiPosePrediction(*tensors, *context)
+    combined, per_pose, side = tensors
+    combination, selected = context
+    return MultiPosePrediction(combined, per_pose, combination, selected, side)
 
 
 # DistributedDataParallel flattens and rebuilds outputs.

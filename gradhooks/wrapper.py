@@ -43,8 +43,9 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
             time where a prediction depends on the other poses of its chunk (batch normalization in training).
         collate: Makes the model's input from a list of poses, with one row per pose; needed to run several poses of a
             list at once.
-        call: `call(model, pose)` returns the prediction of a pose. By default a tuple is passed as `model(*pose)`, a
-            mapping as `model(**pose)`, anything else as `model(pose)`.
+        call: `call(model, pose)` returns the prediction of a pose, or `(prediction, side)`: side losses, router logits,
+            anything of one shape for all poses, which comes back as `prediction.side`. By default a tuple is passed as
+            `model(*pose)`, a mapping as `model(**pose)`, anything else as `model(pose)`.
         tolerance: Poses with a coefficient of at most this size relative to the largest get no backward. None is the
             largest tolerance that changes the result by less than half a rounding error; 0 skips exact zeros only.
         nonfinite: What to do with a prediction that is NaN or infinite: "propagate" it as the full graph does, "raise",
@@ -232,7 +233,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         )
         self.report = batch.report
         predictions = run_batch(batch, accumulator)
-        return combine(batch.combination, *predictions, options.nonfinite)
+        return combine(batch.combination, *predictions, nonfinite=options.nonfinite)
 
 
 # The signature that help() and editors show at run time; type checkers read `Unpack[OptionTypes]`.

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from gradhooks.engine.batch import Batch
-from gradhooks.engine.model_output import prediction_rows
 from gradhooks.engine.model_state import Snapshot
 from gradhooks.engine.nested import fresh_containers, map_tensors
 from gradhooks.engine.pose_inputs import Poses
+from gradhooks.engine.side_outputs import output_rows
 
 Change = Callable[[Tensor], Tensor]
 
@@ -60,7 +60,7 @@ def _predict(batch: Batch, inputs: Any, count: int) -> Tensor:
     with torch.enable_grad():  # a model may differentiate in its forward; no graph outlives this function
         copied = fresh_containers(map_tensors(_copy, inputs))  # a model may change them
         output = batch.options.call(batch.model, copied)
-    return prediction_rows(output, 0, count, batched=True).detach()
+    return output_rows(output, 0, count, batched=True, may_have_side=True)[0].detach()
 
 
 def _differ(first: Tensor, second: Tensor) -> bool:

@@ -6,10 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradhooks.distributed.pose_parallel import METADATA_LENGTH
+from gradhooks.distributed.collectives import Message
+from gradhooks.distributed.pose_parallel import METADATA_LENGTH, PosePartition
 from gradhooks.engine.accumulation import Accumulation, Chunk, NoPoses
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.context import ForwardContext
+from gradhooks.engine.leaf_validation import refuse_differentiable
 from gradhooks.engine.model_output import check_shape, refuse_detached
 from gradhooks.engine.model_state import Snapshot
 from gradhooks.engine.parameter_values import carry_over_data
@@ -17,6 +19,7 @@ from gradhooks.engine.pose_engine import PoseEngine
 from gradhooks.engine.pose_runner import NeedsGradModeError
 from gradhooks.engine.progress import progress_of
 from gradhooks.engine.schedule import StartAgainError
+from gradhooks.engine.side_outputs import LAYOUT_LENGTH, decode_layout, encode_layout
 
 Begin = Callable[[PoseEngine, Tensor], Accumulation]
 
@@ -62,17 +65,36 @@ def run_forward(context: ForwardContext, begin: Begin) -> FirstRun:
     with (
         batch.sharded.keep_unsharded(),
         batch.sharded.all_or_none(step),
-        partition.collectives.all_or_none(step, METADATA_LENGTH) as message,
+        partition.collectives.all_or_none(step, METADATA_LENGTH + LAYOUT_LENGTH) as message,
     ):
         try:
             accumulation, rows, differentiable = schedule.retry_smaller(attempt)
         except NeedsGradModeError:
             batch.runner.require_grad_mode()
             accumulation, rows, differentiable = schedule.retry_smaller(attempt)
-        message.sent = partition.encode_metadata(rows, differentiable=differentiable)
+        message.sent = _metadata(batch, rows, differentiable=differentiable)
     if context.leaves.real and not any(differentiable for differentiable, *_ in message.received):
         refuse_detached(partition.total)
-    return FirstRun(accumulation, partition.gather_predictions(rows, message.received, batch.parts.device))
+    return FirstRun(accumulation, _gather(batch, partition, rows, message))
+
+
+def _metadata(batch: Batch, rows: Tensor, *, differentiable: bool = False) -> list[float]:
+    """Return what other ranks must know of the predictions of this one."""
+    if batch.partition.collectives.is_single:
+        return [differentiable]
+    return [
+        *batch.partition.encode_metadata(rows, differentiable=differentiable),
+        *encode_layout(batch.runner.layout),
+    ]
+
+
+def _gather(batch: Batch, partition: PosePartition, rows: Tensor, message: Message) -> Tensor:
+    """Return the predictions of all ranks; a rank without poses learns what a row contains."""
+    if not partition.collectives.is_single and not len(rows):
+        layouts = [decode_layout(numbers[METADATA_LENGTH:]) for numbers in message.received]
+        batch.runner.layout = next((layout for layout in layouts if layout is not None), None)
+    metadata = [numbers[:METADATA_LENGTH] for numbers in message.received]
+    return partition.gather_predictions(rows, metadata, batch.parts.device)
 
 
 def _run_local_poses(context: ForwardContext, begin: Begin, before: Snapshot) -> tuple[Accumulation, Tensor, bool]:
@@ -122,10 +144,10 @@ def predict(batch: Batch) -> Tensor:
             return _predict_local_poses(batch)
 
     collectives = partition.collectives
-    with batch.sharded.keep_unsharded(), collectives.all_or_none("forward", METADATA_LENGTH) as message:
+    with batch.sharded.keep_unsharded(), collectives.all_or_none("forward", METADATA_LENGTH + LAYOUT_LENGTH) as message:
         rows = schedule.retry_smaller(attempt)
-        message.sent = partition.encode_metadata(rows)
-    return partition.gather_predictions(rows, message.received, batch.parts.device)
+        message.sent = _metadata(batch, rows)
+    return _gather(batch, partition, rows, message)
 
 
 def _predict_local_poses(batch: Batch) -> Tensor:
@@ -136,6 +158,7 @@ def _predict_local_poses(batch: Batch) -> Tensor:
             size = batch.schedule.prediction_chunk_size(count - start)
             limit = batch.schedule.split_beyond(batch.schedule.room)
             run = batch.runner.run_plainly(batch.poses, start, start + size, limit, measure=False)
+            refuse_differentiable(batch.model, run.predictions, start)
             rows.append(run.predictions.detach())
             check_shape(rows[0], rows[-1], start)
             start += len(rows[-1])

@@ -1,6 +1,6 @@
 """LeafValidator: refuses predictions that depend on leaves whose gradients cannot be intercepted."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -83,16 +83,34 @@ class LeafValidator:
         return other_leaves(predictions, self._shadow_nodes)
 
     def _refuse(self, leaves: list[Tensor], chunk: Chunk) -> None:
-        if not leaves:
-            return
-        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-        described = ", ".join(names.get(id(leaf), _describe(leaf)) for leaf in leaves)
-        raise UnregisteredTensorError(
-            f"the prediction of pose {chunk.start} depends on {described}, which gradhooks cannot intercept: it is "
-            "neither a registered parameter of the model nor a tensor found in the pose. Register it (nn.Parameter as "
-            "a module attribute, or nn.ParameterList), pass it as part of the pose (tensor, mapping, tuple, "
-            "dataclass), or detach it"
-        )
+        if leaves:
+            _refuse(self._model, leaves, chunk.start)
+
+
+def refuse_differentiable(model: nn.Module, predictions: Tensor, start: int) -> None:
+    """Refuse predictions that require grad although neither the model nor a pose does.
+
+    Args:
+        model: The bare model.
+        predictions: Live predictions of some poses.
+        start: The index of the first of these poses.
+
+    Raises:
+        UnregisteredTensorError: They do.
+    """
+    if predictions.requires_grad:
+        _refuse(model, reached_leaves(predictions)[0], start)
+
+
+def _refuse(model: nn.Module, leaves: list[Tensor], start: int) -> NoReturn:
+    names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    described = ", ".join(names.get(id(leaf), _describe(leaf)) for leaf in leaves)
+    raise UnregisteredTensorError(
+        f"the prediction of pose {start} depends on {described}, which gradhooks cannot intercept: it is neither a "
+        "registered parameter of the model nor a tensor found in the pose. Register it (nn.Parameter as a module "
+        "attribute, or nn.ParameterList), pass it as part of the pose (tensor, mapping, tuple, dataclass), detach it, "
+        "or allow enough memory= for poses to run plainly"
+    )
 
 
 def _describe(leaf: Tensor) -> str:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from gradhooks.engine.leaves import Leaves
 from gradhooks.engine.memory_need import MemoryNeed
-from gradhooks.engine.model_output import prediction_rows
 from gradhooks.engine.nested import fresh_containers, map_tensors, tensors_in
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.saved_tensors import storage_addresses
+from gradhooks.engine.side_outputs import Layout, check_layout, output_rows
 from gradhooks.errors import PosesError
-from gradhooks.options import Call
+from gradhooks.options import Call, call_model
 
 _NEEDS_GRAD = ".*(does not require grad|None of the inputs have requires_grad)"
 
@@ -54,6 +54,7 @@ class PoseRunner:
 
     Attributes:
         measures: Whether larger inputs than all before are measured.
+        layout: What a row contains if poses have a side; None if not, or before the first run.
     """
 
     def __init__(self, model: nn.Module, call: Call, pose_count: int, need: MemoryNeed) -> None:
@@ -62,6 +63,8 @@ class PoseRunner:
         self._pose_count = pose_count
         self._need = need
         self.measures = True
+        self.layout: Layout | None = None
+        self._has_run = False
         self._detach_for: Leaves | None = None
         self._needs_grad_mode = False
         self._tried_without_graph = False
@@ -164,7 +167,11 @@ class PoseRunner:
                 index = poses.original_index(start)
                 error.add_note(f"gradhooks: this was pose {index} of {self._pose_count} (counted from 0)")
             raise
-        return prediction_rows(output, start, stop, poses.batched)
+        rows, layout = output_rows(output, start, stop, poses.batched, may_have_side=self._call is not call_model)
+        if not self._has_run:
+            self._has_run, self.layout = True, layout
+        check_layout(self.layout, layout, poses.original_index(start))
+        return rows
 
     def run_without_graph(self, poses: Poses, start: int, stop: int) -> Tensor:
         """Return the predictions as `run` does, detached, without a graph that outlives the call.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gradhooks.engine.model_output import prediction_rows
+from gradhooks.engine.side_outputs import output_rows
 from gradhooks.options import call_model
 from gradhooks.profiling.peak_memory import peak_bytes
 from gradhooks.profiling.pose_memory import Growth, PoseMemory
@@ -25,7 +25,7 @@ def measure_pose_memory(batch: TrainingBatch, index: int, device: torch.device) 
     def chunk(count: int) -> Tensor:
         in_place = count <= len(poses) and poses.batched and not poses.collated  # a stack, of which slices are views
         pose = poses.slice(0, count) if in_place else poses.select([index] * count)
-        return prediction_rows(call(model, pose), 0, count, poses.batched)
+        return output_rows(call(model, pose), 0, count, poses.batched, may_have_side=True)[0]
 
     def step(rows: Callable[[], list[Tensor]], *, fresh: bool) -> int:
         if fresh:

@@ -1,7 +1,7 @@
 """TrainingBatch: a model and a batch of poses, which every compared step runs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gradhooks import registry
 from gradhooks.combination import BoundCombination
-from gradhooks.engine.model_output import prediction_rows
 from gradhooks.engine.pose_inputs import Poses, as_poses
+from gradhooks.engine.side_outputs import Layout, output_rows
 from gradhooks.group_validation import group_index, read_index
 from gradhooks.groups import Groups
 from gradhooks.numerics import at_least_float32
@@ -41,6 +41,7 @@ class TrainingBatch:
     groups: Any = None
     call: Call | None = None
     collate: Collate | None = None
+    _layouts: list[Layout | None] = field(default_factory=lambda: [None])  # what a row contains
 
     @cached_property
     def inputs(self) -> Poses:
@@ -66,7 +67,9 @@ class TrainingBatch:
     def run(self, start: int, stop: int) -> Tensor:
         """Return the predictions of the poses `start .. stop - 1`, shape `(stop - start, *prediction)`, with graph."""
         output = (self.call or call_model)(self.model, self.inputs.slice(start, stop))
-        return prediction_rows(output, start, stop, self.inputs.batched)
+        rows, layout = output_rows(output, start, stop, self.inputs.batched, may_have_side=self.call is not None)
+        self._layouts[:] = [layout]
+        return rows
 
     def checkpointed(self, start: int, stop: int) -> Tensor:
         """Return what `run` returns, through `torch.utils.checkpoint`."""
@@ -76,5 +79,7 @@ class TrainingBatch:
     def combined(self, rows: Sequence[Tensor]) -> MultiPosePrediction:
         """Return the prediction of the batch from the predictions of its chunks."""
         predictions = rows[0] if len(rows) == 1 else torch.cat(list(rows))
+        (layout,) = self._layouts
+        predictions, side = (predictions, None) if layout is None else layout.unpack(predictions)
         wide = predictions.to(at_least_float32(predictions.dtype))
-        return combine(self.bound, wide, predictions, "propagate")
+        return combine(self.bound, wide, predictions, side, nonfinite="propagate")
