@@ -8,6 +8,7 @@ from torch import Tensor
 from gradhooks.engine.accumulation import Accumulation, Coefficients
 from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.gradient_sums import Gradients
+from gradhooks.engine.recovery import leaves_no_trace
 from gradhooks.errors import HigherOrderError
 from gradhooks.numerics import at_least_float32
 
@@ -47,7 +48,7 @@ class PosePredictions(torch.autograd.Function):
             through_combination = torch.zeros_like(direct)
         coefficients = Coefficients(through_combination, None if direct is None else direct.to(through_combination))
         context, last = ctx.context, not _keeps_graph()
-        gradients = _total_gradients(context, ctx.accumulation, saved, coefficients, last=last)
+        gradients = _total_gradients(_Backward(context), ctx.accumulation, saved, coefficients, last=last)
         if last:
             ctx.context = ctx.accumulation = None  # frees the poses, although the user may keep the loss
             ctx.held.release()
@@ -58,10 +59,26 @@ class PosePredictions(torch.autograd.Function):
         return (None, None, None, *typed)
 
 
+class _Backward:
+    """The outer backward of intercepted poses, which may raise."""
+
+    def __init__(self, context: ForwardContext) -> None:
+        self.context = context
+
+    def begin(self) -> None:
+        self.context.batch.parts.state.forget_before()
+
+    def recover(self) -> None:
+        self.context.leaves.hooks.clear()
+        self.context.batch.parts.recover()
+
+
+@leaves_no_trace(lambda outer, *_: outer)
 def _total_gradients(
-    context: ForwardContext, accumulation: Accumulation, saved: Any, coefficients: Coefficients, *, last: bool
+    outer: _Backward, accumulation: Accumulation, saved: Any, coefficients: Coefficients, *, last: bool
 ) -> Gradients:
     """Return the total gradient of each leaf, over the poses of all ranks."""
+    context = outer.context
     partition = context.partition
     if partition.collectives.is_single:
         return accumulation.gradients(saved, coefficients, last=last)

@@ -16,6 +16,7 @@ from gradhooks.distributed.validation import refuse_sharded_parameters, refuse_s
 from gradhooks.engine.batch_setup import read_batch
 from gradhooks.engine.learned import Learned
 from gradhooks.engine.model_parts import ModelPartsCache
+from gradhooks.engine.recovery import leaves_no_trace
 from gradhooks.engine.report import Report
 from gradhooks.forward_pass import run_batch
 from gradhooks.options import OPTION_NAMES, OptionAttributes, Options, OptionTypes, refuse_unknown_options
@@ -207,18 +208,15 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         run = _run_outside_compiler if torch.compiler.is_compiling() else MultiPose._run
         return run(self, poses, groups, arguments)
 
+    @leaves_no_trace(lambda scorer, *_: scorer._parts)
     def _run(self, poses: Any, groups: Any, arguments: dict[str, Any]) -> MultiPosePrediction:
         accumulator, options = self.accumulator, self.options
         parts = self._parts.get(self.model, options.generators)
         refuse_synchronized_modules(self.model, parts.synchronizing)
         sharded = parts.sharded
         if sharded:
-            refuse_sharded_parameters(
-                sharded,
-                Collectives(options.process_group),
-                accumulator.name,
-                supports_sharded=accumulator.supports_sharded,
-            )
+            ranks, supported = Collectives(options.process_group), accumulator.supports_sharded
+            refuse_sharded_parameters(sharded, ranks, accumulator.name, supports_sharded=supported)
         batch = read_batch(
             self.model,
             options,

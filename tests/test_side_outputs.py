@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from training_reference import ACCUMULATORS_AND_PLAIN, options_of
 
 import gradhooks
 from gradhooks.profiling.training_batch import TrainingBatch
-from training_reference import ACCUMULATORS_AND_PLAIN, options_of
 
 POSES = 6
 
@@ -99,7 +99,9 @@ def test_a_side_that_is_dropped_or_not_used_changes_nothing() -> None:
 
 def test_the_reference_of_gradcheck_has_sides() -> None:
     batch = TrainingBatch(Mixture(), list(torch.randn(POSES, 4)), "mean", call=with_logits)
-    prediction = batch.combined([batch.run(0, 1), batch.run(1, 2)] + [batch.run(pose, pose + 1) for pose in range(2, 6)])
+    prediction = batch.combined(
+        [batch.run(0, 1), batch.run(1, 2)] + [batch.run(pose, pose + 1) for pose in range(2, 6)]
+    )
     assert prediction.side is not None
     assert prediction.side.shape == (POSES, 2)
 

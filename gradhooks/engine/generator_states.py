@@ -65,6 +65,11 @@ class GeneratorStates:
                 source.set(wanted)
         self.states = states
 
+    def overwrite(self, states: tuple[Any, ...]) -> None:
+        """Set all generators to the states of a snapshot, whatever was recorded since."""
+        for source, state in zip(self._sources, states, strict=False):  # fewer, if a source was added since
+            source.set(state)
+
     def _read(self, *, every: bool) -> set[int]:
         """Read the states; return which ones changed."""
         states = [

@@ -59,6 +59,7 @@ class ModelParts:
         self._sharded = ShardedModel(model)
         self._shadows: ShadowParameters | None = None
         self._trainable_ids = list(map(id, trainable))
+        self._is_current = True
         self.findings: dict[Hashable, Findings] = {}
 
     def take_over(self, former: "ModelParts") -> None:
@@ -69,7 +70,12 @@ class ModelParts:
 
     def are_current(self, generators: Sequence[object]) -> bool:
         """Return whether modules, parameters and generators are still the same."""
-        return generators is self._generators and _fingerprint(self._modules) == self._fingerprint
+        return self._is_current and generators is self._generators and _fingerprint(self._modules) == self._fingerprint
+
+    def recover(self) -> None:
+        """Put back the state before this call, which raised; the next one begins with new parts."""
+        self._is_current = False
+        self.state.recover()
 
     @property
     def sharded(self) -> ShardedModel:
@@ -110,6 +116,16 @@ class ModelPartsCache:
                 parts.take_over(former)
             self._parts = parts
         return parts
+
+    def begin(self) -> None:
+        """Begin a call, to which `recover` refers."""
+        if self._parts is not None:
+            self._parts.state.forget_before()
+
+    def recover(self) -> None:
+        """Put back the state of the model before this call, which raised."""
+        if self._parts is not None:
+            self._parts.recover()
 
     def __deepcopy__(self, memo: object) -> "ModelPartsCache":
         return ModelPartsCache()

@@ -25,24 +25,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import nn
 
 from gradhooks.engine.generator_states import GeneratorStates, devices_in_use
-from gradhooks.engine.module_attributes import ModuleRecord, Thoroughness, is_write_only
+from gradhooks.engine.module_attributes import ModuleRecord, Thoroughness
 from gradhooks.engine.module_values import ModuleValues
 from gradhooks.engine.module_watch import modules_in_use
 from gradhooks.engine.parameter_values import ParameterValues
-from gradhooks.engine.tensor_records import TensorRecord, equal_values
+from gradhooks.engine.running_statistics import RunningStatistics, StatisticsCopy, write_statistics
+from gradhooks.engine.tensor_records import TensorRecord
 from gradhooks.errors import ReplayError
 from gradhooks.random_state import RandomSource, default_source, global_sources, user_sources
-
-
-class StatisticsCopy(NamedTuple):
-    """A running statistic and a copy of its values."""
-
-    tensor: Tensor
-    value: Tensor
 
 
 class Snapshot(NamedTuple):
@@ -81,7 +74,7 @@ class ModelState:
         self._random = GeneratorStates([
             *map(default_source, self.devices), *global_sources(), *user_sources(generators)
         ])  # fmt: skip
-        self._normalizations = [module for module in modules.values() if isinstance(module, _NormBase)]
+        self._statistics = RunningStatistics(modules.values())
         self._modules = ModuleValues(modules.values())
         self._parameters = ParameterValues(modules)
         self._latest: Snapshot | None = None
@@ -90,6 +83,7 @@ class ModelState:
         self._depth = 0
         self.noticed_late = False
         self._lost: list[str] = []
+        self._before: Snapshot | None = None
 
     def snapshot(self, *, statistics: bool = False) -> Snapshot:
         """Return the state on which a later forward depends; with `statistics` also running statistics (Rule 4)."""
@@ -102,7 +96,7 @@ class ModelState:
                 self._parameters.snapshot_changing(),
             )
         latest = self._take(self._thoroughness, every_generator=self._is_first_in_mode)
-        return latest._replace(statistics=self._read_statistics()) if statistics and self._normalizations else latest
+        return latest._replace(statistics=self._statistics.read()) if statistics else latest
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put everything back as it was.
@@ -124,7 +118,7 @@ class ModelState:
             _are_identical(now.random, snapshot.random)
             and _are_identical(now.modules, snapshot.modules)
             and _are_identical(now.parameters, snapshot.parameters)
-            and self._statistics_equal(snapshot.statistics)
+            and self._statistics.equal(snapshot.statistics)
         )
 
     @contextmanager
@@ -181,7 +175,22 @@ class ModelState:
         self._modules.begin(self._thoroughness)
         self._parameters.begin(probe=self._is_first_in_mode or copy_all, copy_all=copy_all)
         latest = self._combine(self._random.states, self._modules.records, self._parameters.records)
-        return latest._replace(statistics=self._read_statistics()) if self._normalizations else latest
+        self._before = latest._replace(statistics=self._statistics.read())
+        return self._before
+
+    def forget_before(self) -> None:
+        """Forget the state before the last outermost block; a new call begins, to which `recover` refers."""
+        self._before = None
+
+    def recover(self) -> None:
+        """Put back the state before the outermost block of this call, which may have ended, or not, at any line."""
+        before, self._before, self._depth = self._before, None, 0
+        if before is not None:
+            self._random.overwrite(before.random)
+            for record in before.modules:
+                record.restore(record, hidden=True)
+            self._parameters.overwrite(before.parameters)
+            write_statistics(before.statistics)
 
     def _take(self, thoroughness: Thoroughness, *, every_generator: bool) -> Snapshot:
         return self._combine(
@@ -209,8 +218,7 @@ class ModelState:
         self._random.restore(snapshot.random, every=every_generator)
         self._modules.restore(snapshot.modules, self._thoroughness)
         lost = self._parameters.restore(snapshot.parameters)
-        for statistics in snapshot.statistics:
-            statistics.tensor.data.copy_(statistics.value)
+        write_statistics(snapshot.statistics)
         self._lost = lost
         if may_raise:
             self.refuse_lost_values()
@@ -227,18 +235,6 @@ class ModelState:
                 "the values before are lost; from now on it is copied. Change it before the first training step, too, "
                 "or register it as a buffer"
             )
-
-    def _read_statistics(self) -> tuple[StatisticsCopy, ...]:
-        modules = filter(is_write_only, self._normalizations)
-        buffers = [buffer for module in modules for buffer in module._buffers.values() if buffer is not None]
-        return tuple([StatisticsCopy(buffer, buffer.detach().clone()) for buffer in buffers])
-
-    def _statistics_equal(self, copies: tuple[StatisticsCopy, ...]) -> bool:
-        now = self._read_statistics()
-        return len(now) == len(copies) and all(
-            one.tensor is other.tensor and equal_values(one.value, other.value)
-            for one, other in zip(now, copies, strict=True)
-        )
 
 
 def _are_identical(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:

@@ -136,6 +136,13 @@ class ParameterValues:
         self._set(record if record.looks_unchanged() else record.renewed() for record in records)
         return lost
 
+    def overwrite(self, records: Sequence[TensorRecord]) -> None:
+        """Give parameters the values of a snapshot as far as there are copies, whatever was recorded since."""
+        for slot, record in zip(self._slots, records, strict=True):
+            if not record.tensor.requires_grad:  # trainable ones may have been recorded as shadows
+                slot.parameters[slot.name] = record.tensor
+            record.restore()
+
     def _end_probe(self) -> None:
         self._probes_left = max(0, self._probes_left - 1)
         self._probing -= self._changing

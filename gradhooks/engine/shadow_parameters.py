@@ -10,7 +10,8 @@ Rules:
        older aliases would refer to the old storage. Between batches their `.grad` is None.
     5. A batch may run inside the model of another batch; its shadows then replace shadows. A batch in another thread
        may not, since its gradients would reach the wrong shadows.
-    6. What undoes the swap is recorded before the first write, and undoing restores the parameters first.
+    6. What undoes the swap is recorded before the first write, in a list of the thread, and undoing may be repeated. So
+       `recovery.py` can undo it wherever an interrupt arrives, also where no statement of this file is reached.
 """
 
 import threading
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from gradhooks.engine.graph_leaves import accumulation_nodes
 from gradhooks.errors import ConcurrentUseError
 
-_swap_lock = threading.Lock()
-_entered_by_thread = threading.local()
+_swap_lock = threading.RLock()
+_thread = threading.local()
 
 
 class _Slot(NamedTuple):
@@ -33,13 +34,6 @@ class _Slot(NamedTuple):
     parameters: MutableMapping[str, Tensor | None]
     name: str
     number: int
-
-
-class _Saved(NamedTuple):
-    """What was in the slots and in `_flat_weights` before the swap."""
-
-    parameters: list[Tensor | None]
-    flat_weights: list[list[Tensor]]
 
 
 class ShadowParameters:
@@ -63,7 +57,6 @@ class ShadowParameters:
         self._index: dict[int, int] = {}  # id of a real tensor -> index; `real` keeps the ids valid
         self._slots: list[_Slot] = []
         self._rnn_weights: list[tuple[Any, list[Tensor]]] = []
-        self._saved: list[_Saved] = []
         for module in () if model is None else model.modules():
             self._add_module(module)
 
@@ -113,31 +106,49 @@ class ShadowParameters:
                 parameter = parameters[name]
                 if parameter is not self.real[index]:
                     refuse_concurrent_use(parameter)
-            saved = _Saved(
-                [parameters[name] for parameters, name, _ in self._slots],
-                [module._flat_weights for module, _ in self._rnn_weights],
+            swap = _Swap(
+                self._token,
+                [(parameters, name, parameters[name]) for parameters, name, _ in self._slots],
+                [(module, module._flat_weights) for module, _ in self._rnn_weights],
             )
-            try:
-                for parameters, name, index in self._slots:
-                    parameters[name] = self.shadows[index]
-                for module, weights in self._rnn_weights:
-                    module._flat_weights = weights
-                self._saved.append(saved)
-                _tokens_of_thread().append(self._token)
-            except BaseException:  # Rule 6; an interrupt also arrives here
-                self._put_back(saved)
-                raise
+            _swaps_of_thread().append(swap)
+            for parameters, name, index in self._slots:
+                parameters[name] = self.shadows[index]
+            for module, weights in self._rnn_weights:
+                module._flat_weights = weights
 
     def __exit__(self, *exception: object) -> None:
-        self._put_back(self._saved[-1])
-        self._saved.pop()
-        _tokens_of_thread().remove(self._token)
+        _leave_last()
 
-    def _put_back(self, saved: _Saved) -> None:
-        for (parameters, name, _), parameter in zip(self._slots, saved.parameters, strict=True):
-            parameters[name] = parameter
-        for (module, _), weights in zip(self._rnn_weights, saved.flat_weights, strict=True):
-            module._flat_weights = weights
+
+class _Swap(NamedTuple):
+    """What was in the modules before shadows were put in, and the token of these shadows."""
+
+    token: object
+    parameters: list[tuple[MutableMapping[str, Tensor | None], str, Tensor | None]]
+    flat_weights: list[tuple[Any, list[Tensor]]]
+
+
+def entered_count() -> int:
+    """Return how many shadows this thread has put into modules, and not yet taken out."""
+    return len(_swaps_of_thread())
+
+
+def leave_all_beyond(count: int) -> None:
+    """Take out the shadows of this thread, the last ones first, until `count` are left (Rule 6)."""
+    while entered_count() > count:
+        _leave_last()
+    while _swap_lock._is_owned():  # type: ignore[attr-defined]
+        _swap_lock.release()
+
+
+def _leave_last() -> None:
+    swaps = _swaps_of_thread()
+    for parameters, name, parameter in swaps[-1].parameters:
+        parameters[name] = parameter
+    for module, weights in swaps[-1].flat_weights:
+        module._flat_weights = weights
+    swaps.pop()
 
 
 def refuse_concurrent_use(parameter: Tensor | None) -> None:
@@ -147,14 +158,14 @@ def refuse_concurrent_use(parameter: Tensor | None) -> None:
         ConcurrentUseError: Another thread runs a batch through the model.
     """
     owner = None if parameter is None else parameter.__dict__.get("_gradhooks_owner")
-    if owner is not None and owner not in _tokens_of_thread():
+    if owner is not None and all(swap.token is not owner for swap in _swaps_of_thread()):
         raise ConcurrentUseError(
             "another thread is running poses through this model; give each thread a copy of the model, or let one wait "
             "for the other"
         )
 
 
-def _tokens_of_thread() -> list[object]:
-    if not hasattr(_entered_by_thread, "tokens"):
-        _entered_by_thread.tokens = []
-    return cast("list[object]", _entered_by_thread.tokens)
+def _swaps_of_thread() -> list[_Swap]:
+    if not hasattr(_thread, "swaps"):
+        _thread.swaps = []
+    return cast("list[_Swap]", _thread.swaps)
