@@ -133,7 +133,7 @@ def test_fault_in_the_forward_of_a_pose(accumulator: str, pose: int, fault: str)
 def test_fault_in_a_second_run_during_the_outer_backward(accumulator: str, pose: int) -> None:
     """Afterwards the same backward can run again, and is exact."""
     model = make_model()
-    scorer = gradhooks.MultiPose(model, "mean", accumulator=accumulator)
+    scorer = gradhooks.MultiPose(model, "mean", accumulator=accumulator, audit=False)
     reference = copy_with_gradients(model)
     manual_seed(9)
     full_graph(reference, make_poses(), scorer.combination).per_pose.square().sum().backward()
@@ -227,11 +227,12 @@ def test_fault_in_a_combination(accumulator: str, where: str, message: str) -> N
     before.assert_equal(State.of(model))
 
 
-def test_fault_in_the_forward_of_a_combination_comes_after_n_forwards() -> None:
+def test_fault_in_the_forward_of_a_combination_leaves_no_trace() -> None:
     model = make_model()
+    before = State.of(model)
     with pytest.raises(RuntimeError, match="injected"):
         gradhooks.MultiPose(model, Broken("forward"))(make_poses())
-    assert model.count == POSES
+    before.assert_equal(State.of(model))
     assert all(leaf.grad is not None and (leaf.grad == 7).all() for leaf in model.parameters())
 
 

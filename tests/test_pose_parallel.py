@@ -301,6 +301,7 @@ def test_several_groups_and_a_second_backward() -> None:
 
 def count_collectives(rank: int, count: int, accumulator: str) -> int:
     scorer = new_scorer("boltzmann", accumulator=accumulator)
+    of_both(scorer(poses_of_rank(new_poses(0, 2 * count), [count, count], rank))).backward()  # with the audit
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         of_both(scorer(poses_of_rank(new_poses(0, 2 * count), [count, count], rank))).backward()
     return sum(event.count for event in profiler.key_averages() if event.key.startswith("gloo:"))

@@ -14,7 +14,8 @@ run with the first cotangent tells which one. A cotangent is a power of two: a l
 
 import gc
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from loguru import logger
@@ -24,7 +25,7 @@ from gradhooks.engine.accumulation import Chunk
 from gradhooks.engine.attribute_recorder import computed_attributes
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.context import ForwardContext, intercept
-from gradhooks.engine.findings import Findings
+from gradhooks.engine.findings import TRUSTED, Findings
 from gradhooks.engine.gradient_sums import Gradients
 from gradhooks.engine.graph_watch import GraphWatch, describe_holders, describe_places, tensors_with_graph
 from gradhooks.engine.hidden_generators import HiddenGenerators
@@ -36,16 +37,19 @@ from gradhooks.errors import OutlivingGraphError
 _LARGE, _LARGE_FLOAT16 = -(2.0**10), -(2.0**4)
 
 
-class _Run(NamedTuple):
+@dataclass
+class _Run:
     """One run of the audited pose.
 
     Attributes:
         prediction: Shape `(n, *prediction)`, detached.
         gradients: By leaf; none where the gradients cannot be had, since the parameters are sharded.
+        scale: The cotangent of these gradients.
     """
 
     prediction: Tensor
     gradients: Gradients
+    scale: float
 
 
 def audit(batch: Batch) -> Findings:
@@ -63,7 +67,7 @@ def audit(batch: Batch) -> Findings:
         batch.sharded.all_or_none("audit", 2) as of_shards,
         batch.partition.collectives.all_or_none("audit", 2, maximum=True) as of_group,
     ):
-        findings = _audit_first_pose(batch) if len(batch.poses) else Findings()
+        findings = _audit_first_pose(batch) if len(batch.poses) else TRUSTED
         of_shards.sent = of_group.sent = [not findings.repeatable, not findings.linear]
     doubts = of_shards.received[0] if batch.sharded else of_group.received[0]
     findings = Findings(repeatable=not doubts[0], linear=not doubts[1])
@@ -74,14 +78,14 @@ def audit(batch: Batch) -> Findings:
 def _audit_first_pose(batch: Batch) -> Findings:
     state = batch.parts.state
     hidden = HiddenGenerators(batch.model, batch.options.call)
-    context = intercept(batch, 0, _least_count(batch), Findings(), shadows=ShadowParameters(batch.model))
+    context = intercept(batch, 0, _least_count(batch), TRUSTED, shadows=ShadowParameters(batch.model))
     large = _LARGE_FLOAT16 if _computes_in_float16(context) else _LARGE
     with torch.enable_grad(), context.on_shadows(), state.preserved(probe=True) as before:
         first = _first_run(context, before)
         state.restore(before)
         drawn = hidden.rewind()
         second = _run(context, before, large)
-        agrees = _predictions_agree(context, first, second) and _gradients_agree(context, first, second, large)
+        agrees = _agree(context, first, second)
         third = None
         if not agrees:
             state.restore(before)
@@ -90,8 +94,8 @@ def _audit_first_pose(batch: Batch) -> Findings:
     hidden.rewind()
     state.add_generators(drawn)
     if third is None:
-        return Findings()
-    repeatable = _predictions_agree(context, first, third) and _gradients_agree(context, first, third, 1.0)
+        return TRUSTED
+    repeatable = _agree(context, first, third)
     return Findings(repeatable=repeatable, linear=not repeatable)
 
 
@@ -141,10 +145,10 @@ def _run(context: ForwardContext, before: Snapshot, scale: float) -> _Run:
     live = context.run(context.poses, Chunk(0, len(context.poses), before))
     prediction = live.detach()
     if context.batch.sharded or not live.requires_grad:
-        return _Run(prediction, [])
+        return _Run(prediction, [], scale)
     with RunningSums(context.leaves.hooks, count=1) as sums:
         context.backward(live, torch.full_like(live, scale))
-        return _Run(prediction, sums.take()[0])
+        return _Run(prediction, sums.take()[0], scale)
 
 
 class _Computed:
@@ -168,24 +172,26 @@ class _Computed:
             attributes[name] = value
 
 
-def _predictions_agree(context: ForwardContext, one: _Run, other: _Run) -> bool:
-    """Return whether two predictions agree but for rounding. What is not finite is not compared."""
-    differences = torch.where(one.prediction.isfinite(), (one.prediction - other.prediction).abs(), 0)
-    largest = torch.where(one.prediction.isfinite(), one.prediction, 0).abs().max()
-    return bool((differences <= _rounding(context) ** 0.75 * largest).all())
+def _agree(context: ForwardContext, known: _Run, other: _Run) -> bool:
+    """Return whether two runs agree but for rounding, and scales. What is not finite is not compared.
 
-
-def _gradients_agree(context: ForwardContext, one: _Run, other: _Run, scale: float) -> bool:
-    """Return whether the gradients of one run, times `scale`, are those of the other but for rounding."""
+    Works in place, since gradients are large: afterwards `known` has the scale of `other`, whose gradients are used up.
+    """
+    rounding = _rounding(context)
+    differences = torch.where(known.prediction.isfinite(), (known.prediction - other.prediction).abs(), 0)
+    largest = torch.where(known.prediction.isfinite(), known.prediction, 0).abs().max()
+    same_leaves = [gradient is None for gradient in known.gradients] == [
+        gradient is None for gradient in other.gradients
+    ]
+    factor, known.scale = other.scale / known.scale, other.scale
     difference = norm = 0.0
-    for first, second in zip(one.gradients, other.gradients, strict=True):
-        if (first is None) != (second is None):
-            return False
-        if first is not None and second is not None:
-            expected = first * scale
-            difference += float(torch.linalg.vector_norm((second - expected).to_dense())) ** 2
-            norm += float(torch.linalg.vector_norm(expected.to_dense())) ** 2
-    return not math.isfinite(norm) or difference <= _rounding(context) * norm
+    for expected, gradient in zip(known.gradients, other.gradients, strict=True):
+        if expected is not None:
+            norm += float(torch.linalg.vector_norm(expected.mul_(factor).to_dense())) ** 2
+            if gradient is not None:
+                difference += float(torch.linalg.vector_norm(gradient.sub_(expected).to_dense())) ** 2
+    gradients_agree = same_leaves and not difference > rounding * norm
+    return bool((differences <= rounding**0.75 * largest).all()) and (gradients_agree or not math.isfinite(norm))
 
 
 def _rounding(context: ForwardContext) -> float:

@@ -14,3 +14,7 @@ class Findings(NamedTuple):
 
     repeatable: bool = True
     linear: bool = True
+
+
+TRUSTED = Findings()
+"""What is assumed of a model without an audit."""

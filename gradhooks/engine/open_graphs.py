@@ -19,6 +19,8 @@ class OpenGraphs:
 class OpenGraph:
     """Bytes that are held until a backward has run, or until the graph that refers to this object is gone."""
 
+    _count = 0  # also if an interrupt ends the constructor
+
     def __init__(self, total: OpenGraphs, count: int) -> None:
         self._total = total
         self._count = count
@@ -26,8 +28,9 @@ class OpenGraph:
 
     def release(self) -> None:
         """Stop counting. Releasing twice does no harm."""
-        self._total.bytes -= self._count
-        self._count = 0
+        if self._count:
+            self._total.bytes -= self._count
+            self._count = 0
 
     def __del__(self) -> None:
         self.release()

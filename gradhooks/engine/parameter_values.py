@@ -26,7 +26,8 @@ from gradhooks.engine.tensor_records import HEAD_BYTES, TensorRecord, address_of
 from gradhooks.engine.tensor_watch import TensorWatch
 
 _LEAST_BUDGET = 64 << 20
-_PROBES = 3  # snapshots: at the beginning of the batch, perhaps once more before the first forward, and after it
+_PROBES = 3  # snapshots: at the beginning of the batch, perhaps once more before the first forward, and after it. The
+# audit, which copies all parameters, takes none before its first forward.
 
 
 class _Slot(NamedTuple):
@@ -71,7 +72,7 @@ class ParameterValues:
         tensors = self._tensors()
         if probe:
             self._probing = _affordable(tensors, copy_all=copy_all) - self._changing
-            self._probes_left = _PROBES
+            self._probes_left = 1 if copy_all else _PROBES
         elif not self._changing and self._is_current(tensors):
             return
         copied = self._changing | self._probing

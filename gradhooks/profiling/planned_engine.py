@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradhooks.combination import BoundCombination, StreamWeights
+from gradhooks.engine.findings import TRUSTED, Findings
 from gradhooks.engine.parameter_hooks import Receiver
 from gradhooks.engine.report import Report
 from gradhooks.options import Options
@@ -26,6 +27,7 @@ class PlannedEngine:
     gradient_bytes: int
     memory_left: int
     leaves: tuple[Tensor, ...] = ()
+    findings: Findings = TRUSTED
 
     def declare(self, predictions: Tensor, start: int) -> StreamWeights | None:
         """Return what the combination declares."""
