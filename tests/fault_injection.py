@@ -1,4 +1,4 @@
-"""Inject faults: an exception at one operator, at one line of the library, or by a signal; see what it leaves behind.
+"""Inject faults: an exception at one operator that runs in a call of the library, at one line of it, or by a signal.
 
     python tests/fault_injection.py --faults 5000 --seed 0
 
@@ -190,8 +190,15 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
-        self._event()
+        if _is_in_library(sys._getframe()):  # what autograd does before and after is PyTorch's own
+            self._event()
         return func(*args, **(kwargs or {}))
+
+
+def _is_in_library(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back
+    return frame is not None
 
 
 class Trial:
