@@ -170,7 +170,8 @@ def refuse_nonlinear_backward(engine: Engine, accumulator: str) -> None:
         raise NonlinearBackwardError(
             "the gradient of this model is not proportional to the gradient of its prediction: a hook clamps it, or a "
             f"function adds a loss of its own in its backward. The accumulator {accumulator!r} runs backwards before "
-            "the loss is known; use accumulator='auto' or 'recompute', which give each pose its own coefficient"
+            "the loss is known, or runs some for zeros; use accumulator='auto' or 'recompute' without shards, or allow "
+            "enough memory= for poses to run plainly"
         )
 
 

@@ -1,6 +1,7 @@
 """Recompute: run every pose without a graph, and those that matter again once their coefficients are known."""
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from einops import reduce
@@ -31,13 +32,7 @@ class Recompute(Accumulator):
         """Begin a batch for a reason that the report shows, such as another accumulator that cannot serve it."""
         refuse_gradient_combination(engine, self.name)
         if not engine.findings.repeatable:
-            raise ReplayError(
-                "a second run of a pose gives another prediction or gradient than the first, and the accumulator "
-                "'recompute' runs poses twice: the model depends on something that is not restored (a random "
-                "generator inside an object of another library, a value that it keeps in such an object). Name its "
-                "generators with generators=[...], use accumulator='store', which runs every pose once, or allow "
-                "enough memory= for poses to run plainly"
-            )
+            refuse_second_run(self.name)
         if not engine.findings.linear:
             reason = "the backward of the model is not linear, so every pose runs again with its own coefficient"
         set_accumulator(engine, self.name, reason)
@@ -71,6 +66,21 @@ class RecomputeAccumulation(Accumulation):
         logger.debug("{} of {} poses skipped: negligible coefficients", engine.report.skipped, engine.pose_count)
         engine.add_zeros_for_skipped(gradients, ~selected)
         return gradients
+
+
+def refuse_second_run(accumulator: str) -> NoReturn:
+    """Raise the error for a model that must not run twice.
+
+    Raises:
+        ReplayError: Always.
+    """
+    raise ReplayError(
+        "a second run of a pose gives another prediction or gradient than the first, and the accumulator "
+        f"{accumulator!r} runs poses twice: the model depends on something that is not restored (a random generator "
+        "inside an object of another library, a value that it keeps in such an object). Name its generators with "
+        "generators=[...], use accumulator='store', which runs every pose once, or allow enough memory= for poses to "
+        "run plainly"
+    )
 
 
 def significant_poses(coefficients: Coefficients, threshold: float) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from gradhooks.accumulators.base import set_accumulator
-from gradhooks.accumulators.recompute import significant_poses
+from gradhooks.accumulators.base import refuse_nonlinear_backward, set_accumulator
+from gradhooks.accumulators.recompute import refuse_second_run, significant_poses
 from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
 from gradhooks.engine.drift import refuse_drift
 from gradhooks.engine.gradient_sums import Gradients
@@ -18,6 +18,9 @@ from gradhooks.engine.pose_engine import PoseEngine
 def begin_sharded(engine: PoseEngine, predictions: Tensor) -> Accumulation:
     """Begin a batch whose parameters are sharded over ranks, in place of "auto" or "recompute"."""
     del predictions
+    refuse_nonlinear_backward(engine, "recompute on shards")
+    if not engine.findings.repeatable:
+        refuse_second_run("recompute")
     set_accumulator(engine, "recompute", "the parameters are sharded over ranks, so nothing can replace them")
     return ShardedAccumulation(engine)
 

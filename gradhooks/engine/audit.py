@@ -27,6 +27,7 @@ from gradhooks.engine.batch import Batch
 from gradhooks.engine.context import ForwardContext, intercept
 from gradhooks.engine.findings import TRUSTED, Findings
 from gradhooks.engine.gradient_sums import Gradients
+from gradhooks.engine.graph_leaves import reached_leaves
 from gradhooks.engine.graph_watch import GraphWatch, describe_holders, describe_places, tensors_with_graph
 from gradhooks.engine.hidden_generators import HiddenGenerators
 from gradhooks.engine.model_state import Snapshot
@@ -43,7 +44,7 @@ class _Run:
 
     Attributes:
         prediction: Shape `(n, *prediction)`, detached.
-        gradients: By leaf; none where the gradients cannot be had, since the parameters are sharded.
+        gradients: By leaf.
         scale: The cotangent of these gradients.
     """
 
@@ -144,11 +145,25 @@ def _refuse(context: ForwardContext, holders: str) -> None:
 def _run(context: ForwardContext, before: Snapshot, scale: float) -> _Run:
     live = context.run(context.poses, Chunk(0, len(context.poses), before))
     prediction = live.detach()
-    if context.batch.sharded or not live.requires_grad:
+    cotangents = torch.full_like(live, scale)
+    if not live.requires_grad:
         return _Run(prediction, [], scale)
+    if context.batch.sharded:
+        return _Run(prediction, _gradients_on_shards(context, live, cotangents), scale)
     with RunningSums(context.leaves.hooks, count=1) as sums:
-        context.backward(live, torch.full_like(live, scale))
+        context.backward(live, cotangents)
         return _Run(prediction, sums.take()[0], scale)
+
+
+def _gradients_on_shards(context: ForwardContext, live: Tensor, cotangents: Tensor) -> Gradients:
+    """Return the gradients of the leaves below `live`, without adding them to `.grad`; none if that cannot be done."""
+    leaves = reached_leaves(live)[0]
+    with context.batch.sharded.without_synchronization(), context.batch.autocast.disabled():
+        try:
+            return list(torch.autograd.grad(live, leaves, cotangents.to(live), allow_unused=True))
+        except RuntimeError as error:  # reentrant checkpoints do not work with autograd.grad
+            logger.debug("audit: the backward is not checked: {}", error)
+            return []
 
 
 class _Computed:
@@ -187,11 +202,17 @@ def _agree(context: ForwardContext, known: _Run, other: _Run) -> bool:
     difference = norm = 0.0
     for expected, gradient in zip(known.gradients, other.gradients, strict=True):
         if expected is not None:
-            norm += float(torch.linalg.vector_norm(expected.mul_(factor).to_dense())) ** 2
+            norm += _norm(expected.mul_(factor)) ** 2
             if gradient is not None:
-                difference += float(torch.linalg.vector_norm(gradient.sub_(expected).to_dense())) ** 2
+                difference += _norm(gradient.sub_(expected)) ** 2
     gradients_agree = same_leaves and not difference > rounding * norm
     return bool((differences <= rounding**0.75 * largest).all()) and (gradients_agree or not math.isfinite(norm))
+
+
+def _norm(gradient: Any) -> float:
+    """Return the norm of a gradient, of this rank's part if it is distributed."""
+    local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return float(torch.linalg.vector_norm(local.to_dense()))
 
 
 def _rounding(context: ForwardContext) -> float:
