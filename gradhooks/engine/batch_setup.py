@@ -70,7 +70,7 @@ def read_batch(
             refuse_pose_parallel(inputs_that_require_grad(prepared), combination)
         index = None if index is None else read_index(index, len(prepared))
         if parts.has_lazy_parameters and len(prepared):
-            initialize_lazy_parameters(model, lambda: options.call(model, prepared.slice(0, 1)))
+            initialize_lazy_parameters(model, prepared, options.call, parts.device)
             parts = cache.get(model, options.generators)
         message.sent = [len(prepared), -1 if index is None else group_count or 0]
     partition = PosePartition(collectives, [int(count) for count, _ in message.received])

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from gradhooks.engine.generator_states import GeneratorStates
 from gradhooks.engine.module_attributes import ModuleRecord, Thoroughness, is_write_only
@@ -216,7 +217,12 @@ class ModelState:
 
     def _read_statistics(self) -> tuple[StatisticsCopy, ...]:
         modules = filter(is_write_only, self._normalizations)
-        buffers = [buffer for module in modules for buffer in module._buffers.values() if buffer is not None]
+        buffers = [
+            buffer
+            for module in modules
+            for buffer in module._buffers.values()
+            if buffer is not None and not is_lazy(buffer)
+        ]
         return tuple([StatisticsCopy(buffer, buffer.detach().clone()) for buffer in buffers])
 
     def _statistics_equal(self, copies: tuple[StatisticsCopy, ...]) -> bool:

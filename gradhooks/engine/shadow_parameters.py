@@ -1,8 +1,9 @@
 """ShadowParameters: aliases that replace the user's parameters while poses run.
 
 Rules:
-    1. A shadow is a detached `nn.Parameter` alias of a trainable parameter: it shares storage and version counter and
-       has a `.grad` of its own. (For a plain tensor `torch.compile` would recompile.)
+    1. A shadow is a detached alias of a trainable parameter: it shares storage and version counter, has a `.grad` of
+       its own, and the class of the parameter. (For a plain tensor `torch.compile` would recompile.) A lazy parameter
+       without a shape has no shadow: no pose of the batch uses it (`lazy_parameters.py`).
     2. While poses run, shadows are in the `_parameters` of the modules. The user's parameters, their `.grad`, their
        hooks and the reducer of DDP see nothing until the total gradient is delivered (`autograd_function.py`).
     3. Tied parameters share one shadow. `nn.RNNBase` also gets the shadows in its cached list `_flat_weights`.
@@ -13,12 +14,14 @@ Rules:
     6. What undoes the swap is recorded before the first write, and undoing restores the parameters first.
 """
 
+import copyreg
 import threading
 from collections.abc import MutableMapping
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gradhooks.engine.graph_leaves import accumulation_nodes
 from gradhooks.errors import ConcurrentUseError
@@ -70,7 +73,7 @@ class ShadowParameters:
     def _add_module(self, module: nn.Module) -> None:
         parameters = cast("MutableMapping[str, Tensor | None]", module._parameters)
         for name, parameter in parameters.items():
-            if parameter is not None and parameter.requires_grad:
+            if parameter is not None and parameter.requires_grad and not is_lazy(parameter):
                 refuse_concurrent_use(parameter)
                 self._slots.append(_Slot(parameters, name, self._index_of(parameter)))
         if isinstance(module, nn.RNNBase):  # Rule 3: its kernels read this list instead of `_parameters`
@@ -84,8 +87,7 @@ class ShadowParameters:
     def _index_of(self, parameter: Tensor) -> int:
         index = self._index.setdefault(id(parameter), len(self.real))
         if index == len(self.real):
-            shadow = nn.Parameter(parameter.detach())
-            shadow.__dict__.update(parameter.__dict__)  # attributes that model code reads, such as `weight.is_expert`
+            shadow = _alias(parameter)
             shadow.__dict__["_gradhooks_owner"] = self._token
             self.real.append(parameter)
             self.shadows.append(shadow)
@@ -138,6 +140,20 @@ class ShadowParameters:
             parameters[name] = parameter
         for (module, _), weights in zip(self._rnn_weights, saved.flat_weights, strict=True):
             module._flat_weights = weights
+
+
+def _alias(parameter: Tensor) -> Tensor:
+    """Return a detached alias with the class of a parameter, its attributes and its slots."""
+    alias, kind = parameter.detach(), type(parameter)
+    if type(alias) is Tensor and issubclass(kind, nn.Parameter):
+        alias = Tensor._make_subclass(kind, alias, require_grad=True)
+    else:  # a tensor of a class of its own, which `detach` keeps
+        alias = nn.Parameter(alias)
+    alias.__dict__.update(parameter.__dict__)  # attributes that model code reads, such as `weight.is_expert`
+    for name in copyreg._slotnames(kind):  # type: ignore[attr-defined]
+        if hasattr(parameter, name):
+            setattr(alias, name, getattr(parameter, name))
+    return alias
 
 
 def refuse_concurrent_use(parameter: Tensor | None) -> None:
