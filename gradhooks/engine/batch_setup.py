@@ -96,6 +96,8 @@ def read_batch(
         learned=learned,
         report=Report(poses=len(prepared), groups=1 if gathered is None else gathered.count),
     )
+    if mode in learned.needs_grad_mode:
+        batch.runner.require_grad_mode()
     schedule.one_by_one = depends_on_chunk(batch)
     batch.runner.measures = schedule.left > 0 and not sharded  # shards have no storage that could be counted
     return batch

@@ -34,6 +34,7 @@ class Learned:
         largest_chunk: The largest chunk that may run after running out of memory. Written by `schedule.py`.
         chunk_dependent: Whether a prediction depends on the other poses of its chunk. Written by
             `chunk_dependence.py` and `rerun.py`.
+        needs_grad_mode: The modes in which the model cannot run outside grad mode. Written by `grad_mode.py`.
         unused_count: By parameter name, the number of batches in a row in which no pose reached the parameter although
             all were inspected. Written by `unused_parameters.py`.
     """
@@ -43,4 +44,5 @@ class Learned:
     memory_limit: tuple[str | float, int] | None = None
     largest_chunk: int | None = None
     chunk_dependent: dict[Mode, bool] = field(default_factory=dict)
+    needs_grad_mode: set[Mode] = field(default_factory=set)
     unused_count: dict[str, int] = field(default_factory=dict)
