@@ -202,6 +202,11 @@ class ModelState:
         if may_raise:
             self.refuse_lost_values()
 
+    @property
+    def changing_parameters(self) -> list[Tensor]:
+        """The parameters that forwards change."""
+        return self._parameters.changing
+
     def refuse_lost_values(self) -> None:
         """Refuse to go on if the last restoration was not complete.
 

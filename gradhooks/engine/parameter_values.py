@@ -88,6 +88,11 @@ class ParameterValues:
         """The number of parameters that are known to change."""
         return len(self._changing)
 
+    @property
+    def changing(self) -> list[Tensor]:
+        """The parameters that are known to change, as they are in the model now."""
+        return [self._slots[index].parameters[self._slots[index].name] for index in self._changing]
+
     def snapshot_changing(self) -> tuple[TensorRecord, ...]:
         """Return the records of now, under the assumption that no other parameters change than those known to."""
         return self.snapshot() if self._probing or self._changing else self.records
