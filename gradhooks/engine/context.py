@@ -12,6 +12,7 @@ from gradhooks.engine.accumulation import Chunk
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.leaf_validation import LeafValidator
 from gradhooks.engine.leaves import Leaves
+from gradhooks.engine.parametrization_cache import refuse_cached_state, uncached_parametrizations
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.shadow_parameters import ShadowParameters
 from gradhooks.engine.training_flags import TrainingFlags, with_training_flags
@@ -62,7 +63,7 @@ class ForwardContext:
     @contextmanager
     def on_shadows(self) -> Iterator[None]:
         """Run the block with the shadows in the model; after an error no hook and no gradient stays on them."""
-        with self.shadows:
+        with uncached_parametrizations(), self.shadows:
             try:
                 yield
             except BaseException:
@@ -83,7 +84,12 @@ class ForwardContext:
 
 
 def intercept(batch: Batch, start: int, stop: int) -> ForwardContext:
-    """Return the context in which the poses `start .. stop - 1` of a batch are intercepted."""
+    """Return the context in which the poses `start .. stop - 1` of a batch are intercepted.
+
+    Raises:
+        ReplayError: A parametrization is cached that must not be computed more than once.
+    """
+    refuse_cached_state(batch.model, batch.parts.state)
     shadows = ShadowParameters(None) if batch.sharded else batch.parts.shadows
     leaves = Leaves(shadows)
     if batch.sharded and batch.parts.trainable:

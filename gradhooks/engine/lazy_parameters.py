@@ -19,6 +19,7 @@ from gradhooks.engine.module_values import ModuleValues
 from gradhooks.engine.module_watch import modules_in_use
 from gradhooks.engine.nested import fresh_containers, map_tensors
 from gradhooks.engine.parameter_values import ParameterValues
+from gradhooks.engine.parametrization_cache import uncached_parametrizations
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.training_flags import with_training_flags
 from gradhooks.options import Call
@@ -64,7 +65,7 @@ def _nothing_else_changed(model: nn.Module, lazy: list[nn.Module]) -> Iterator[N
     others = [module for module in modules.values() if module not in lazy]
     # Normalization in training writes its statistics only, which nobody records.
     flags = [(module, False) for module in modules.values() if isinstance(module, _NormBase)]
-    with with_training_flags(flags), ExitStack() as stack:
+    with uncached_parametrizations(), with_training_flags(flags), ExitStack() as stack:
         for module in lazy:
             stack.enter_context(_restored_after_initialization(module))
         stack.enter_context(_restored(others))
