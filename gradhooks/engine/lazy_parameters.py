@@ -5,7 +5,7 @@ first pose that uses it, as in plain PyTorch, and with the same random numbers i
 leave no other trace. A module that no pose uses stays lazy; then all poses run.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 

@@ -162,7 +162,7 @@ class ParameterValues:
 
 
 def carry_over_data(parameters: Iterable[Tensor], shadows: Iterable[Tensor]) -> None:
-    """Give each parameter the memory of its shadow, where a forward replaced it by `self.weight.data = ...`.
+    """Give each parameter what a forward gave its shadow: memory (`self.weight.data = ...`), `requires_grad`.
 
     To be called after the first run. A write into the memory needs nothing, since a shadow shares it.
     """
@@ -171,6 +171,8 @@ def carry_over_data(parameters: Iterable[Tensor], shadows: Iterable[Tensor]) -> 
             address_of(shadow) is not None and not parameter.is_set_to(shadow)
         ):
             parameter.data = shadow.data
+        if parameter.is_leaf and parameter.requires_grad != shadow.requires_grad:
+            parameter.requires_grad_(shadow.requires_grad)
 
 
 def _affordable(tensors: list[Tensor], *, copy_all: bool) -> set[int]:

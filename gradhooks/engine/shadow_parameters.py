@@ -17,7 +17,6 @@ Rules:
 import copyreg
 import threading
 from collections.abc import MutableMapping
-from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -54,6 +53,7 @@ class ShadowParameters:
     Attributes:
         real: The trainable parameters of the model.
         shadows: Their shadows, in the same order.
+        nodes: The graph nodes at which a backward reaches the shadows.
 
     Raises:
         ConcurrentUseError: On construction and on entry, if the model holds the shadows of another thread.
@@ -69,6 +69,7 @@ class ShadowParameters:
         self._saved: list[_Saved] = []
         for module in () if model is None else model.modules():
             self._add_module(module)
+        self.nodes = frozenset(accumulation_nodes(self.shadows))  # now, since a forward may freeze them
 
     def _add_module(self, module: nn.Module) -> None:
         parameters = cast("MutableMapping[str, Tensor | None]", module._parameters)
@@ -92,11 +93,6 @@ class ShadowParameters:
             self.real.append(parameter)
             self.shadows.append(shadow)
         return index
-
-    @cached_property
-    def nodes(self) -> frozenset[Any]:
-        """The graph nodes at which a backward reaches the shadows."""
-        return frozenset(accumulation_nodes(self.shadows))
 
     def names(self, model: nn.Module) -> list[str]:
         """Return the name of each parameter in the model, the first one if it is tied."""
