@@ -8,7 +8,7 @@ from torch import Tensor
 from gradhooks.engine.accumulation import Accumulation, Coefficients
 from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.gradient_sums import Gradients
-from gradhooks.engine.tensor_records import version_of
+from gradhooks.engine.leaf_versions import leaf_versions, refuse_changed_leaves
 from gradhooks.errors import HigherOrderError
 from gradhooks.numerics import at_least_float32
 
@@ -20,8 +20,7 @@ class PosePredictions(torch.autograd.Function):
     of each coefficient arrive separately.
 
     If leaves are changed in place between forward and backward, the usual error of autograd is raised, although no
-    formula needs them. Excepted are those that forwards themselves change (`nn.Embedding(max_norm=...)`): a second
-    forward may run before the backward of the first one, and second runs restore what each pose found.
+    formula needs them (`leaf_versions.py`).
     """
 
     @staticmethod
@@ -30,7 +29,7 @@ class PosePredictions(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.context, ctx.accumulation, ctx.leaf_count = context, accumulation, len(leaves)
-        ctx.versions = [version_of(leaf) for leaf in leaves]
+        ctx.versions = leaf_versions(context)
         kept = accumulation.close(predictions[context.partition.rows])
         ctx.held = context.batch.open_graphs.hold(sum(tensor.nbytes for tensor in kept if not tensor.is_sparse))
         ctx.save_for_backward(predictions.new_empty(0), *kept)  # at least one tensor, to see that the graph was freed
@@ -44,7 +43,7 @@ class PosePredictions(torch.autograd.Function):
                 "is gone; use the full graph for this step (call the bare model on each pose), or drop create_graph"
             )
         _, *saved = ctx.saved_tensors  # raises if they are freed, or changed in place
-        _refuse_changed_leaves(ctx.context, ctx.versions)
+        refuse_changed_leaves(ctx.context, ctx.versions)
         if through_combination is None:
             if direct is None:
                 return (None,) * (3 + ctx.leaf_count)
@@ -60,20 +59,6 @@ class PosePredictions(torch.autograd.Function):
             for gradient, leaf in zip(gradients, context.leaves.real, strict=True)
         )
         return (None, None, None, *typed)
-
-
-def _refuse_changed_leaves(context: ForwardContext, versions: list[int]) -> None:
-    leaves = context.leaves.real
-    changed = [number for number, leaf in enumerate(leaves) if version_of(leaf) != versions[number]]
-    by_forwards = set(map(id, context.batch.parts.state.changing_parameters)) if changed else set()
-    for number in changed:
-        if id(leaves[number]) not in by_forwards:
-            name, leaf = context.leaves.names(context.batch.model)[number], leaves[number]
-            raise RuntimeError(
-                f"one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{name}, of shape {tuple(leaf.shape)}, is at version {version_of(leaf)}; expected version "
-                f"{versions[number]} instead. Call backward() before the optimizer's step"
-            )
 
 
 def _total_gradients(

@@ -1,6 +1,5 @@
 """LeafValidator: refuses predictions that depend on leaves whose gradients cannot be intercepted."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,10 +8,9 @@ from gradhooks.engine.accumulation import Chunk
 from gradhooks.engine.graph_leaves import leaves_inside_checkpoint, other_leaves, reached_leaves
 from gradhooks.engine.leaves import Leaves
 from gradhooks.engine.model_state import ModelState
-from gradhooks.engine.module_attributes import MACHINERY
-from gradhooks.engine.module_watch import modules_in_use
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.pose_runner import PoseRunner
+from gradhooks.engine.tensor_names import tensors_of_modules
 from gradhooks.errors import PredictionError, UnregisteredTensorError
 
 
@@ -95,7 +93,7 @@ class LeafValidator:
                 f"pose {chunk.start}: the model made or unfroze {', '.join(made)} in this forward, which gradhooks "
                 "cannot intercept in the same batch; unfreeze it, or make it by a plain forward, before the call"
             )
-        held = _tensors_of_modules(self._model)
+        held = tensors_of_modules(self._model)
         described = ", ".join(held.get(id(leaf), "") + _describe(leaf) for leaf in leaves)
         raise UnregisteredTensorError(
             f"the prediction of pose {chunk.start} depends on {described}, which gradhooks cannot intercept: it is "
@@ -103,24 +101,6 @@ class LeafValidator:
             "a module attribute, or nn.ParameterList), pass it as part of the pose (tensor, mapping, tuple, "
             "dataclass), detach it, or allow the memory for plain chunks with memory="
         )
-
-
-def _tensors_of_modules(model: nn.Module) -> dict[int, str]:
-    """Return what messages call the buffers and attributes of modules: `"buffer codebook: "`, by the tensors' ids."""
-    found: dict[int, str] = {}
-    for path, module in modules_in_use(model).items():
-        for kind, values in (("buffer", module._buffers), ("attribute", vars(module))):
-            for name, value in values.items():
-                if isinstance(value, (Tensor, list, tuple, dict)) and name not in MACHINERY:
-                    held = {"": value} if isinstance(value, Tensor) else dict(_items(value))
-                    for key, part in held.items():
-                        found.setdefault(id(part), f"{kind} {f'{path}.{name}'.lstrip('.')}{key}: ")
-    return found
-
-
-def _items(container: Any) -> Iterator[tuple[str, Any]]:
-    items = container.items() if isinstance(container, dict) else enumerate(container)
-    return ((f"[{key!r}]", part) for key, part in items if isinstance(part, Tensor))
 
 
 def _describe(leaf: Tensor) -> str:

@@ -4,15 +4,12 @@ A leaf that no pose reaches has `.grad` None, one that only skipped poses reach 
 for all poses that reach it, zeros among them: optimizers such as `SparseAdam` update these rows and no others.
 """
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from gradhooks.engine.context import ForwardContext
-from gradhooks.engine.gradient_sums import Gradients, zeros_like_gradient
-from gradhooks.engine.graph_leaves import reached_leaves
+from gradhooks.engine.gradient_sums import Gradients
 from gradhooks.engine.rerun import SecondRun
+from gradhooks.engine.zero_gradients import zero_gradients
 
 UNUSED_AFTER = 5
 """The number of groups in which a parameter is searched for without success before it counts as unused."""
@@ -73,7 +70,7 @@ def _zeros(
             predictions = context.batch.runner.run(job.poses, job.chunk.start, job.chunk.stop)
             reached = set(map(id, context.validator.reached_leaves(predictions)))
             wanted = [index for index in sorted(missing | sparse) if id(shadows[index]) in reached]
-            for index, gradient in zip(wanted, _zero_gradients(context, predictions, wanted), strict=True):
+            for index, gradient in zip(wanted, zero_gradients(context, predictions, wanted), strict=True):
                 total = zeros[index]
                 zeros[index] = gradient if total is None else (total + gradient).coalesce()
                 if gradient.is_sparse:
@@ -82,27 +79,3 @@ def _zeros(
             if not (missing or sparse):
                 break
     return zeros
-
-
-def _zero_gradients(context: ForwardContext, predictions: Tensor, indices: Sequence[int]) -> list[Tensor]:
-    """Return zeros like the gradients of some leaves; only a backward shows whether these are sparse."""
-    if not indices:
-        return []
-    shadows = context.leaves.shadows
-    leaves = [shadows[index] for index in indices]
-    _, checkpoints = reached_leaves(predictions)  # reentrant ones refuse a choice of leaves
-    try:
-        with context.batch.autocast.disabled():
-            cotangents = torch.zeros_like(predictions)
-            torch.autograd.backward(predictions, cotangents, inputs=None if checkpoints else leaves)
-        return [_zeros_like(leaf) for leaf in leaves]
-    finally:
-        for leaf in shadows:
-            leaf.grad = None
-
-
-def _zeros_like(leaf: Tensor) -> Tensor:
-    gradient = leaf.grad
-    if gradient is None or not gradient.is_sparse:
-        return torch.zeros_like(leaf)
-    return zeros_like_gradient(gradient, gradient.dtype)
