@@ -88,7 +88,7 @@ def test_tuples_that_a_data_loader_turned_into_lists(grad_mode: Any, double: Ten
     groups = [[(double.randn(4), double.randn(4)) for _ in range(3)]]
     (group,) = DataLoader(groups, batch_size=None)  # type: ignore[arg-type]
     assert isinstance(group[0], list)
-    with grad_mode(), pytest.raises(PosesError, match="pose 0 is a list of 2.*collate_fn="):
+    with grad_mode(), pytest.raises(PosesError, match=r"pose 0 is a list of 2.*collate_fn="):
         MultiPose(model)(group)
     (group,) = DataLoader(groups, batch_size=None, collate_fn=lambda group: group)  # type: ignore[arg-type]
     assert MultiPose(model)(group).combined.shape == (1,)
