@@ -67,6 +67,15 @@ class TrainsWithBranch(LazyBranch):
         super().__init__(lambda _: self.training)
 
 
+class DropsAndNeverBranches(LazyBranch):
+    def __init__(self) -> None:
+        super().__init__(lambda _: False)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, pose: Tensor) -> Tensor:
+        return super().forward(self.dropout(pose))
+
+
 class VectorQuantizer(nn.Module):
     """Marks its codebook, a buffer, and moves it."""
 
@@ -160,6 +169,7 @@ ORDINARY: dict[str, Ordinary] = {
     "asserts a graph": Ordinary(lambda: Hidden(only_with_grad), vectors),
     "lazy branch of later poses": Ordinary(lambda: LazyBranch(lambda pose: bool(pose[0] > 0)), signed_vectors),
     "lazy branch of no pose": Ordinary(lambda: LazyBranch(lambda _: False), vectors),
+    "lazy branch of no pose, dropout": Ordinary(DropsAndNeverBranches, vectors),
     "lazy branch in training": Ordinary(TrainsWithBranch, vectors),
     "marked codebook": Ordinary(VectorQuantizer, vectors),
     "fake quantization": Ordinary(lambda: Quantized(MinMaxObserver), vectors),
