@@ -100,7 +100,7 @@ def read_batch(
         runner=PoseRunner(model, options.call, len(prepared), schedule.need),
         open_graphs=cache.open_graphs,
         learned=learned,
-        report=Report(len(prepared), describe_poses(prepared), groups=1 if gathered is None else gathered.count),
+        report=Report(len(prepared), 1 if gathered is None else gathered.count, describe_poses(prepared)),
     )
     return _ready(batch)
 
