@@ -84,8 +84,8 @@ def _refuse_lightning_module(model: type[nn.Module]) -> None:
     """Refuse a class whose instances belong to a Trainer of Lightning, which takes no `MultiPose`."""
     if any(base.__name__ == "LightningModule" for base in model.__mro__):
         raise TypeError(
-            f"{model.__name__} is a LightningModule: a Trainer takes no MultiPose in its place, and its own steps would "
-            "call the forward of one pose. Wrap the network inside it: in __init__ "
+            f"{model.__name__} is a LightningModule: a Trainer takes no MultiPose in its place, and its own steps "
+            "would call the forward of one pose. Wrap the network inside it: in __init__ "
             "self.scorer = gradhooks.MultiPose(network), and in training_step self.scorer(poses)"
         )
 

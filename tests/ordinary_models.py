@@ -76,6 +76,25 @@ class DropsAndNeverBranches(LazyBranch):
         return super().forward(self.dropout(pose))
 
 
+class InitializesAll(nn.Module):
+    """Initializes a lazy weight and an ordinary bias in a hook, as the layers of PyTorch Geometric do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.parameter.UninitializedParameter(), nn.Parameter(torch.zeros(1))
+        self.hook = self.register_forward_pre_hook(self.initialize)
+
+    def initialize(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
+        self.weight.materialize((1, inputs[0].shape[-1]))
+        with torch.no_grad():
+            self.weight.uniform_()
+            self.bias.uniform_()
+        self.hook.remove()
+
+    def forward(self, pose: Tensor) -> Tensor:
+        return nn.functional.linear(pose, self.weight, self.bias).tanh()
+
+
 class VectorQuantizer(nn.Module):
     """Marks its codebook, a buffer, and moves it."""
 
@@ -170,6 +189,7 @@ ORDINARY: dict[str, Ordinary] = {
     "lazy branch of later poses": Ordinary(lambda: LazyBranch(lambda pose: bool(pose[0] > 0)), signed_vectors),
     "lazy branch of no pose": Ordinary(lambda: LazyBranch(lambda _: False), vectors),
     "lazy branch of no pose, dropout": Ordinary(DropsAndNeverBranches, vectors),
+    "lazy layer that initializes all": Ordinary(InitializesAll, vectors),
     "lazy branch in training": Ordinary(TrainsWithBranch, vectors),
     "marked codebook": Ordinary(VectorQuantizer, vectors),
     "fake quantization": Ordinary(lambda: Quantized(MinMaxObserver), vectors),

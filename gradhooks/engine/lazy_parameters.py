@@ -62,14 +62,14 @@ def _is_lazy_module(module: nn.Module) -> bool:
 def _nothing_else_changed(model: nn.Module, lazy: list[nn.Module]) -> Iterator[None]:
     """Restore after the block what a forward changes, except for what is lazy and the generators of PyTorch."""
     modules = modules_in_use(model)
-    others = [module for module in modules.values() if module not in lazy]
+    others = {path: module for path, module in modules.items() if module not in lazy}
     # Normalization in training writes its statistics only, which nobody records.
     flags = [(module, False) for module in modules.values() if isinstance(module, _NormBase)]
     with uncached_parametrizations(), with_training_flags(flags), ExitStack() as stack:
         for module in lazy:
             stack.enter_context(_restored_after_initialization(module))
-        stack.enter_context(_restored(others))
-        stack.enter_context(_restored_parameters(modules))
+        stack.enter_context(_restored(list(others.values())))
+        stack.enter_context(_restored_parameters(others))
         generators = GeneratorStates(global_sources())
         generators.begin()
         stack.callback(generators.restore, generators.states, every=True)
