@@ -8,6 +8,7 @@ from torch import Tensor
 from gradhooks.engine.accumulation import Accumulation, Coefficients
 from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.gradient_sums import Gradients
+from gradhooks.engine.leaf_versions import leaf_versions, refuse_changed_leaves
 from gradhooks.engine.recovery import leaves_no_trace
 from gradhooks.errors import HigherOrderError
 from gradhooks.numerics import at_least_float32
@@ -19,8 +20,8 @@ class PosePredictions(torch.autograd.Function):
     The predictions are returned twice: one tensor goes to the combination, the other to the user, so that the two parts
     of each coefficient arrive separately.
 
-    The leaves are saved although no formula needs them: autograd then raises its usual error if they are changed in
-    place between forward and backward.
+    If leaves are changed in place between forward and backward, the usual error of autograd is raised, although no
+    formula needs them (`leaf_versions.py`).
     """
 
     @staticmethod
@@ -29,9 +30,10 @@ class PosePredictions(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.context, ctx.accumulation, ctx.leaf_count = context, accumulation, len(leaves)
+        ctx.versions = leaf_versions(context)
         kept = accumulation.close(predictions[context.partition.rows])
         ctx.held = context.batch.open_graphs.hold(sum(tensor.nbytes for tensor in kept if not tensor.is_sparse))
-        ctx.save_for_backward(*leaves, *kept)
+        ctx.save_for_backward(predictions.new_empty(0), *kept)  # at least one tensor, to see that the graph was freed
         return predictions.to(at_least_float32(predictions.dtype), copy=True), predictions.clone()
 
     @staticmethod
@@ -41,7 +43,8 @@ class PosePredictions(torch.autograd.Function):
                 "create_graph=True asks for derivatives of a gradient that gradhooks has accumulated, and whose graph "
                 "is gone; use the full graph for this step (call the bare model on each pose), or drop create_graph"
             )
-        saved = ctx.saved_tensors[ctx.leaf_count :]  # raises if they are freed, or changed in place
+        _, *saved = ctx.saved_tensors  # raises if they are freed, or changed in place
+        refuse_changed_leaves(ctx.context, ctx.versions)
         if through_combination is None:
             if direct is None:
                 return (None,) * (3 + ctx.leaf_count)

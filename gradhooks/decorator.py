@@ -56,7 +56,8 @@ def multipose(
         A decorator for a subclass of `torch.nn.Module`; for an instance it returns a `MultiPose`.
 
     Raises:
-        TypeError: An option does not exist, or a class was passed as the combination.
+        TypeError: An option does not exist, or a class was passed as the combination; or the class is a
+            `LightningModule`.
     """
     given: object = combination
     if isinstance(given, type) and issubclass(given, nn.Module):
@@ -70,12 +71,23 @@ def multipose(
         if isinstance(model, nn.Module):
             return MultiPose(model, combination, accumulator=accumulator, **options)
         if isinstance(model, type) and issubclass(model, nn.Module):
+            _refuse_lightning_module(model)
             return _decorated(
                 model, functools.partial(MultiPose, combination=combination, accumulator=accumulator, **options)
             )
         raise TypeError(f"multipose wraps a torch.nn.Module or a class of them, got {model!r}")
 
     return wrap
+
+
+def _refuse_lightning_module(model: type[nn.Module]) -> None:
+    """Refuse a class whose instances belong to a Trainer of Lightning, which takes no `MultiPose`."""
+    if any(base.__name__ == "LightningModule" for base in model.__mro__):
+        raise TypeError(
+            f"{model.__name__} is a LightningModule: a Trainer takes no MultiPose in its place, and its own steps "
+            "would call the forward of one pose. Wrap the network inside it: in __init__ "
+            "self.scorer = gradhooks.MultiPose(network), and in training_step self.scorer(poses)"
+        )
 
 
 class MultiPoseClass(type):

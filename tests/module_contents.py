@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 _MACHINERY = set(vars(nn.Module())) - {"training"}
 
@@ -40,6 +41,8 @@ def describe(value: Any, above: tuple[int, ...] = ()) -> Any:  # noqa: PLR0911 -
     if id(value) in above:
         return "cycle"
     above = (*above, id(value))
+    if is_lazy(value):
+        return "lazy"
     if isinstance(value, Tensor):
         return [str(value.dtype), list(value.shape), repr(value.detach().tolist())]
     if isinstance(value, np.ndarray):

@@ -152,10 +152,10 @@ class StreamAccumulation(Accumulation):
         return torch.tensor(column, dtype=torch.float64).view(predictions.shape)
 
     def _skip(self, predictions: Tensor, *, finite: bool) -> None:
-        """Give the leaves that only skipped poses reach a gradient of zeros."""
+        """Give the leaves that only skipped poses reach a gradient of zeros, and sparse gradients their rows."""
         missing = self._sums.unreached() - self._reached_by_skipped
         reached = missing and missing & self._engine.reached_leaves(predictions)
-        if reached and finite:  # a backward, since it alone shows which gradients are sparse
+        if (reached or self._sums.has_sparse) and finite:  # a backward, since it alone shows which gradients are sparse
             self._sums.add_to(0)
             self._engine.backward(predictions, torch.zeros_like(predictions), poses=0)
         elif reached:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gradhooks.combination import BoundCombination
+from gradhooks.combination_arguments import refuse_unknown_arguments
 from gradhooks.distributed.collectives import Collectives, Message
 from gradhooks.distributed.pose_parallel import PosePartition
 from gradhooks.distributed.sharded_model import ShardedModel
@@ -18,15 +19,17 @@ from gradhooks.engine.lazy_parameters import initialize_lazy_parameters
 from gradhooks.engine.learned import Learned, Mode
 from gradhooks.engine.memory_need import MemoryNeed, mode_of
 from gradhooks.engine.model_parts import ModelParts, ModelPartsCache
+from gradhooks.engine.pose_description import describe_poses, refuse_nested_groups
 from gradhooks.engine.pose_inputs import Poses, as_poses, inputs_that_require_grad
 from gradhooks.engine.pose_runner import PoseRunner
 from gradhooks.engine.report import Report
 from gradhooks.engine.schedule import Schedule
+from gradhooks.engine.stack_promise import refuse_broken_promise
 from gradhooks.errors import PosesError
 from gradhooks.group_index import GroupIndex
 from gradhooks.group_validation import group_index, read_index
 from gradhooks.groups import Groups
-from gradhooks.options import Options
+from gradhooks.options import Options, call_model
 
 
 def read_batch(
@@ -58,20 +61,23 @@ def read_batch(
 
     Raises:
         PosesError: There are no poses, they have no usable form, or the group numbers do not fit them.
-        CombinationError: The combination cannot be used with a process group.
+        CombinationError: The combination cannot be used with a process group, or does not take an argument.
         ConcurrentUseError: Another thread runs poses through the model.
         DistributedError: Another rank failed.
     """
     collectives = Collectives(options.process_group)
     with collectives.all_or_none("reading of the poses", 2) as message:
+        refuse_unknown_arguments(combination, arguments)
         poses, index, group_count = _separate(poses, groups)
         prepared = _prepare(poses, options, may_be_empty=not collectives.is_single)
         if not collectives.is_single:
             refuse_pose_parallel(inputs_that_require_grad(prepared), combination)
         index = None if index is None else read_index(index, len(prepared))
-        if parts.has_lazy_parameters and len(prepared):
-            initialize_lazy_parameters(model, lambda: options.call(model, prepared.slice(0, 1)))
+        if parts.has_lazy_parameters:
+            initialize_lazy_parameters(model, prepared, options.call, parts.device)
             parts = cache.get(model, options.generators)
+        if not sharded:
+            refuse_broken_promise(model, prepared, options, parts.state, learned)
         message.sent = [len(prepared), -1 if index is None else group_count or 0]
     partition = PosePartition(collectives, [int(count) for count, _ in message.received])
     if partition.total == 0:
@@ -94,10 +100,17 @@ def read_batch(
         runner=PoseRunner(model, options.call, len(prepared), schedule.need),
         open_graphs=cache.open_graphs,
         learned=learned,
-        report=Report(poses=len(prepared), groups=1 if gathered is None else gathered.count),
+        report=Report(len(prepared), 1 if gathered is None else gathered.count, describe_poses(prepared)),
     )
-    schedule.one_by_one = depends_on_chunk(batch)
-    batch.runner.measures = schedule.left > 0 and not sharded  # shards have no storage that could be counted
+    return _ready(batch)
+
+
+def _ready(batch: Batch) -> Batch:
+    """Return the batch, with what earlier batches and the first poses show of the model."""
+    if batch.mode in batch.learned.needs_grad_mode:
+        batch.runner.require_grad_mode()
+    batch.schedule.one_by_one = depends_on_chunk(batch)
+    batch.runner.measures = batch.schedule.left > 0 and not batch.sharded  # shards have no storage to be counted
     return batch
 
 
@@ -115,6 +128,8 @@ def _prepare(poses: Any, options: Options, *, may_be_empty: bool) -> Poses:
         raise PosesError(
             "chunks of more than one pose need collate= to make a batch of a list, or poses stacked in a tensor"
         )
+    if options.call is call_model and len(prepared) and not prepared.batched:
+        refuse_nested_groups(prepared.slice(0, 1))
     return prepared
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.model_state import Snapshot
 from gradhooks.engine.nested import fresh_containers, map_tensors
+from gradhooks.engine.parametrization_cache import uncached_parametrizations
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.side_outputs import output_rows
 
@@ -31,7 +32,7 @@ def depends_on_chunk(batch: Batch) -> bool:
     known = batch.learned.chunk_dependent
     if batch.mode not in known:
         poses, state = batch.poses.narrow(0, 2), batch.parts.state
-        with state.preserved() as before:
+        with uncached_parametrizations(), state.preserved() as before:
             try:
                 alone = _predict(batch, poses.slice(0, 1), 1)
             except Exception:

@@ -13,6 +13,7 @@ from gradhooks.engine.batch import Batch
 from gradhooks.engine.findings import Findings
 from gradhooks.engine.leaf_validation import LeafValidator
 from gradhooks.engine.leaves import Leaves
+from gradhooks.engine.parametrization_cache import refuse_cached_state, uncached_parametrizations
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.shadow_parameters import ShadowParameters
 from gradhooks.engine.training_flags import TrainingFlags, with_training_flags
@@ -65,7 +66,7 @@ class ForwardContext:
     @contextmanager
     def on_shadows(self) -> Iterator[None]:
         """Run the block with the shadows in the model; after an error no hook and no gradient stays on them."""
-        with self.shadows:
+        with uncached_parametrizations(), self.shadows:
             try:
                 yield
             except BaseException:
@@ -96,7 +97,11 @@ def intercept(
         stop: The index after the last pose.
         findings: What the audit found out about the model.
         shadows: Shadows that replace the parameters in place of those that are kept from batch to batch.
+
+    Raises:
+        ReplayError: A parametrization is cached that must not be computed more than once.
     """
+    refuse_cached_state(batch.model, batch.parts.state)
     shadows = ShadowParameters(None) if batch.sharded else shadows or batch.parts.shadows
     leaves = Leaves(shadows)
     if batch.sharded and batch.parts.trainable:

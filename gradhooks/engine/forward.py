@@ -11,6 +11,7 @@ from gradhooks.distributed.pose_parallel import METADATA_LENGTH, PosePartition
 from gradhooks.engine.accumulation import Accumulation, Chunk, NoPoses
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.context import ForwardContext
+from gradhooks.engine.grad_mode import run_without_graph
 from gradhooks.engine.leaf_validation import refuse_differentiable
 from gradhooks.engine.model_output import check_shape, refuse_detached
 from gradhooks.engine.model_state import Snapshot
@@ -125,7 +126,7 @@ def _run_local_poses(context: ForwardContext, begin: Begin, before: Snapshot) ->
             if accumulation.keeps_graph or not differentiable:
                 live = context.run(poses, chunk)
             else:
-                live = batch.runner.run_without_graph(poses, chunk.start, chunk.stop)
+                live = run_without_graph(context, chunk)
             differentiable |= live.requires_grad
             rows.append(live.detach())
     batch.report.chunks += len(engine.chunks)

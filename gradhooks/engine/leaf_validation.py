@@ -10,6 +10,7 @@ from gradhooks.engine.leaves import Leaves
 from gradhooks.engine.model_state import ModelState
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.pose_runner import PoseRunner
+from gradhooks.engine.tensor_names import tensors_of_modules
 from gradhooks.errors import PredictionError, UnregisteredTensorError
 
 
@@ -103,8 +104,15 @@ def refuse_differentiable(model: nn.Module, predictions: Tensor, start: int) -> 
 
 
 def _refuse(model: nn.Module, leaves: list[Tensor], start: int) -> NoReturn:
-    names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    described = ", ".join(names.get(id(leaf), _describe(leaf)) for leaf in leaves)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    made = [names[id(leaf)] for leaf in leaves if id(leaf) in names]
+    if made:
+        raise UnregisteredTensorError(
+            f"pose {start}: the model made or unfroze {', '.join(made)} in this forward, which gradhooks cannot "
+            "intercept in the same batch; unfreeze it, or make it by a plain forward, before the call"
+        )
+    held = tensors_of_modules(model)
+    described = ", ".join(held.get(id(leaf), "") + _describe(leaf) for leaf in leaves)
     raise UnregisteredTensorError(
         f"the prediction of pose {start} depends on {described}, which gradhooks cannot intercept: it is neither a "
         "registered parameter of the model nor a tensor found in the pose. Register it (nn.Parameter as a module "

@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass, field
 
+import torch
+
+StackForm = tuple[tuple[int, torch.dtype], ...]
+"""Number of axes and dtype of each tensor in stacked poses."""
+
 Mode = str
 """Whether the model trains, to what autocast casts, whether graphs are kept: what a pose needs may differ."""
 
@@ -34,6 +39,8 @@ class Learned:
         largest_chunk: The largest chunk that may run after running out of memory. Written by `schedule.py`.
         chunk_dependent: Whether a prediction depends on the other poses of its chunk. Written by
             `chunk_dependence.py` and `rerun.py`.
+        row_per_pose: Forms of stacked poses for which the model returns a row per pose. Written by `stack_promise.py`.
+        needs_grad_mode: The modes in which the model cannot run outside grad mode. Written by `grad_mode.py`.
         unused_count: By parameter name, the number of batches in a row in which no pose reached the parameter although
             all were inspected. Written by `unused_parameters.py`.
     """
@@ -43,4 +50,6 @@ class Learned:
     memory_limit: tuple[str | float, int] | None = None
     largest_chunk: int | None = None
     chunk_dependent: dict[Mode, bool] = field(default_factory=dict)
+    row_per_pose: set[StackForm] = field(default_factory=set)
+    needs_grad_mode: set[Mode] = field(default_factory=set)
     unused_count: dict[str, int] = field(default_factory=dict)

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from gradhooks.engine.generator_states import GeneratorStates, devices_in_use
 from gradhooks.engine.module_attributes import ModuleRecord, Thoroughness
@@ -222,6 +222,11 @@ class ModelState:
         self._lost = lost
         if may_raise:
             self.refuse_lost_values()
+
+    @property
+    def changing_parameters(self) -> list[Tensor]:
+        """The parameters that forwards change."""
+        return self._parameters.changing
 
     def refuse_lost_values(self) -> None:
         """Refuse to go on if the last restoration was not complete.

@@ -29,7 +29,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Apply `function` to every tensor in `value`; return `value` itself if no tensor changes."""
     if isinstance(value, Tensor):
         return function(value)
-    parts = _parts(value)
+    parts = dict(_parts(value))  # read once: a file may give a new object each time
     mapped = {key: map_tensors(function, part) for key, part in parts.items()}
     if all(mapped[key] is part for key, part in parts.items()):
         return value
@@ -41,7 +41,8 @@ def fresh_containers(pose: Any) -> Any:
 
     What a model writes into its pose (`pose["features"] = ...`, `data.h = ...`) then stays in the copy. Copied, at
     every level, are lists, mappings, sets, tuples of these, dataclasses, the data objects of PyTorch Geometric, objects
-    that define `__copy__`, and objects of plain Python classes. A pose without them is returned as it is.
+    that define `__copy__`, and objects of plain Python classes. A pose without them is returned as it is, and so is
+    what refuses to be copied (open files, groups of HDF5).
     """
     if isinstance(pose, Tensor) or (type(pose) is tuple and all(isinstance(part, Tensor) for part in pose)):
         return pose
@@ -70,12 +71,14 @@ def _fresh(value: Any, copies: dict[int, Any]) -> Any:
 def _shallow_copy(value: Any) -> Any:
     """Return a copy that shares all parts, or `value` itself if it is no container or cannot be copied."""
     kind = type(value)
-    if isinstance(value, (dict, list, MutableMapping, set, deque)) or _is_dataclass(value) or _is_graph(value):
-        return copy.copy(value)
-    if kind is SimpleNamespace or (hasattr(kind, "__copy__") and hasattr(value, "__dict__")):
-        return copy.copy(value)
+    is_container = isinstance(value, (dict, list, MutableMapping, set, deque)) or _is_dataclass(value)
+    if is_container or is_graph(value) or kind is SimpleNamespace or (hasattr(kind, "__copy__") and _has_dict(value)):
+        try:
+            return copy.copy(value)
+        except Exception:  # what `__copy__` and `__reduce__` of any class raise
+            return value
     make: object = kind.__new__
-    if make is not object.__new__ or not hasattr(value, "__dict__"):
+    if make is not object.__new__ or not _has_dict(value):
         return value
     try:
         fresh = object.__new__(kind)
@@ -99,10 +102,10 @@ def _places(container: Any) -> list[tuple[Any, Any, Any]]:
     """Return the parts of a container, each with the object and the key by which it can be replaced."""
     if isinstance(container, (list, deque)):
         return [(container, index, part) for index, part in enumerate(container)]
-    if _is_graph(container):
+    if is_graph(container):
         return [(store, key, part) for store in container.stores for key, part in list(store.items())]
     parts = [(container, *item) for item in container.items()] if isinstance(container, MutableMapping) else []
-    if not hasattr(container, "__dict__"):  # a dataclass with slots
+    if not _has_dict(container):  # a dataclass with slots
         slots = dataclasses.fields(container) if _is_dataclass(container) else ()
         return [*parts, *((_Slots(container), slot.name, getattr(container, slot.name)) for slot in slots)]
     attributes = vars(container)
@@ -116,7 +119,7 @@ def _parts(value: Any) -> Mapping[Any, Any]:
         return dict(enumerate(value))
     if _is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if _is_graph(value):
+    if is_graph(value):
         return {(number, key): part for number, store in enumerate(value.stores) for key, part in store.items()}
     return {}
 
@@ -130,7 +133,7 @@ def _with_parts(value: Any, parts: dict[Any, Any]) -> Any:
     for key, part in parts.items():
         if _is_dataclass(value):
             object.__setattr__(rebuilt, key, part)  # setattr fails on frozen dataclasses
-        elif _is_graph(value):
+        elif is_graph(value):
             rebuilt.stores[key[0]][key[1]] = part
         else:
             rebuilt[key] = part
@@ -141,6 +144,14 @@ def _is_dataclass(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def _is_graph(value: Any) -> bool:
-    # PyTorch Geometric is not a dependency, so its data objects are recognized by their attributes.
-    return hasattr(value, "stores") and hasattr(value, "to_dict")
+def is_graph(value: Any) -> bool:
+    """Return whether a value is a data object of PyTorch Geometric, which is not a dependency.
+
+    Attributes of an object may be anything, such as the columns of a table. Those of its class tell.
+    """
+    kind = type(value)
+    return isinstance(getattr(kind, "stores", None), property) and callable(getattr(kind, "to_dict", None))
+
+
+def _has_dict(value: Any) -> bool:
+    return getattr(type(value), "__dictoffset__", 0) != 0

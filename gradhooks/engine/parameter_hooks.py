@@ -112,6 +112,9 @@ class RunningSums:
     Args:
         engine: Gives the leaves and the hooks.
         count: The number of sums. A sum takes no memory before a backward adds to it.
+
+    Attributes:
+        has_sparse: Whether a sparse gradient had arrived when `unreached` was last called.
     """
 
     def __init__(self, engine: InterceptedLeaves, count: int) -> None:
@@ -120,6 +123,7 @@ class RunningSums:
         self._count = count
         self._sums: dict[int, Gradients] = {}
         self._dense: dict[int, tuple[list[int], list[Tensor]]] = {}  # leaves and tensors of sums that `_fold` knows
+        self.has_sparse = False
         self._in_leaves: int | None = None
         self._targets: list[tuple[int, float]] = []
         self._unhooked = list(range(len(self._leaves)))
@@ -217,12 +221,18 @@ class RunningSums:
 
     def unreached(self) -> set[int]:
         """Return the leaves at which no backward has arrived yet."""
+        before = self._unreached
         self._unreached = {
             index
             for index in self._unreached
             if self._leaves[index].grad is None and all(sums[index] is None for sums in self._sums.values())
         }
+        self.has_sparse = self.has_sparse or any(map(self._is_sparse, before - self._unreached))
         return self._unreached
+
+    def _is_sparse(self, index: int) -> bool:
+        arrived = [self._leaves[index].grad, *(sums[index] for sums in self._sums.values())]
+        return any(gradient is not None and gradient.is_sparse for gradient in arrived)
 
     def take(self) -> list[Gradients]:
         """Return all sums, remove the hooks and clear the leaves."""

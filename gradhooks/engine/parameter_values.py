@@ -89,6 +89,11 @@ class ParameterValues:
         """The number of parameters that are known to change."""
         return len(self._changing)
 
+    @property
+    def changing(self) -> list[Tensor]:
+        """The parameters that are known to change, as they are in the model now."""
+        return [self._slots[index].parameters[self._slots[index].name] for index in self._changing]
+
     def snapshot_changing(self) -> tuple[TensorRecord, ...]:
         """Return the records of now, under the assumption that no other parameters change than those known to."""
         return self.snapshot() if self._probing or self._changing else self.records
@@ -165,7 +170,7 @@ class ParameterValues:
 
 
 def carry_over_data(parameters: Iterable[Tensor], shadows: Iterable[Tensor]) -> None:
-    """Give each parameter the memory of its shadow, where a forward replaced it by `self.weight.data = ...`.
+    """Give each parameter what a forward gave its shadow: memory (`self.weight.data = ...`), `requires_grad`.
 
     To be called after the first run. A write into the memory needs nothing, since a shadow shares it.
     """
@@ -174,6 +179,8 @@ def carry_over_data(parameters: Iterable[Tensor], shadows: Iterable[Tensor]) -> 
             address_of(shadow) is not None and not parameter.is_set_to(shadow)
         ):
             parameter.data = shadow.data
+        if parameter.is_leaf and parameter.requires_grad != shadow.requires_grad:
+            parameter.requires_grad_(shadow.requires_grad)
 
 
 def _affordable(tensors: list[Tensor], *, copy_all: bool) -> set[int]:

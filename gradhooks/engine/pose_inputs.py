@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradhooks.engine.model_output import describe
-from gradhooks.engine.nested import map_tensors
+from gradhooks.engine.nested import is_graph, map_tensors
 from gradhooks.errors import PosesError
 from gradhooks.options import Collate
 
@@ -182,7 +182,7 @@ def as_poses(poses: Any, collate: Collate | None, *, may_be_empty: bool = False)
             return StackedPoses(poses)
         # Each slice would send back a gradient of the size of the whole stack; the backward of unbind stacks them once.
         poses, collate = _unstack(poses, length), _stack
-    elif isinstance(poses, (str, bytes)) or hasattr(poses, "stores") or not _is_iterable(poses):
+    elif isinstance(poses, (str, bytes)) or is_graph(poses) or not _is_iterable(poses):
         raise PosesError(
             f"poses must be an iterable of poses, a tensor or a mapping of tensors, got one {type(poses).__name__}; "
             "pass a list of poses (for a batch of PyTorch Geometric: batch.to_data_list())"

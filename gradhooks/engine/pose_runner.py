@@ -15,6 +15,7 @@ from gradhooks.engine.nested import fresh_containers, map_tensors, tensors_in
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.saved_tensors import storage_addresses
 from gradhooks.engine.side_outputs import Layout, check_layout, output_rows
+from gradhooks.engine.tensor_records import version_of
 from gradhooks.errors import PosesError
 from gradhooks.options import Call, call_model
 
@@ -96,10 +97,10 @@ class PoseRunner:
         inputs = _inputs(poses, start, stop)
         if self._detach_for is not None:
             inputs = map_tensors(self._detach_input, inputs)
-        versions = [(tensor, path, tensor._version) for path, tensor in tensors_in(inputs)]
+        versions = [(tensor, path, version_of(tensor)) for path, tensor in tensors_in(inputs)]
         size = sum(tensor.nbytes for tensor, _, _ in versions)
         predictions = self._predict_measured(inputs, size, poses, start, stop)
-        changed = [path for tensor, path, version in versions if tensor._version != version]
+        changed = [path for tensor, path, version in versions if version_of(tensor) != version]
         if changed:
             raise _changed_in_place(poses.original_index(start), changed)
         return predictions
@@ -124,7 +125,7 @@ class PoseRunner:
             measure: Measure the need even if larger inputs were measured before.
         """
         inputs = _inputs(poses, start, stop)
-        versions = [(tensor, path, _version(tensor)) for path, tensor in tensors_in(inputs)]
+        versions = [(tensor, path, version_of(tensor)) for path, tensor in tensors_in(inputs)]
         count, size = stop - start, sum(tensor.nbytes for tensor, _, _ in versions)
         expected = self._need.expected_graph(size, count)
         if room is not None and expected > room and count > 1:
@@ -134,7 +135,7 @@ class PoseRunner:
             try:
                 return self._predict(inputs, poses, start, stop)
             finally:
-                changed = [path for tensor, path, version in versions if _version(tensor) != version]
+                changed = [path for tensor, path, version in versions if version_of(tensor) != version]
                 if changed and not poses.collated:
                     self._changed_poses = _changed_in_place(poses.original_index(start), changed)
 
@@ -195,10 +196,6 @@ class PoseRunner:
     def _detach_input(self, tensor: Tensor) -> Tensor:
         kept = tensor.grad_fn is not None or (self._detach_for is not None and self._detach_for.contain(tensor))
         return tensor if kept else tensor.detach()
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _changed_in_place(index: int, changed: Sequence[str]) -> PosesError:

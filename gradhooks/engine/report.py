@@ -31,6 +31,7 @@ class Report:
     Attributes:
         poses: The number of poses, on this process. Set when the batch is read.
         groups: The number of groups. Set when the batch is read.
+        inputs: What the poses are, such as `4 poses of shape (5, 16)`. Set when the batch is read.
         plain: The number of poses that ran plainly, on the real parameters. Set by the first run.
         chunks: The number of chunks in which the poses ran the first time. Set by the first run.
         backwards: The number of poses that went through a backward of the model; a pose that did so twice counts
@@ -45,6 +46,7 @@ class Report:
 
     poses: int = 0
     groups: int = 1
+    inputs: str = ""
     plain: int = 0
     chunks: int = 0
     backwards: int = 0

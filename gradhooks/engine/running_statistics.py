@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
 from gradhooks.engine.module_attributes import is_write_only
 from gradhooks.engine.tensor_records import equal_values
@@ -30,7 +31,12 @@ class RunningStatistics:
     def read(self) -> tuple[StatisticsCopy, ...]:
         """Return copies of the statistics."""
         modules = filter(is_write_only, self._modules)
-        buffers = [buffer for module in modules for buffer in module._buffers.values() if buffer is not None]
+        buffers = [
+            buffer
+            for module in modules
+            for buffer in module._buffers.values()
+            if buffer is not None and not is_lazy(buffer)
+        ]
         return tuple([StatisticsCopy(buffer, buffer.detach().clone()) for buffer in buffers])
 
     def equal(self, copies: tuple[StatisticsCopy, ...]) -> bool:

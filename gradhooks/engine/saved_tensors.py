@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -64,4 +65,4 @@ def _unpack(saved: _Saved) -> Tensor:
 def storage_addresses(model: nn.Module, tensors: Iterable[Tensor] = ()) -> set[int]:
     """Return the storage addresses of the parameters and buffers of `model` and of `tensors`."""
     held = chain(tensors, model.parameters(), model.buffers())
-    return {tensor.untyped_storage().data_ptr() for tensor in held}
+    return {tensor.untyped_storage().data_ptr() for tensor in held if not is_lazy(tensor)}

@@ -1,8 +1,9 @@
 """ShadowParameters: aliases that replace the user's parameters while poses run.
 
 Rules:
-    1. A shadow is a detached `nn.Parameter` alias of a trainable parameter: it shares storage and version counter and
-       has a `.grad` of its own. (For a plain tensor `torch.compile` would recompile.)
+    1. A shadow is a detached alias of a trainable parameter: it shares storage and version counter, has a `.grad` of
+       its own, and the class of the parameter. (For a plain tensor `torch.compile` would recompile.) A lazy parameter
+       without a shape has no shadow: no pose of the batch uses it (`lazy_parameters.py`).
     2. While poses run, shadows are in the `_parameters` of the modules. The user's parameters, their `.grad`, their
        hooks and the reducer of DDP see nothing until the total gradient is delivered (`autograd_function.py`).
     3. Tied parameters share one shadow. `nn.RNNBase` also gets the shadows in its cached list `_flat_weights`.
@@ -14,12 +15,13 @@ Rules:
        `recovery.py` can undo it wherever an interrupt arrives, also where no statement of this file is reached.
 """
 
+import copyreg
 import threading
 from collections.abc import MutableMapping
-from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gradhooks.engine.graph_leaves import accumulation_nodes
 from gradhooks.errors import ConcurrentUseError
@@ -45,6 +47,7 @@ class ShadowParameters:
     Attributes:
         real: The trainable parameters of the model.
         shadows: Their shadows, in the same order.
+        nodes: The graph nodes at which a backward reaches the shadows.
 
     Raises:
         ConcurrentUseError: On construction and on entry, if the model holds the shadows of another thread.
@@ -59,11 +62,12 @@ class ShadowParameters:
         self._rnn_weights: list[tuple[Any, list[Tensor]]] = []
         for module in () if model is None else model.modules():
             self._add_module(module)
+        self.nodes = frozenset(accumulation_nodes(self.shadows))  # now, since a forward may freeze them
 
     def _add_module(self, module: nn.Module) -> None:
         parameters = cast("MutableMapping[str, Tensor | None]", module._parameters)
         for name, parameter in parameters.items():
-            if parameter is not None and parameter.requires_grad:
+            if parameter is not None and parameter.requires_grad and not is_lazy(parameter):
                 refuse_concurrent_use(parameter)
                 self._slots.append(_Slot(parameters, name, self._index_of(parameter)))
         if isinstance(module, nn.RNNBase):  # Rule 3: its kernels read this list instead of `_parameters`
@@ -77,17 +81,11 @@ class ShadowParameters:
     def _index_of(self, parameter: Tensor) -> int:
         index = self._index.setdefault(id(parameter), len(self.real))
         if index == len(self.real):
-            shadow = nn.Parameter(parameter.detach())
-            shadow.__dict__.update(parameter.__dict__)  # attributes that model code reads, such as `weight.is_expert`
+            shadow = _alias(parameter)
             shadow.__dict__["_gradhooks_owner"] = self._token
             self.real.append(parameter)
             self.shadows.append(shadow)
         return index
-
-    @cached_property
-    def nodes(self) -> frozenset[Any]:
-        """The graph nodes at which a backward reaches the shadows."""
-        return frozenset(accumulation_nodes(self.shadows))
 
     def names(self, model: nn.Module) -> list[str]:
         """Return the name of each parameter in the model, the first one if it is tied."""
@@ -149,6 +147,20 @@ def _leave_last() -> None:
     for module, weights in swaps[-1].flat_weights:
         module._flat_weights = weights
     swaps.pop()
+
+
+def _alias(parameter: Tensor) -> Tensor:
+    """Return a detached alias with the class of a parameter, its attributes and its slots."""
+    alias, kind = parameter.detach(), type(parameter)
+    if type(alias) is Tensor and issubclass(kind, nn.Parameter):
+        alias = Tensor._make_subclass(kind, alias, require_grad=True)
+    else:  # a tensor of a class of its own, which `detach` keeps
+        alias = nn.Parameter(alias)
+    alias.__dict__.update(parameter.__dict__)  # attributes that model code reads, such as `weight.is_expert`
+    for name in copyreg._slotnames(kind):  # type: ignore[attr-defined]
+        if hasattr(parameter, name):
+            setattr(alias, name, getattr(parameter, name))
+    return alias
 
 
 def refuse_concurrent_use(parameter: Tensor | None) -> None:

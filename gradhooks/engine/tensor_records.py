@@ -1,10 +1,10 @@
-"""TensorRecord: a tensor's memory and values at one time.
+"""TensorRecord: a tensor's memory, values and `requires_grad` at one time.
 
 Rules:
-    1. What is looked at without cost: the version counter; the address and number of the elements (`.data = ...`); on
-       the CPU the first bytes, so that small tensors are compared wholly. `.data.mul_()`, the kernels of normalization
-       and TorchScript do not increment the counter: of tensors that are larger, or on a device, this shows in a
-       comparison of the whole content only.
+    1. What is looked at without cost: the version counter; `requires_grad`; the address and number of the elements
+       (`.data = ...`); on the CPU the first bytes, so that small tensors are compared wholly. `.data.mul_()`, the
+       kernels of normalization and TorchScript do not increment the counter: of tensors that are larger, or on a
+       device, this shows in a comparison of the whole content only.
     2. Values are restored through `.data`, which leaves version counters unchanged: graphs that saved the tensor stay
        valid. A tensor whose memory was replaced gets its own memory back.
 """
@@ -20,7 +20,7 @@ _PLAIN_TYPES = {Tensor, nn.Parameter, getattr(nn, "Buffer", nn.Parameter)}
 
 
 class TensorRecord:
-    """A tensor's memory and values at one time.
+    """A tensor's memory, values and `requires_grad` at one time.
 
     Args:
         tensor: The tensor.
@@ -30,14 +30,16 @@ class TensorRecord:
         tensor: The tensor.
         alias: The memory that it had.
         value: A copy of its values, or None.
+        requires_grad: Whether it required grad.
     """
 
-    __slots__ = ("address", "alias", "head", "tensor", "value", "version", "window")
+    __slots__ = ("address", "alias", "head", "requires_grad", "tensor", "value", "version", "window")
 
     def __init__(self, tensor: Tensor, *, with_values: bool) -> None:
         self.tensor = tensor
         self.alias = tensor.detach()
         self.version = version_of(tensor)
+        self.requires_grad = tensor.requires_grad
         self.address = address_of(tensor)
         self.window = _window(tensor, self.address)
         self.head = None if self.window is None else self.window.raw
@@ -50,7 +52,11 @@ class TensorRecord:
 
     def looks_unchanged(self) -> bool:
         """Return whether nothing shows that the tensor changed (Rule 1)."""
-        return version_of(self.tensor) == self.version and self.looks_in_place()
+        return self.has_same_flag() and version_of(self.tensor) == self.version and self.looks_in_place()
+
+    def has_same_flag(self) -> bool:
+        """Return whether `requires_grad` is unchanged."""
+        return self.tensor.requires_grad == self.requires_grad
 
     def looks_in_place(self) -> bool:
         """Return whether the memory is the same and begins with the same bytes."""
@@ -65,7 +71,7 @@ class TensorRecord:
         record = object.__new__(TensorRecord)  # copy.copy takes ten times longer
         record.tensor, record.alias, record.value = self.tensor, self.alias, self.value
         record.address, record.window, record.head = self.address, self.window, self.head
-        record.version = version_of(self.tensor)
+        record.version, record.requires_grad = version_of(self.tensor), self.tensor.requires_grad
         return record
 
     def of_alias(self, tensor: Tensor) -> "TensorRecord":
@@ -84,7 +90,9 @@ class TensorRecord:
         return record
 
     def restore(self) -> bool:
-        """Give the tensor its memory and its values back (Rule 2); return whether this was possible."""
+        """Give the tensor its memory, values and flag back (Rule 2); return whether this was possible."""
+        if self.tensor.is_leaf and not self.has_same_flag():
+            self.tensor.requires_grad_(self.requires_grad)
         if self.address is not None and not self.tensor.is_set_to(self.alias):
             self.tensor.data = self.alias
         if self.value is None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from gradhooks.engine.tensor_records import TensorRecord
 
 _counter_of = attrgetter("_version")
+_flag_of = attrgetter("requires_grad")
 _bytes_of = attrgetter("raw")
 
 
@@ -16,6 +17,8 @@ class TensorWatch:
 
     def __init__(self, records: Iterable[TensorRecord]) -> None:
         records = list({id(record.tensor): record for record in records}.values())
+        self._tensors = [record.tensor for record in records]
+        self._flags = [record.requires_grad for record in records]
         counted = [record for record in records if not record.tensor.is_inference()]
         self._counted = [record.tensor for record in counted]
         self._versions = [record.version for record in counted]
@@ -31,6 +34,7 @@ class TensorWatch:
         """Return whether no tensor shows a change."""
         return (
             list(map(_counter_of, self._counted)) == self._versions
+            and list(map(_flag_of, self._tensors)) == self._flags
             and list(map(Tensor.data_ptr, self._placed)) == self._addresses
             and list(map(Tensor.numel, self._placed)) == self._sizes
             # Only now is it certain that the windows still show memory of the tensors.

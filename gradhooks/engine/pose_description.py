@@ -1,0 +1,55 @@
+"""Say in words which poses a batch has, for the report; refuse groups that were passed as nested lists."""
+
+from typing import Any
+
+from torch import Tensor
+
+from gradhooks.engine.pose_inputs import Poses, StackedPoses
+from gradhooks.errors import PosesError
+
+INSPECTED = 64
+"""How many poses of a list are looked at."""
+
+
+def describe_poses(poses: Poses) -> str:
+    """Return such as `4 poses of shape (5, 16)`, with the shapes of all tensors in a pose."""
+    count = len(poses)
+    described = f"{count} pose" if count == 1 else f"{count} poses"
+    if isinstance(poses, StackedPoses):
+        return described + _with_shapes([shape[1:] for shape in _shapes(poses.narrow(0, 1))], "of")
+    shapes = [_shapes(poses.narrow(index, index + 1)) for index in range(min(count, INSPECTED))]
+    alike = count <= INSPECTED and all(each == shapes[0] for each in shapes)
+    return described + (_with_shapes(shapes[0], "of" if alike else ", the first of") if shapes else "")
+
+
+def _shapes(poses: Poses) -> list[tuple[int, ...]]:
+    shapes: list[tuple[int, ...]] = []
+
+    def add(tensor: Tensor) -> Tensor:
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    poses.map_tensors(add)
+    return shapes
+
+
+def _with_shapes(shapes: list[tuple[int, ...]], preposition: str) -> str:
+    if not shapes:
+        return ""
+    separator = "" if preposition.startswith(",") else " "
+    return f"{separator}{preposition} shape{'s' * (len(shapes) > 1)} {', '.join(map(str, shapes))}"
+
+
+def refuse_nested_groups(first: Any) -> None:
+    """Refuse poses of which the first is a list of poses.
+
+    Raises:
+        PosesError: It is. Lists of numbers or words are no lists of poses.
+    """
+    if isinstance(first, list) and not any(isinstance(part, (int, float, complex, str, bytes)) for part in first):
+        raise PosesError(
+            f"pose 0 is a list of {len(first)}. If the lists are groups: pass all poses in one list, with groups= (the "
+            "group number of each pose), or let collate_groups make both in a DataLoader. If they were tuples that the "
+            "collate function of a DataLoader has turned into lists: DataLoader(..., batch_size=None, "
+            "collate_fn=lambda group: group). If a list is one pose: call=lambda model, pose: model(pose)"
+        )

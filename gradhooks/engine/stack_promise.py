@@ -1,0 +1,79 @@
+"""A stack of poses promises that the model returns a row per pose. The tensors of one pose do not keep it."""
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradhooks.engine.learned import Learned, StackForm
+from gradhooks.engine.model_state import ModelState
+from gradhooks.engine.nested import fresh_containers, map_tensors
+from gradhooks.engine.parametrization_cache import uncached_parametrizations
+from gradhooks.engine.pose_inputs import Poses
+from gradhooks.errors import PosesError
+from gradhooks.options import Options
+
+_PAIR = 2
+
+
+def refuse_broken_promise(
+    model: nn.Module, poses: Poses, options: Options, state: ModelState, learned: Learned
+) -> None:
+    """Refuse stacked poses for which the model does not return a row per pose.
+
+    A chunk of one pose does not show it, since the tensors of one pose can be sliced too: into its atoms. So the first
+    two rows run together once, without a trace, for each form of poses: dtypes and numbers of axes of their tensors.
+
+    Raises:
+        PosesError: The model returns another number of rows than two.
+    """
+    if not poses.batched or len(poses) < _PAIR or (options.chunk_size or 1) > 1:
+        return
+    inputs = poses.slice(0, _PAIR)
+    form = _form_of(inputs)
+    if form in learned.row_per_pose:
+        return
+    with uncached_parametrizations(), state.preserved(probe=True):
+        output = _run(model, inputs, options)
+        output = output[0] if isinstance(output, tuple) and output else output  # `call=` may return a side output
+    if isinstance(output, Tensor) and (output.dim() == 0 or len(output) != _PAIR):
+        raise PosesError(_describe(tuple(output.shape), inputs, collated=options.collate is not None))
+    learned.row_per_pose.add(form)
+
+
+def _run(model: nn.Module, inputs: Any, options: Options) -> Any:
+    """Return what the model makes of two rows; None if it fails, which says nothing about chunks of one."""
+    for grad_mode in (False, True):  # without it two poses need less memory, but some models refuse that
+        with suppress(Exception), torch.set_grad_enabled(grad_mode):
+            return options.call(model, fresh_containers(map_tensors(_copy, inputs)))
+    return None
+
+
+def _form_of(inputs: Any) -> StackForm:
+    form: list[tuple[int, torch.dtype]] = []
+
+    def add(tensor: Tensor) -> Tensor:
+        form.append((tensor.dim(), tensor.dtype))
+        return tensor
+
+    map_tensors(add, inputs)
+    return tuple(form)
+
+
+def _describe(shape: tuple[int, ...], inputs: Any, *, collated: bool) -> str:
+    found = f"for two poses at once the model returned shape {shape}, not two rows"
+    if collated:
+        return (
+            f"{found}; collate= must make an input for which the model returns a row per pose. Leave it out otherwise"
+        )
+    kind, one = ("tensor", "poses.unbind()") if isinstance(inputs, Tensor) else ("mapping", "[{...}, {...}]")
+    return (
+        f"{found}. A {kind} holds stacked poses: axis 0 of each tensor is the pose, and the model returns a row for "
+        f"each. Is this {kind} one pose? Then pass [pose]. If the model takes single poses without that axis, pass a "
+        f"list: {one}"
+    )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
