@@ -11,7 +11,7 @@ from unwatched import Unwatched
 
 import gradhooks
 from gradhooks.profiling.comparison import compare_steps
-from gradhooks.profiling.gradient_check import GradientCheck
+from gradhooks.profiling.check_result import CheckedAccumulator, GradientCheck
 from gradhooks.profiling.gradient_error import gradient_error
 from gradhooks.profiling.peak_memory import PeakMemory
 from gradhooks.profiling.training_batch import TrainingBatch

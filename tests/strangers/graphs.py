@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from strangers.entry import Stranger, stranger
 from torch import Tensor, nn
+
+from strangers.entry import Stranger, stranger
 
 
 def radius_graph(positions: Tensor, r: float, **_: Any) -> Tensor:

@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-from strangers.entry import IN_FLOAT32, Stranger, stranger
 from torch import Tensor, nn
+
+from strangers.entry import IN_FLOAT32, Stranger, stranger
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,

@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-from strangers.entry import Stranger, stranger
 from torch import Tensor, nn
+
+from strangers.entry import Stranger, stranger
 
 
 def images(size: int = 16) -> list[Tensor]:
