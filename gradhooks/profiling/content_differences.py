@@ -9,6 +9,8 @@ import torch
 from gradhooks.profiling.gradient_error import difference_of, norm_of
 from gradhooks.profiling.model_contents import TensorContent
 
+LONGEST_TEXT = 100  # of a difference that is told by both values
+
 _ABSENT = object()
 
 
@@ -55,12 +57,13 @@ def _difference(actual: Any, expected: Any, eps: float, largest: float) -> str:
         return "is missing"
     if isinstance(expected, TensorContent) and isinstance(actual, TensorContent):
         return _tensor_difference(actual, expected, eps, largest)
-    if type(actual) is type(expected) is float and not actual == expected:
-        close = math.isclose(actual, expected, rel_tol=_tolerance(eps)) or (actual != actual and expected != expected)
+    if type(actual) is type(expected) is float:
+        close = math.isclose(actual, expected, rel_tol=_tolerance(eps)) or (math.isnan(actual) and math.isnan(expected))
         return "" if close else f"is {actual:.6g} instead of {expected:.6g}"
     if _equal(actual, expected):
         return ""
-    return f"is {actual!r} instead of {expected!r}" if len(f"{actual!r}{expected!r}") < 80 else "differs"
+    text = f"is {actual!r} instead of {expected!r}"
+    return text if len(text) <= LONGEST_TEXT else "differs"
 
 
 def _tensor_difference(actual: TensorContent, expected: TensorContent, eps: float, largest: float) -> str:
@@ -82,7 +85,7 @@ def _tolerance(eps: float) -> float:
 
 
 def _values(tensor: torch.Tensor) -> str:
-    return str(tensor.tolist()) if tensor.numel() < 5 else "another tensor"
+    return str(tensor.tolist()) if tensor.numel() == 1 else "another tensor"
 
 
 def _form(tensor: torch.Tensor) -> str:

@@ -1,8 +1,9 @@
 """Check that gradhooks trains a user's model as the full graph does."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from typing_extensions import Unpack
@@ -17,10 +18,15 @@ from gradhooks.profiling.precision import rounding_allowances
 from gradhooks.profiling.preserved_state import preserved_state
 from gradhooks.profiling.training_batch import CombinationLike
 from gradhooks.profiling.training_steps import sum_of_combined, used_options
-from gradhooks.profiling.trial import StepRecord, Trials
+from gradhooks.profiling.trial import NoGradientError, StepRecord, Trials
 
 ACCUMULATORS = ("store", "stream", "recompute", "auto")
 SCALE = 1 / 3  # of the loss of the second full graph; not a power of two, so that every operation rounds anew
+NOTHING_TO_COMPARE = (
+    "no leaf has a gradient in the full graph, so that there is nothing to compare. Is the model frozen, by "
+    "requires_grad_(False) or torch.jit.freeze, or does it compute without autograd? Poses that require grad make a "
+    "frozen model comparable"
+)
 
 
 def gradcheck(
@@ -57,64 +63,75 @@ def gradcheck(
     refuse_unknown_options(options, OPTION_NAMES)
     batch = CheckedBatch(model, poses, combination, groups, loss, options)
     with preserved_state(model):
-        trials, expected, notes = _run_full_graph(batch)
         try:
-            return _compare(trials, expected, notes, options)
-        finally:
-            trials.restore()
+            return _check(batch, [])
+        except NoGradientError:
+            return GradientCheck((), (), NOTHING_TO_COMPARE)
 
 
-def _run_full_graph(batch: CheckedBatch) -> tuple[Trials, list[StepRecord], list[str]]:
-    """Run the full graph in float64 or, if the model cannot do that, in its own dtype."""
+def _check(batch: CheckedBatch, notes: list[str]) -> GradientCheck:
+    """Compare in float64 or, if the full graph cannot run in it, in the dtype of the model."""
     trials = Trials(batch)
     try:
-        return trials, trials.full_graph(), []
-    except (RuntimeError, ValueError) as error:
-        trials.restore()
-        narrow = Trials(replace(batch, wide=False))
         try:
-            expected = narrow.full_graph()
-        except RuntimeError:
-            narrow.restore()
-            raise error from None
-        first_line = str(error).partition("\n")[0]
-        return narrow, expected, [f"compared in the model's own dtype, since it fails in float64: {first_line}"]
+            expected = trials.full_graph()
+        except (RuntimeError, ValueError) as error:
+            if not batch.wide:
+                raise
+            first_line = str(error).partition("\n")[0]
+            notes = [f"compared in the model's own dtype, since the full graph fails in float64: {first_line}"]
+        else:
+            return _compare(trials, expected, notes, batch.options)
+    finally:
+        trials.restore()
+    return _check(replace(batch, wide=False), notes)
 
 
-def _compare(
-    trials: Trials, expected: list[StepRecord], notes: list[str], options: Mapping[str, Any]
-) -> GradientCheck:
-    repeated = trials.repeat_full_graph(expected, SCALE)
-    allowances = [
-        rounding_allowances(one.gradients, other.gradients, trials.eps)
-        for one, other in zip(expected, repeated, strict=True)
-    ]
-    ignored = {
-        difference.name
-        for one, other in zip(repeated, expected, strict=True)
-        for difference in content_differences(one.contents, other.contents, trials.eps)
-    }
-    if ignored:
-        notes.append(f"not compared, since the full graph itself differs when it runs again: {', '.join(ignored)}")
+class _Reference(NamedTuple):
+    """What all rows are compared with.
+
+    Attributes:
+        steps: What the full graph left.
+        allowances: For each step, by gradient: a difference that is no more than rounding.
+        unstable: Contents that differ when the full graph itself runs again.
+        eps: The rounding error of the narrowest dtype in the graph.
+    """
+
+    steps: list[StepRecord]
+    allowances: list[dict[str, float]]
+    unstable: list[str]
+    eps: float
+
+
+def _compare(trials: Trials, steps: list[StepRecord], notes: list[str], options: Mapping[str, Any]) -> GradientCheck:
+    reference = _repeat(trials, steps)
+    if reference.unstable:
+        names = ", ".join(reference.unstable)
+        notes.append(f"not compared, since the full graph itself differs when it runs again: {names}")
     if trials.draws and options.get("chunk_size") is None:
         options = {**options, "chunk_size": 1}  # a chunk draws other random numbers than its poses one by one
     rows = []
     for name, chosen in _settings(options):
         try:
-            actual = trials.multipose(**chosen)
+            rows.append(_row(name, trials.multipose(**chosen), reference))
         except Exception as error:
-            rows.append(CheckedAccumulator(name, float("inf"), error=error))
-            continue
-        rows.append(_row(name, actual, expected, allowances, ignored, trials.eps))
-    first = expected[0].gradients
+            rows.append(CheckedAccumulator(name, math.inf, error=error))
+    first = steps[0].gradients
     unused = tuple(name for name in trials.trainable if first[f"parameter {name}"] is None)
-    reason = None
-    if all(gradient is None for gradient in first.values()):
-        reason = (
-            "no leaf has a gradient in the full graph, so that nothing can be compared. Is the model frozen, by "
-            "requires_grad_(False) or torch.jit.freeze, or does it compute without autograd?"
-        )
+    reason = NOTHING_TO_COMPARE if all(gradient is None for gradient in first.values()) else None
     return GradientCheck(tuple(rows), unused, reason, tuple(notes))
+
+
+def _repeat(trials: Trials, steps: list[StepRecord]) -> _Reference:
+    """Run the full graph again, to learn what of a difference is rounding."""
+    pairs = list(zip(steps, trials.repeat_full_graph(steps, SCALE), strict=True))
+    allowances = [rounding_allowances(one.gradients, other.gradients, trials.eps) for one, other in pairs]
+    unstable = {
+        difference.name: None
+        for one, other in pairs
+        for difference in content_differences(other.contents, one.contents, trials.eps)
+    }
+    return _Reference(steps, allowances, list(unstable), trials.eps)
 
 
 def _settings(options: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -131,26 +148,21 @@ def _settings(options: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _row(
-    name: str,
-    actual: Sequence[StepRecord],
-    expected: Sequence[StepRecord],
-    allowances: Sequence[Mapping[str, float]],
-    ignored: set[str],
-    eps: float,
-) -> CheckedAccumulator:
-    largest, differences = 0.0, []
-    for number, (one, other, allowance) in enumerate(zip(actual, expected, allowances, strict=True)):
-        errors = gradient_errors(one.gradients, other.gradients, allowances=allowance, allowed=TOLERANCE)
+def _row(name: str, steps: Sequence[StepRecord], reference: _Reference) -> CheckedAccumulator:
+    """Compare two steps with those of the full graph; the second one only if the first agrees."""
+    largest = 0.0
+    for number, (actual, expected) in enumerate(zip(steps, reference.steps, strict=True)):
+        allowances = reference.allowances[number]
+        errors = gradient_errors(actual.gradients, expected.gradients, allowances=allowances, allowed=TOLERANCE)
         largest = max([largest, *errors.values()])
-        wrong = sorted((name for name, error in errors.items() if not error <= TOLERANCE), key=errors.__getitem__)
-        found = [_describe(name, errors[name], one, other) for name in reversed(wrong)]
-        contents = content_differences(one.contents, other.contents, eps)
-        found += [f"{name} {text}" for name, text in contents if name not in ignored]
-        differences += [f"{text} (step {number + 1})" for text in found]
-        if differences:
-            break  # the second step starts from what the first one left
-    return CheckedAccumulator(name, largest, tuple(differences))
+        wrong = sorted((leaf for leaf, error in errors.items() if not error <= TOLERANCE), key=errors.__getitem__)
+        found = [_describe(leaf, errors[leaf], actual, expected) for leaf in reversed(wrong)]
+        known = {*reference.unstable, *wrong}  # a wrong gradient makes a wrong parameter
+        contents = content_differences(actual.contents, expected.contents, reference.eps)
+        found += [f"{difference.name} {difference.text}" for difference in contents if difference.name not in known]
+        if found:
+            return CheckedAccumulator(name, largest, tuple(f"{text} (step {number + 1})" for text in found))
+    return CheckedAccumulator(name, largest)
 
 
 def _describe(leaf: str, error: float, actual: StepRecord, expected: StepRecord) -> str:

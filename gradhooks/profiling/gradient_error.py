@@ -1,5 +1,6 @@
 """Measure how far tensors are from those that are expected: the one measure of `gradcheck` and of `compare`."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -31,13 +32,13 @@ def gradient_errors(
         allowed: The error that such a difference has.
     """
     norms = {name: norm_of(value) for name, value in expected.items() if value is not None}
-    largest = max((norm for norm in norms.values() if norm < float("inf")), default=0.0)
+    largest = max((norm for norm in norms.values() if norm < math.inf), default=0.0)
     errors = {}
     for name, reference in expected.items():
         actual = gradients.get(name)
         if reference is None or actual is None:
             if reference is not actual:
-                errors[name] = float("inf")
+                errors[name] = math.inf
             continue
         size = max(norms[name], floor_of(reference.dtype) * largest)
         if allowances is not None:
@@ -54,13 +55,13 @@ def floor_of(dtype: torch.dtype) -> float:
 def norm_of(tensor: Tensor) -> float:
     """Return the norm of a tensor, dense or sparse; infinite if an entry is not finite."""
     norm = torch.linalg.vector_norm(_dense(tensor)).item()
-    return norm if norm < float("inf") else float("inf")
+    return norm if math.isfinite(norm) else math.inf
 
 
 def difference_of(actual: Tensor, expected: Tensor) -> float:
     """Return the norm of the difference of two tensors; infinite if shapes, or what is not finite, differ."""
     if actual.shape != expected.shape:
-        return float("inf")
+        return math.inf
     one, other = _dense(actual), _dense(expected)
     same = (one == other) | (one.isnan() & other.isnan())
     return norm_of(torch.where(same, torch.zeros_like(one), one - other))

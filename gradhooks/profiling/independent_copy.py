@@ -15,6 +15,7 @@ from gradhooks.engine.nested import map_tensors, tensors_in
 from gradhooks.groups import Groups
 from gradhooks.prediction import MultiPosePrediction
 
+COPIED_OPTIONS = ("call", "collate", "generators")
 CheckedLoss = Callable[[MultiPosePrediction], Tensor] | Callable[[MultiPosePrediction, Any], Tensor]
 
 _WIDE = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64}
@@ -65,6 +66,7 @@ class IndependentCopy:
         self._batch = batch
         self._memo: dict[int, Any] = {}
         self.model: nn.Module = _deep_copy(batch.model, self._memo, "the model")
+        _make_leaves(batch.model, self.model)
         named = batch.combination
         combination = None if named is None else registry.combinations.resolve(named)
         self.combination: Any = _deep_copy(combination, self._memo, "the combination")
@@ -103,7 +105,7 @@ class IndependentCopy:
 
     def leaves(self, poses: "CopiedPoses") -> dict[str, Tensor]:
         """Return the parameters, frozen or not, and all other leaves that require grad, by name."""
-        found = {f"parameter {name}": leaf for name, leaf in self.model.named_parameters()}
+        found: dict[str, Tensor] = {f"parameter {name}": leaf for name, leaf in self.model.named_parameters()}
         if isinstance(self.combination, nn.Module):
             parameters = self.combination.named_parameters()
             found.update((f"parameter {name} of the combination", leaf) for name, leaf in parameters)
@@ -139,6 +141,13 @@ def _is_trained(tensor: Tensor) -> bool:
 
 def _tensors_of(memo: Mapping[int, Any]) -> list[Tensor]:
     return [value for value in memo.values() if isinstance(value, Tensor)]
+
+
+def _make_leaves(model: nn.Module, copied: nn.Module) -> None:
+    """Cut the graphs that `copy.deepcopy` leaves between the parameters of a TorchScript module and their copies."""
+    for (_, leaf), (_, parameter) in zip(model.named_parameters(), copied.named_parameters(), strict=True):
+        if not parameter.is_leaf:
+            parameter.detach_().requires_grad_(leaf.requires_grad)
 
 
 def _widen(tensors: Iterable[Tensor]) -> None:

@@ -61,11 +61,9 @@ class _Reader:
             return
         self._seen[id(module)] = module
         self._read_registered(f"{path}." if path else "", module)
+        attributes = {name: value for name, value in vars(module).items() if name not in MACHINERY}
         if isinstance(module, torch.jit.ScriptModule):
-            names = [name for name in module._concrete_type.get_attributes() if name not in module._parameters.keys()]
-            attributes = {name: getattr(module, name) for name in names}
-        else:
-            attributes = {name: value for name, value in vars(module).items() if name not in MACHINERY}
+            attributes = _script_attributes(module)
         computed = {getattr(hook, "name", None) for hook in module._forward_pre_hooks.values()}  # as weight_norm does
         for name, value in attributes.items():
             if name not in computed:
@@ -116,6 +114,13 @@ class _Reader:
                 self._read(f"{path}[{index}]", part, depth + 1)
         for key, part in list(getattr(value, "__dict__", {}).items()):
             self._read(f"{path}.{key}", part, depth + 1)
+
+
+def _script_attributes(module: torch.jit.ScriptModule) -> dict[str, Any]:
+    if not hasattr(module, "_concrete_type"):  # frozen: its attributes are constants
+        return {}
+    parameters = set(module._parameters.keys())  # a view of C++ without `in`
+    return {name: getattr(module, name) for name in module._concrete_type.get_attributes() if name not in parameters}
 
 
 def _content(tensor: Tensor) -> TensorContent | str:

@@ -2,8 +2,8 @@
 
 Rules:
     1. A float64 copy of a model may compute in float32 inside (`x.float()`, a softmax in float32). How much that rounds
-       shows in the full graph itself: it runs again with a loss of another scale, which in exact arithmetic scales every
-       gradient alike. What is left after scaling back is rounding.
+       shows in the full graph itself: it runs again with a loss of another scale, which in exact arithmetic scales all
+       gradients alike. What is left after scaling back is rounding.
     2. A backward that is not linear (a clamp, an added loss) fails this test by far more than rounding. So what counts
        as rounding is limited by the narrowest dtype that takes part in the graph.
 """

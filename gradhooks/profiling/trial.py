@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gradhooks.engine.graph_leaves import reached_leaves
 from gradhooks.prediction import MultiPosePrediction
 from gradhooks.profiling.gradient_error import norm_of
-from gradhooks.profiling.independent_copy import CheckedBatch, IndependentCopy
+from gradhooks.profiling.independent_copy import COPIED_OPTIONS, CheckedBatch, IndependentCopy
 from gradhooks.profiling.model_contents import TensorContent, plain_value, read_contents
 from gradhooks.profiling.precision import narrowest_dtype
 from gradhooks.profiling.training_batch import TrainingBatch
@@ -21,6 +21,10 @@ STEPS = 2
 RELATIVE_STEP = 1e-3  # the size of the optimizer's update, relative to that of the parameters
 
 Predict = Callable[[Any], MultiPosePrediction]
+
+
+class NoGradientError(Exception):
+    """Internal: the loss of the full graph does not require grad."""
 
 
 class StepRecord(NamedTuple):
@@ -94,7 +98,7 @@ class Trials:
         """
 
         def predict(copied: IndependentCopy) -> Predict:
-            copies = {name: value for name, value in copied.options.items() if name in ("call", "collate", "generators")}
+            copies = {name: copied.options[name] for name in COPIED_OPTIONS if name in copied.options}
             scorer = MultiPose(copied.model, copied.combination, **{**options, **copies})
             return lambda poses: scorer(poses, groups=self._batch.groups)
 
@@ -135,6 +139,8 @@ class Trials:
                 leaf.grad = None
             loss = copied.loss(predict(poses.poses))
             if learns:
+                if not loss.requires_grad:
+                    raise NoGradientError
                 self._learn_leaves(loss, leaves)
             # Parts of the graph that lie outside the model are there only once.
             (loss * scale).backward(retain_graph=bool(self._outside))
@@ -149,7 +155,8 @@ class Trials:
 
     def _learn_leaves(self, loss: Tensor, leaves: Mapping[str, Tensor]) -> None:
         known = set(map(id, (*leaves.values(), *self._outside.values())))
-        originals = {id(leaf): name for name, leaf in self._batch.model.named_parameters()}
+        named = list(self._batch.model.named_parameters())
+        originals = {id(leaf): name for name, leaf in named}
         for leaf in reached_leaves(loss)[0]:
             if id(leaf) in originals:
                 raise TypeError(
@@ -188,7 +195,8 @@ def _read_gradient(leaf: Tensor, scale: float) -> Tensor | None:
 def _contents(copied: IndependentCopy) -> dict[str, Any]:
     contents = read_contents(copied.model)
     if isinstance(copied.combination, nn.Module):
-        contents.update((f"{name} of the combination", value) for name, value in read_contents(copied.combination).items())
+        combination = read_contents(copied.combination)
+        contents.update((f"{name} of the combination", value) for name, value in combination.items())
     for number, generator in enumerate(copied.options.get("generators", ())):
         source = generator_source(generator)
         if source is not None:
