@@ -113,6 +113,8 @@ def _remedies(rows: Sequence[CheckedAccumulator]) -> list[str]:
             "repeatable and its backward linear: keep what it remembers in attributes of modules, and what else the "
             f"loss uses in the prediction{instead}"
         )
+    if any("outside the model" in text for text in differences):
+        remedies.append("leaves outside the model: pass them as part of the pose")
     if any(text.startswith("the generator") for text in differences):
         remedies.append("generators: name those that are no attributes of modules with generators=[...]")
     if any(text.startswith(("buffer", "attribute", "parameter")) for text in differences):

@@ -1,11 +1,11 @@
 """Check that gradhooks trains a user's model as the full graph does."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gradhooks import registry
@@ -14,7 +14,7 @@ from gradhooks.profiling.check_result import TOLERANCE, CheckedAccumulator, Grad
 from gradhooks.profiling.content_differences import content_differences
 from gradhooks.profiling.gradient_error import gradient_errors
 from gradhooks.profiling.independent_copy import CheckedBatch, CheckedLoss
-from gradhooks.profiling.precision import rounding_allowances
+from gradhooks.profiling.precision import rounding_errors
 from gradhooks.profiling.preserved_state import preserved_state
 from gradhooks.profiling.training_batch import CombinationLike
 from gradhooks.profiling.training_steps import sum_of_combined, used_options
@@ -45,7 +45,7 @@ def gradcheck(
     `.grad` and the global generators are left as they were.
 
     Gradients may differ by 1e-10 of their size, and by what the model itself rounds, if it computes in less than
-    float64; see `gradient_errors` and `Precision`.
+    float64; see `gradient_errors` and `rounding_errors`.
 
     Args:
         model: The bare model.
@@ -92,13 +92,13 @@ class _Reference(NamedTuple):
 
     Attributes:
         steps: What the full graph left.
-        allowances: For each step, by gradient: a difference that is no more than rounding.
+        tolerances: For each step, by gradient: an error that is no more than rounding.
         unstable: Contents that differ when the full graph itself runs again.
         eps: The rounding error of the narrowest dtype in the graph.
     """
 
     steps: list[StepRecord]
-    allowances: list[dict[str, float]]
+    tolerances: list[dict[str, float]]
     unstable: list[str]
     eps: float
 
@@ -108,14 +108,15 @@ def _compare(trials: Trials, steps: list[StepRecord], notes: list[str], options:
     if reference.unstable:
         names = ", ".join(reference.unstable)
         notes.append(f"not compared, since the full graph itself differs when it runs again: {names}")
+    tolerance = max(error for errors in reference.tolerances for error in [TOLERANCE, *errors.values()])
+    if tolerance > TOLERANCE:
+        notes.append(
+            f"the model computes in {str(trials.narrowest).removeprefix('torch.')} in places; gradients agree if they "
+            f"differ by no more than its rounding errors, {tolerance:.0e}"
+        )
     if trials.draws and options.get("chunk_size") is None:
         options = {**options, "chunk_size": 1}  # a chunk draws other random numbers than its poses one by one
-    rows = []
-    for name, chosen in _settings(options):
-        try:
-            rows.append(_row(name, trials.multipose(**chosen), reference))
-        except Exception as error:
-            rows.append(CheckedAccumulator(name, math.inf, error=error))
+    rows = [_row(name, chosen, trials, reference) for name, chosen in _settings(options)]
     first = steps[0].gradients
     unused = tuple(name for name in trials.trainable if first[f"parameter {name}"] is None)
     reason = NOTHING_TO_COMPARE if all(gradient is None for gradient in first.values()) else None
@@ -125,13 +126,16 @@ def _compare(trials: Trials, steps: list[StepRecord], notes: list[str], options:
 def _repeat(trials: Trials, steps: list[StepRecord]) -> _Reference:
     """Run the full graph again, to learn what of a difference is rounding."""
     pairs = list(zip(steps, trials.repeat_full_graph(steps, SCALE), strict=True))
-    allowances = [rounding_allowances(one.gradients, other.gradients, trials.eps) for one, other in pairs]
+    tolerances = [
+        {name: max(TOLERANCE, error) for name, error in errors.items()}
+        for errors in (rounding_errors(one.gradients, other.gradients, trials.eps) for one, other in pairs)
+    ]
     unstable = {
         difference.name: None
         for one, other in pairs
         for difference in content_differences(other.contents, one.contents, trials.eps)
     }
-    return _Reference(steps, allowances, list(unstable), trials.eps)
+    return _Reference(steps, tolerances, list(unstable), trials.eps)
 
 
 def _settings(options: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -148,14 +152,20 @@ def _settings(options: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _row(name: str, steps: Sequence[StepRecord], reference: _Reference) -> CheckedAccumulator:
+def _row(name: str, options: Mapping[str, Any], trials: Trials, reference: _Reference) -> CheckedAccumulator:
     """Compare two steps with those of the full graph; the second one only if the first agrees."""
+    try:
+        steps = trials.multipose(**options)
+    except Exception as error:  # a refusal belongs to the result
+        return CheckedAccumulator(name, math.inf, error=error)
     largest = 0.0
     for number, (actual, expected) in enumerate(zip(steps, reference.steps, strict=True)):
-        allowances = reference.allowances[number]
-        errors = gradient_errors(actual.gradients, expected.gradients, allowances=allowances, allowed=TOLERANCE)
+        tolerances = reference.tolerances[number]
+        errors = gradient_errors(actual.gradients, expected.gradients)
         largest = max([largest, *errors.values()])
-        wrong = sorted((leaf for leaf, error in errors.items() if not error <= TOLERANCE), key=errors.__getitem__)
+        wrong = [
+            leaf for leaf in sorted(errors, key=errors.__getitem__) if not errors[leaf] <= tolerances.get(leaf, 0.0)
+        ]
         found = [_describe(leaf, errors[leaf], actual, expected) for leaf in reversed(wrong)]
         known = {*reference.unstable, *wrong}  # a wrong gradient makes a wrong parameter
         contents = content_differences(actual.contents, expected.contents, reference.eps)
@@ -166,8 +176,16 @@ def _row(name: str, steps: Sequence[StepRecord], reference: _Reference) -> Check
 
 
 def _describe(leaf: str, error: float, actual: StepRecord, expected: StepRecord) -> str:
-    if expected.gradients[leaf] is None:
+    """Return how a gradient differs."""
+    gradient, right = actual.gradients.get(leaf), expected.gradients[leaf]
+    if right is None:
         return f".grad of {leaf} is there, and None in the full graph"
-    if actual.gradients.get(leaf) is None:
+    if gradient is None:
         return f".grad of {leaf} is None"
+    if gradient.layout != right.layout:
+        return f".grad of {leaf} is {_layout(gradient)} instead of {_layout(right)}"
     return f"gradient of {leaf} is off by {error:.1e} of its size"
+
+
+def _layout(gradient: Tensor) -> str:
+    return "sparse" if gradient.is_sparse else "dense"

@@ -16,35 +16,38 @@ def gradient_error(gradients: Sequence[Tensor | None], expected: Sequence[Tensor
     return max(errors.values(), default=0.0)
 
 
-def gradient_errors(
-    gradients: Gradients, expected: Gradients, *, allowances: Mapping[str, float] | None = None, allowed: float = 1.0
-) -> dict[str, float]:
-    """Return the norm of the difference of each gradient, relative to the norm of the expected one.
+def gradient_errors(gradients: Gradients, expected: Gradients) -> dict[str, float]:
+    """Return the norm of the difference of each gradient, relative to the size of the expected one.
 
-    What divides it is at least a part of the largest norm of the model, `floor_of` its dtype: a gradient that is as
-    small is a difference of larger numbers, of which only the rounding errors are left. The error is infinite if one of
-    a pair is missing, or only one of them is finite; a pair that is missing has none.
+    The error is infinite if one of a pair is missing, or not finite, or not sparse, where the other is. A pair that is
+    missing has none.
 
     Args:
         gradients: The gradients, by name.
         expected: Those of the full graph, by name.
-        allowances: Differences that are no more than rounding, by name; see `Precision`.
-        allowed: The error that such a difference has.
     """
-    norms = {name: norm_of(value) for name, value in expected.items() if value is not None}
-    largest = max((norm for norm in norms.values() if norm < math.inf), default=0.0)
+    sizes = gradient_sizes(expected)
     errors = {}
     for name, reference in expected.items():
         actual = gradients.get(name)
-        if reference is None or actual is None:
-            if reference is not actual:
-                errors[name] = math.inf
-            continue
-        size = max(norms[name], floor_of(reference.dtype) * largest)
-        if allowances is not None:
-            size = max(size, allowances.get(name, 0.0) / allowed)
-        errors[name] = difference_of(actual, reference) / (size or 1.0)
+        if reference is not None and actual is not None and actual.layout == reference.layout:
+            errors[name] = difference_of(actual, reference) / sizes[name]
+        elif reference is not actual:
+            errors[name] = math.inf
     return errors
+
+
+def gradient_sizes(expected: Gradients) -> dict[str, float]:
+    """Return by what the difference of each gradient is divided: its norm, and a part of the largest one at least.
+
+    A gradient smaller than `floor_of` its dtype times the largest one is a difference of larger numbers, of which only
+    the rounding errors are left.
+    """
+    norms = {name: norm_of(value) for name, value in expected.items() if value is not None}
+    largest = max((norm for norm in norms.values() if math.isfinite(norm)), default=0.0)
+    dtypes = {name: value.dtype for name, value in expected.items() if value is not None}
+    sizes = {name: max(norm, floor_of(dtypes[name]) * largest) for name, norm in norms.items()}
+    return {name: size if 0 < size < math.inf else 1.0 for name, size in sizes.items()}
 
 
 def floor_of(dtype: torch.dtype) -> float:

@@ -88,11 +88,12 @@ class _Reader:
         if isinstance(value, _OPAQUE) or id(value) in self._seen or depth > _DEPTH:
             self.values[name] = type(value).__name__
             return
+        if isinstance(value, nn.Module):
+            self.read_module(path, value)
+            return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
             self.values[name] = _content(value)
-        elif isinstance(value, nn.Module):
-            self.read_module(path, value)
         elif (source := generator_source(value)) is not None:
             self.values[f"the generator {path}"] = plain_value(source.get())
         else:

@@ -1,4 +1,4 @@
-"""Precision: what is no more than rounding in the gradients of a model, whatever the dtype of its parameters.
+"""What is no more than rounding in the gradients of a model, whatever the dtype of its parameters.
 
 Rules:
     1. A float64 copy of a model may compute in float32 inside (`x.float()`, a softmax in float32). How much that rounds
@@ -8,12 +8,13 @@ Rules:
        as rounding is limited by the narrowest dtype that takes part in the graph.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradhooks.profiling.gradient_error import Gradients, difference_of, norm_of
+from gradhooks.profiling.gradient_error import Gradients, gradient_errors, gradient_sizes, norm_of
 
 MARGIN = 100.0  # between the rounding error of one trial and that of another
 
@@ -35,24 +36,20 @@ def narrowest_dtype(root: Tensor) -> torch.dtype:
     return narrowest
 
 
-def rounding_allowances(expected: Gradients, repeated: Gradients, eps: float) -> dict[str, float]:
-    """Return the norm of a difference that is no more than rounding, for each gradient.
+def rounding_errors(expected: Gradients, repeated: Gradients, eps: float) -> dict[str, float]:
+    """Return which error of each gradient, in the measure of `gradient_errors`, is no more than rounding.
 
     Args:
         expected: The gradients of the full graph.
         repeated: Its gradients from a loss of another scale, scaled back.
         eps: The rounding error of the narrowest dtype in the graph.
     """
+    sizes = gradient_sizes(expected)
+    errors = {name: error for name, error in gradient_errors(repeated, expected).items() if error < math.inf}
     norms = {name: norm_of(value) for name, value in expected.items() if value is not None}
-    largest = max((norm for norm in norms.values() if norm < float("inf")), default=0.0)
-    noise = {name: _difference(repeated.get(name), expected[name]) for name in norms}
+    largest = max((norm for norm in norms.values() if norm < math.inf), default=0.0)
     floor = eps**0.25 * largest
-    typical = max((noise[name] / norm for name, norm in norms.items() if norm > max(floor, 0.0)), default=0.0)
-    return {
-        name: min(MARGIN * max(noise[name], typical * norm), 10 * eps**0.75 * max(norm, floor))
-        for name, norm in norms.items()
-    }
-
-
-def _difference(repeated: Tensor | None, expected: Tensor | None) -> float:
-    return 0.0 if repeated is None or expected is None else difference_of(repeated, expected)
+    # How much the model rounds, also where it did not show by chance.
+    typical = max((error for name, error in errors.items() if norms[name] >= floor), default=0.0)
+    limits = {name: 10 * eps**0.75 * max(norms[name], floor) / size for name, size in sizes.items()}
+    return {name: min(MARGIN * max(errors.get(name, 0.0), typical), limits[name]) for name in sizes}

@@ -1,6 +1,6 @@
 """The ways to run one training step of a batch: full graphs, checkpoints, offloading, and `MultiPose`."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -11,7 +11,9 @@ from torch.autograd.graph import save_on_cpu
 from gradhooks import registry
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.engine.report import Report
-from gradhooks.prediction import MultiPosePrediction
+from gradhooks.numerics import at_least_float32
+from gradhooks.options import Nonfinite
+from gradhooks.prediction import MultiPosePrediction, combine
 from gradhooks.profiling.training_batch import TrainingBatch
 from gradhooks.testing import full_graph
 from gradhooks.wrapper import MultiPose
@@ -89,20 +91,24 @@ def full_graph_step(batch: TrainingBatch) -> TrainingStep:
     return TrainingStep("full graph", lambda: full_graph_prediction(batch), _no_report)
 
 
-def full_graph_prediction(batch: TrainingBatch, chunk_size: int = 1) -> MultiPosePrediction:
+def full_graph_prediction(
+    batch: TrainingBatch, chunk_size: int = 1, nonfinite: Nonfinite = "propagate"
+) -> MultiPosePrediction:
     """Return the prediction of one graph of all poses, in plain PyTorch.
 
     Args:
         batch: The model and its poses.
         chunk_size: Poses per call of the model; 1 for lists that cannot be collated.
+        nonfinite: With "drop", poses without a finite prediction are left out, and their graphs too.
     """
-    if batch.bound.combination is None:
-        predictions = torch.cat(list(_chunks(batch, batch.run, chunk_size if batch.inputs.batched else 1)))
-        return MultiPosePrediction(predictions, predictions, batch.bound)
-    if chunk_size == 1 or not batch.inputs.batched:
-        rows: Iterable[Tensor] = (batch.run(number, number + 1)[0] for number in range(len(batch.inputs)))
-    else:
-        rows = torch.cat(list(_chunks(batch, batch.run, chunk_size)))
+    size = chunk_size if batch.inputs.batched else 1
+    rows = (row for chunk in _chunks(batch, batch.run, size) for row in chunk)
+    if nonfinite == "drop":
+        rows = (row if row.isfinite().all() else row.detach() for row in rows)
+    if nonfinite == "drop" or batch.bound.combination is None:
+        predictions = torch.stack(list(rows))
+        wide = predictions.to(at_least_float32(predictions.dtype))
+        return combine(batch.bound, wide, predictions, nonfinite)
     prediction = full_graph(batch.model, rows, batch.bound.combination, batch.index, call=lambda _, row: row)
     return MultiPosePrediction(*prediction, combination=batch.bound)
 

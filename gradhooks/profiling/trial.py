@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gradhooks.engine.graph_leaves import reached_leaves
+from gradhooks.options import Options
 from gradhooks.prediction import MultiPosePrediction
 from gradhooks.profiling.gradient_error import norm_of
 from gradhooks.profiling.independent_copy import COPIED_OPTIONS, CheckedBatch, IndependentCopy
@@ -24,7 +25,7 @@ Predict = Callable[[Any], MultiPosePrediction]
 
 
 class NoGradientError(Exception):
-    """Internal: the loss of the full graph does not require grad."""
+    """Internal: the prediction of the full graph, or the loss, does not require grad."""
 
 
 class StepRecord(NamedTuple):
@@ -46,12 +47,12 @@ class Trials:
         batch: What the user passed.
 
     Attributes:
-        eps: The rounding error of the narrowest dtype in the graph of the loss. Set by the full graph.
+        narrowest: The narrowest dtype in the graph of the loss. Set by the full graph.
         draws: Whether the model draws random numbers. Set by the full graph.
     """
 
     def __init__(self, batch: CheckedBatch) -> None:
-        self.eps = 0.0
+        self.narrowest = torch.float64
         self.draws = False
         self._batch = batch
         self._learning_rate = 0.0
@@ -62,6 +63,11 @@ class Trials:
         generators = user_sources(batch.options.get("generators", ()))
         self._sources = [*map(default_source, devices), *global_sources(), *generators]
         self._states = [source.get() for source in self._sources]
+
+    @property
+    def eps(self) -> float:
+        """The rounding error of the narrowest dtype."""
+        return torch.finfo(self.narrowest).eps
 
     @property
     def trainable(self) -> list[str]:
@@ -116,7 +122,8 @@ class Trials:
                 options.get("call"),
                 options.get("collate"),
             )
-            return full_graph_prediction(batch, options.get("chunk_size") or 1)
+            chunk_size = options.get("chunk_size") or 1
+            return full_graph_prediction(batch, chunk_size, options.get("nonfinite", Options.nonfinite))
 
         return predict
 
@@ -137,9 +144,10 @@ class Trials:
             leaves = copied.leaves(poses)
             for leaf in (*leaves.values(), *self._outside.values()):
                 leaf.grad = None
-            loss = copied.loss(predict(poses.poses))
+            prediction = predict(poses.poses)
+            loss = copied.loss(prediction)
             if learns:
-                if not loss.requires_grad:
+                if not (prediction.combined.requires_grad and loss.requires_grad):
                     raise NoGradientError
                 self._learn_leaves(loss, leaves)
             # Parts of the graph that lie outside the model are there only once.
@@ -176,7 +184,7 @@ class Trials:
         gradients = sum(norm_of(gradient) ** 2 for _, gradient in pairs) ** 0.5
         rate = RELATIVE_STEP * parameters / gradients if gradients else 0.0
         self._learning_rate = rate if rate < float("inf") else 0.0
-        self.eps = torch.finfo(narrowest_dtype(loss)).eps
+        self.narrowest = narrowest_dtype(loss)
         self.draws = any(
             plain_value(source.get()) != plain_value(state)
             for source, state in zip(self._sources, self._states, strict=True)
