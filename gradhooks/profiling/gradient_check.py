@@ -11,14 +11,15 @@ from typing_extensions import Unpack
 from gradhooks import registry
 from gradhooks.options import OPTION_NAMES, Options, OptionTypes, refuse_unknown_options
 from gradhooks.profiling.check_result import TOLERANCE, CheckedAccumulator, GradientCheck
+from gradhooks.profiling.checked_batch import CheckedBatch, CheckedLoss
 from gradhooks.profiling.content_differences import content_differences
 from gradhooks.profiling.gradient_error import gradient_errors
-from gradhooks.profiling.independent_copy import CheckedBatch, CheckedLoss
-from gradhooks.profiling.precision import rounding_errors
 from gradhooks.profiling.preserved_state import preserved_state
+from gradhooks.profiling.rounding import rounding_errors
+from gradhooks.profiling.step_record import StepRecord
 from gradhooks.profiling.training_batch import CombinationLike
 from gradhooks.profiling.training_steps import sum_of_combined, used_options
-from gradhooks.profiling.trial import NoGradientError, StepRecord, Trials
+from gradhooks.profiling.trial import NoGradientError, Trials
 
 ACCUMULATORS = ("store", "stream", "recompute", "auto")
 SCALE = 1 / 3  # of the loss of the second full graph; not a power of two, so that every operation rounds anew

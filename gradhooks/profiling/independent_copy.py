@@ -1,48 +1,19 @@
 """IndependentCopy: a deep copy of a model and of what runs it, so that trials share nothing with the user's objects."""
 
-import copy
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from gradhooks import registry
 from gradhooks.engine.nested import map_tensors, tensors_in
 from gradhooks.groups import Groups
 from gradhooks.prediction import MultiPosePrediction
+from gradhooks.profiling.checked_batch import CheckedBatch, takes_model
+from gradhooks.profiling.deep_copy import deep_copy, make_leaves, widen
 
 COPIED_OPTIONS = ("call", "collate", "generators")
-CheckedLoss = Callable[[MultiPosePrediction], Tensor] | Callable[[MultiPosePrediction, Any], Tensor]
-
-_WIDE = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64}
-_WIDE[torch.complex64] = torch.complex128
-
-
-@dataclass(frozen=True)
-class CheckedBatch:
-    """What a user passes to `gradcheck`.
-
-    Attributes:
-        model: The bare model.
-        poses: A list of poses, a stacked tensor, a mapping of stacked tensors, or `Groups`.
-        combination: As for `MultiPose`.
-        groups: The group of each pose, if `poses` are not `Groups`.
-        loss: Of a prediction, or of a prediction and the model.
-        options: Further options of `MultiPose`.
-        wide: Whether to copy numbers in float32 or less as float64.
-    """
-
-    model: nn.Module
-    poses: Any
-    combination: Any
-    groups: Any
-    loss: CheckedLoss
-    options: Mapping[str, Any]
-    wide: bool = True
 
 
 class IndependentCopy:
@@ -65,21 +36,21 @@ class IndependentCopy:
     def __init__(self, batch: CheckedBatch) -> None:
         self._batch = batch
         self._memo: dict[int, Any] = {}
-        self.model: nn.Module = _deep_copy(batch.model, self._memo, "the model")
-        _make_leaves(batch.model, self.model)
+        self.model: nn.Module = deep_copy(batch.model, self._memo, "the model")
+        make_leaves(batch.model, self.model)
         named = batch.combination
         combination = None if named is None else registry.combinations.resolve(named)
-        self.combination: Any = _deep_copy(combination, self._memo, "the combination")
-        self._loss: Any = _deep_copy(batch.loss, self._memo, "the loss")
+        self.combination: Any = deep_copy(combination, self._memo, "the combination")
+        self._loss: Any = deep_copy(batch.loss, self._memo, "the loss")
         self.options = {name: self._copied_option(name, value) for name, value in batch.options.items()}
         if batch.wide:
             modules = [module for module in (self.model, self.combination) if isinstance(module, nn.Module)]
             registered = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-            _widen([*registered, *_tensors_of(self._memo)])
+            widen([*registered, *_tensors_of(self._memo)])
 
     def _copied_option(self, name: str, value: Any) -> Any:
         if name in ("call", "collate"):
-            return _deep_copy(value, self._memo, f"the option {name}")
+            return deep_copy(value, self._memo, f"the option {name}")
         if name == "generators":  # those in closures are not copied, and must be the same objects
             return tuple(self._memo.get(id(generator), generator) for generator in value)
         return value
@@ -97,10 +68,10 @@ class IndependentCopy:
             poses = replace(poses, poses=_without_graphs(poses.poses))
         else:
             poses = _without_graphs(poses)
-        copied = _deep_copy(poses, memo, "a pose")
+        copied = deep_copy(poses, memo, "a pose")
         tensors = [value for key, value in memo.items() if key not in self._memo and isinstance(value, Tensor)]
         if self._batch.wide:
-            _widen(tensors)
+            widen(tensors)
         return CopiedPoses(copied, tensors)
 
     def leaves(self, poses: "CopiedPoses") -> dict[str, Tensor]:
@@ -125,36 +96,12 @@ class CopiedPoses(NamedTuple):
     tensors: list[Tensor]
 
 
-def takes_model(loss: Callable[..., Tensor]) -> bool:
-    """Return whether a loss wants a second argument, the model."""
-    try:
-        parameters = inspect.signature(loss).parameters.values()
-    except (TypeError, ValueError):  # a function of C
-        return False
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(each.kind in positional and each.default is each.empty for each in parameters) > 1
-
-
 def _is_trained(tensor: Tensor) -> bool:
     return tensor.is_leaf and tensor.requires_grad
 
 
 def _tensors_of(memo: Mapping[int, Any]) -> list[Tensor]:
     return [value for value in memo.values() if isinstance(value, Tensor)]
-
-
-def _make_leaves(model: nn.Module, copied: nn.Module) -> None:
-    """Cut the graphs that `copy.deepcopy` leaves between the parameters of a TorchScript module and their copies."""
-    for (_, leaf), (_, parameter) in zip(model.named_parameters(), copied.named_parameters(), strict=True):
-        if not parameter.is_leaf:
-            parameter.detach_().requires_grad_(leaf.requires_grad)
-
-
-def _widen(tensors: Iterable[Tensor]) -> None:
-    """Convert to float64 in place, so that every reference to a tensor sees it."""
-    for tensor in tensors:
-        if tensor.dtype in _WIDE and not (is_lazy(tensor) or tensor.is_inference() or tensor.is_meta):
-            tensor.data = tensor.data.to(_WIDE[tensor.dtype])
 
 
 def _without_graphs(poses: Any) -> Any:
@@ -166,28 +113,3 @@ def _without_graphs(poses: Any) -> Any:
         return tensor if tensor.is_leaf else tensor.detach().requires_grad_()
 
     return map_tensors(leaf, poses)
-
-
-def _deep_copy(value: Any, memo: dict[int, Any], what: str) -> Any:
-    try:
-        return copy.deepcopy(value, memo)
-    except Exception as error:
-        part = _part_that_fails(value) if isinstance(value, nn.Module) else ""
-        raise TypeError(
-            f"gradcheck compares copies of {what}, and copy.deepcopy fails{part} ({type(error).__name__}: {error}). "
-            "Pass it as it is before its first forward, since a tensor with a graph cannot be copied; or define "
-            "__deepcopy__ for what cannot be copied"
-        ) from error
-
-
-def _part_that_fails(model: nn.Module) -> str:
-    """Return which attribute of which module cannot be copied."""
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if name in ("_modules", "_parameters"):
-                continue
-            try:
-                copy.deepcopy(value)
-            except Exception:
-                return f" at its attribute {f'{path}.{name}'.lstrip('.')}"
-    return ""

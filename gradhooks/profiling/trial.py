@@ -1,21 +1,23 @@
 """Trials: two training steps on a copy of the model, in plain PyTorch or with `MultiPose`, and all that they leave."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gradhooks.engine.graph_leaves import reached_leaves
 from gradhooks.options import Options
 from gradhooks.prediction import MultiPosePrediction
+from gradhooks.profiling.checked_batch import CheckedBatch
 from gradhooks.profiling.gradient_error import norm_of
-from gradhooks.profiling.independent_copy import COPIED_OPTIONS, CheckedBatch, IndependentCopy
-from gradhooks.profiling.model_contents import TensorContent, plain_value, read_contents
-from gradhooks.profiling.precision import narrowest_dtype
+from gradhooks.profiling.independent_copy import COPIED_OPTIONS, IndependentCopy
+from gradhooks.profiling.model_contents import plain_value
+from gradhooks.profiling.outside_leaves import OutsideLeaves
+from gradhooks.profiling.rounding import narrowest_dtype
+from gradhooks.profiling.step_record import StepRecord, read_copy, read_gradients, set_parameters
 from gradhooks.profiling.training_batch import TrainingBatch
 from gradhooks.profiling.training_steps import full_graph_prediction
-from gradhooks.random_state import default_source, generator_source, global_sources, user_sources
+from gradhooks.random_state import default_source, global_sources, user_sources
 from gradhooks.wrapper import MultiPose
 
 STEPS = 2
@@ -26,18 +28,6 @@ Predict = Callable[[Any], MultiPosePrediction]
 
 class NoGradientError(Exception):
     """Internal: the prediction of the full graph, or the loss, does not require grad."""
-
-
-class StepRecord(NamedTuple):
-    """What one step leaves.
-
-    Attributes:
-        gradients: Of all leaves, by name.
-        contents: Of the model and the combination, by name, after the step of the optimizer.
-    """
-
-    gradients: dict[str, Tensor | None]
-    contents: dict[str, Any]
 
 
 class Trials:
@@ -56,8 +46,7 @@ class Trials:
         self.draws = False
         self._batch = batch
         self._learning_rate = 0.0
-        self._outside: dict[str, Tensor] = {}  # leaves that are neither in the model nor in the poses
-        self._user_gradients: dict[str, Tensor | None] = {}
+        self._outside = OutsideLeaves(batch.model)
         devices = {tensor.device for tensor in (*batch.model.parameters(), *batch.model.buffers())}
         devices = {device for device in devices if device.type != "meta"} | {torch.device("cpu")}
         generators = user_sources(batch.options.get("generators", ()))
@@ -78,8 +67,7 @@ class Trials:
         """Put back random states, and `.grad` of the leaves outside the model."""
         for source, state in zip(self._sources, self._states, strict=True):
             source.set(state)
-        for name, gradient in self._user_gradients.items():
-            self._outside[name].grad = gradient
+        self._outside.restore()
 
     def full_graph(self) -> list[StepRecord]:
         """Run two steps of the full graph, and learn from it what all other trials need."""
@@ -89,7 +77,7 @@ class Trials:
         for record in records:
             for name in set(record.gradients) - persistent:
                 del record.gradients[name]
-        self._outside = {name: leaf for name, leaf in self._outside.items() if name in persistent}
+        self._outside.keep(persistent)
         return records
 
     def repeat_full_graph(self, records: list[StepRecord], scale: float) -> list[StepRecord]:
@@ -142,41 +130,24 @@ class Trials:
         for number in range(STEPS):
             poses = copied.copy_poses()
             leaves = copied.leaves(poses)
-            for leaf in (*leaves.values(), *self._outside.values()):
+            for leaf in (*leaves.values(), *self._outside.by_name.values()):
                 leaf.grad = None
             prediction = predict(poses.poses)
             loss = copied.loss(prediction)
             if learns:
                 if not (prediction.combined.requires_grad and loss.requires_grad):
                     raise NoGradientError
-                self._learn_leaves(loss, leaves)
+                self._outside.find(loss, leaves.values())
             # Parts of the graph that lie outside the model are there only once.
-            (loss * scale).backward(retain_graph=bool(self._outside))
-            gradients = {name: _read_gradient(leaf, scale) for name, leaf in {**leaves, **self._outside}.items()}
+            (loss * scale).backward(retain_graph=bool(self._outside.by_name))
+            gradients = read_gradients({**leaves, **self._outside.by_name}, scale)
             if learns and number == 0:
                 self._learn_scales(loss, leaves)
             self._step(leaves)
             if follows is not None:
-                _set_parameters(copied, follows[number].contents)
-            records.append(StepRecord(gradients, _contents(copied)))
+                set_parameters(copied, follows[number].contents)
+            records.append(StepRecord(gradients, read_copy(copied)))
         return records
-
-    def _learn_leaves(self, loss: Tensor, leaves: Mapping[str, Tensor]) -> None:
-        known = set(map(id, (*leaves.values(), *self._outside.values())))
-        named = list(self._batch.model.named_parameters())
-        originals = {id(leaf): name for name, leaf in named}
-        for leaf in reached_leaves(loss)[0]:
-            if id(leaf) in originals:
-                raise TypeError(
-                    f"gradcheck compares copies of the model, and the copy uses the parameter {originals[id(leaf)]} of "
-                    "the original: a function in an attribute, a hook, call= or loss= closes over the model. Let it "
-                    "get the model as an argument, or make it a method; a loss may have a second argument, the model"
-                )
-            if id(leaf) not in known:
-                name = f"leaf {len(self._outside)} outside the model, shape {tuple(leaf.shape)}"
-                self._outside[name] = leaf
-                self._user_gradients[name] = leaf.grad
-                leaf.grad = None
 
     def _learn_scales(self, loss: Tensor, leaves: Mapping[str, Tensor]) -> None:
         pairs = [(leaf, leaf.grad) for leaf in leaves.values() if leaf.grad is not None]
@@ -194,27 +165,3 @@ class Trials:
         trained = [leaf for name, leaf in leaves.items() if name.startswith("parameter ") and leaf.grad is not None]
         if trained:
             torch.optim.SGD(trained, lr=self._learning_rate).step()
-
-
-def _read_gradient(leaf: Tensor, scale: float) -> Tensor | None:
-    return None if leaf.grad is None else leaf.grad.detach().clone() / scale
-
-
-def _contents(copied: IndependentCopy) -> dict[str, Any]:
-    contents = read_contents(copied.model)
-    if isinstance(copied.combination, nn.Module):
-        combination = read_contents(copied.combination)
-        contents.update((f"{name} of the combination", value) for name, value in combination.items())
-    for number, generator in enumerate(copied.options.get("generators", ())):
-        source = generator_source(generator)
-        if source is not None:
-            contents[f"the generator generators[{number}]"] = plain_value(source.get())
-    return contents
-
-
-def _set_parameters(copied: IndependentCopy, contents: Mapping[str, Any]) -> None:
-    for module, suffix in ((copied.model, ""), (copied.combination, " of the combination")):
-        for name, leaf in module.named_parameters() if isinstance(module, nn.Module) else ():
-            content = contents.get(f"parameter {name}{suffix}")
-            if isinstance(content, TensorContent):
-                leaf.data.copy_(content.value)
