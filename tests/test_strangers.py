@@ -86,3 +86,13 @@ def test_a_stranger_trains_as_in_plain_pytorch(name: str) -> None:
     for way, options in WAYS.items():
         with case_label(way):
             assert_same(train(made, options), expected, STRANGERS[name].tolerance)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["bert_with_dropout", "efficientnet", pytest.param("llama", marks=pytest.mark.long)])
+def test_gradcheck_passes_a_stranger(name: str) -> None:
+    made = build_stranger(name)
+    made.model.train(name == "efficientnet")  # the true gradient of BERT's key.bias is zero, without dropout too
+    result = gradhooks.gradcheck(made.model, made.poses, "boltzmann", call=made.call)
+    assert result.passed, str(result)
+    assert all(error <= STRANGERS[name].tolerance for error in result.errors.values())
