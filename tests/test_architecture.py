@@ -79,7 +79,7 @@ LAYERS = [
     ["profiling.training_steps", "profiling.batch_planner", "profiling.pose_memory", "profiling.independent_copy"],
     ["profiling.step_record", "profiling.check_result"],
     ["profiling.comparison", "profiling.pose_measurement", "profiling.trial"],
-    ["profiling.memory_estimate"],
+    ["profiling.memory_estimate", "profiling.full_graph_reference"],
     ["profiling.gradient_check"],
     ["cli"],
     ["__main__"],

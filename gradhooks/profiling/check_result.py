@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from gradhooks.errors import GradhooksError, ReplayError
 from gradhooks.profiling.result_table import ResultTable, TableContent
 
-TOLERANCE = 1e-10
 SHOWN = 4  # differences that a note names
 
 
@@ -19,12 +18,15 @@ class CheckedAccumulator:
         gradient_error: Largest error of a gradient, see `gradient_errors`; infinite if the accumulator raised an error.
         differences: What differs from the full graph, and in which step.
         error: The error that it raised, or None.
+        detached: Attributes that have a graph in the full graph, and none here. A loss that uses them has to be passed
+            to `gradcheck`.
     """
 
     name: str
     gradient_error: float
     differences: tuple[str, ...] = ()
     error: Exception | None = None
+    detached: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -94,6 +96,13 @@ class GradientCheck(ResultTable):
                 findings.setdefault(row.finding, []).append(row.name)
         notes += [f"{', '.join(names)}: {finding}" for finding, names in findings.items()]
         notes += _remedies(self.rows)
+        detached = dict.fromkeys(name for row in self.rows for name in row.detached)
+        if detached:
+            rows = ", ".join(row.name for row in self.rows if row.detached)
+            notes.append(
+                f"{', '.join(detached)}: has a graph in the full graph, and none with {rows}. If your loss uses it, "
+                "pass the loss: loss=lambda prediction, model: ..."
+            )
         if not self.second_run_agrees:
             notes.append("a second run of a pose gives ANOTHER prediction")
         if self.unused_parameters:

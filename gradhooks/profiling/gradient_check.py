@@ -1,33 +1,29 @@
 """Check that gradhooks trains a user's model as the full graph does."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from gradhooks import registry
 from gradhooks.options import OPTION_NAMES, Options, OptionTypes, refuse_unknown_options
-from gradhooks.profiling.check_result import TOLERANCE, CheckedAccumulator, GradientCheck
+from gradhooks.profiling.check_result import CheckedAccumulator, GradientCheck
 from gradhooks.profiling.checked_batch import CheckedBatch, CheckedLoss
 from gradhooks.profiling.content_differences import content_differences
+from gradhooks.profiling.full_graph_reference import NOTHING_TO_COMPARE, FullGraphReference, full_graph_reference
 from gradhooks.profiling.gradient_error import gradient_errors
+from gradhooks.profiling.model_contents import TensorContent
 from gradhooks.profiling.preserved_state import preserved_state
-from gradhooks.profiling.rounding import rounding_errors
 from gradhooks.profiling.step_record import StepRecord
 from gradhooks.profiling.training_batch import CombinationLike
 from gradhooks.profiling.training_steps import sum_of_combined, used_options
 from gradhooks.profiling.trial import NoGradientError, Trials
 
 ACCUMULATORS = ("store", "stream", "recompute", "auto")
-SCALE = 1 / 3  # of the loss of the second full graph; not a power of two, so that every operation rounds anew
-NOTHING_TO_COMPARE = (
-    "no leaf has a gradient in the full graph, so that there is nothing to compare. Is the model frozen, by "
-    "requires_grad_(False) or torch.jit.freeze, or does it compute without autograd? Poses that require grad make a "
-    "frozen model comparable"
-)
 
 
 def gradcheck(
@@ -46,7 +42,7 @@ def gradcheck(
     `.grad` and the global generators are left as they were.
 
     Gradients may differ by 1e-10 of their size, and by what the model itself rounds, if it computes in less than
-    float64; see `gradient_errors` and `rounding_errors`.
+    float64; see `gradient_errors` and `rounding_tolerances`.
 
     Args:
         model: The bare model.
@@ -65,78 +61,53 @@ def gradcheck(
     batch = CheckedBatch(model, poses, combination, groups, loss, options)
     with preserved_state(model):
         try:
-            return _check(batch, [])
+            return _check(batch)
         except NoGradientError:
             return GradientCheck((), (), NOTHING_TO_COMPARE)
 
 
-def _check(batch: CheckedBatch, notes: list[str]) -> GradientCheck:
+def _check(batch: CheckedBatch, notes: Sequence[str] = ()) -> GradientCheck:
     """Compare in float64 or, if the full graph cannot run in it, in the dtype of the model."""
     trials = Trials(batch)
     try:
         try:
-            expected = trials.full_graph()
+            steps = trials.full_graph()
         except (RuntimeError, ValueError) as error:
             if not batch.wide:
                 raise
-            first_line = str(error).partition("\n")[0]
-            notes = [f"compared in the model's own dtype, since the full graph fails in float64: {first_line}"]
+            why = "the full graph fails in float64: " + str(error).partition("\n")[0]
         else:
-            return _compare(trials, expected, notes, batch.options)
+            narrowed = _narrowed(steps) if batch.wide else []
+            if not narrowed:
+                return _compare(trials, steps, notes, batch.options)
+            why = f"its forward converts {narrowed[0]}"
     finally:
         trials.restore()
-    return _check(replace(batch, wide=False), notes)
+    return _check(replace(batch, wide=False), [f"compared in the model's own dtype, since {why}"])
 
 
-class _Reference(NamedTuple):
-    """What all rows are compared with.
-
-    Attributes:
-        steps: What the full graph left.
-        tolerances: For each step, by gradient: an error that is no more than rounding.
-        unstable: Contents that differ when the full graph itself runs again.
-        eps: The rounding error of the narrowest dtype in the graph.
-    """
-
-    steps: list[StepRecord]
-    tolerances: list[dict[str, float]]
-    unstable: list[str]
-    eps: float
+def _narrowed(steps: list[StepRecord]) -> list[str]:
+    """Return the parameters that a forward has converted from float64 to another dtype."""
+    parameters = {name: value for name, value in steps[-1].contents.items() if name.startswith("parameter ")}
+    return [
+        name
+        for name, content in parameters.items()
+        if isinstance(content, TensorContent)
+        and content.value.is_floating_point()
+        and content.value.dtype != torch.float64
+    ]
 
 
-def _compare(trials: Trials, steps: list[StepRecord], notes: list[str], options: Mapping[str, Any]) -> GradientCheck:
-    reference = _repeat(trials, steps)
-    if reference.unstable:
-        names = ", ".join(reference.unstable)
-        notes.append(f"not compared, since the full graph itself differs when it runs again: {names}")
-    tolerance = max(error for errors in reference.tolerances for error in [TOLERANCE, *errors.values()])
-    if tolerance > TOLERANCE:
-        notes.append(
-            f"the model computes in {str(trials.narrowest).removeprefix('torch.')} in places; gradients agree if they "
-            f"differ by no more than its rounding errors, {tolerance:.0e}"
-        )
+def _compare(
+    trials: Trials, steps: list[StepRecord], notes: Sequence[str], options: Mapping[str, Any]
+) -> GradientCheck:
+    reference = full_graph_reference(trials, steps)
     if trials.draws and options.get("chunk_size") is None:
         options = {**options, "chunk_size": 1}  # a chunk draws other random numbers than its poses one by one
-    rows = [_row(name, chosen, trials, reference) for name, chosen in _settings(options)]
+    rows = tuple(_row(name, chosen, trials, reference) for name, chosen in _settings(options))
     first = steps[0].gradients
     unused = tuple(name for name in trials.trainable if first[f"parameter {name}"] is None)
-    reason = NOTHING_TO_COMPARE if all(gradient is None for gradient in first.values()) else None
-    return GradientCheck(tuple(rows), unused, reason, tuple(notes))
-
-
-def _repeat(trials: Trials, steps: list[StepRecord]) -> _Reference:
-    """Run the full graph again, to learn what of a difference is rounding."""
-    pairs = list(zip(steps, trials.repeat_full_graph(steps, SCALE), strict=True))
-    tolerances = [
-        {name: max(TOLERANCE, error) for name, error in errors.items()}
-        for errors in (rounding_errors(one.gradients, other.gradients, trials.eps) for one, other in pairs)
-    ]
-    unstable = {
-        difference.name: None
-        for one, other in pairs
-        for difference in content_differences(other.contents, one.contents, trials.eps)
-    }
-    return _Reference(steps, tolerances, list(unstable), trials.eps)
+    return GradientCheck(rows, unused, reference.reason, (*notes, *reference.notes))
 
 
 def _settings(options: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -153,7 +124,7 @@ def _settings(options: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _row(name: str, options: Mapping[str, Any], trials: Trials, reference: _Reference) -> CheckedAccumulator:
+def _row(name: str, options: Mapping[str, Any], trials: Trials, reference: FullGraphReference) -> CheckedAccumulator:
     """Compare two steps with those of the full graph; the second one only if the first agrees."""
     try:
         steps = trials.multipose(**options)
@@ -173,7 +144,16 @@ def _row(name: str, options: Mapping[str, Any], trials: Trials, reference: _Refe
         found += [f"{difference.name} {difference.text}" for difference in contents if difference.name not in known]
         if found:
             return CheckedAccumulator(name, largest, tuple(f"{text} (step {number + 1})" for text in found))
-    return CheckedAccumulator(name, largest)
+    return CheckedAccumulator(name, largest, detached=tuple(_detached(steps, reference.steps)))
+
+
+def _detached(steps: Sequence[StepRecord], expected: Sequence[StepRecord]) -> Iterator[str]:
+    """Yield attributes that have a graph in the full graph only."""
+    contents = steps[-1].contents
+    for name, content in expected[-1].contents.items():
+        actual = contents.get(name)
+        if isinstance(content, TensorContent) and content.has_graph and not getattr(actual, "has_graph", False):
+            yield name.removeprefix("attribute ")
 
 
 def _describe(leaf: str, error: float, actual: StepRecord, expected: StepRecord) -> str:

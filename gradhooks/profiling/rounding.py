@@ -4,8 +4,10 @@ Rules:
     1. A float64 copy of a model may compute in float32 inside (`x.float()`, a softmax in float32). How much that rounds
        shows in the full graph itself: it runs again with a loss of another scale, which in exact arithmetic scales all
        gradients alike. What is left after scaling back is rounding.
-    2. A backward that is not linear (a clamp, an added loss) fails this test by far more than rounding. So what counts
-       as rounding is limited by the narrowest dtype that takes part in the graph.
+    2. A backward that is not linear (a clamp, an added loss) does not scale. So the other scale is very near 1: all
+       operations round anew, and what is added or cut off changes by no more than that.
+    3. What counts as rounding is limited by the narrowest dtype in the graph. A gradient that differs by more does so
+       by chance, and cannot be compared.
 """
 
 import math
@@ -16,7 +18,14 @@ from torch import Tensor
 
 from gradhooks.profiling.gradient_error import Gradients, gradient_errors, gradient_sizes, norm_of
 
-MARGIN = 100.0  # between the rounding error of one trial and that of another
+TOLERANCE = 1e-10  # the least
+MARGIN = 100.0  # between the rounding errors of one trial and those of another
+LARGEST_TOLERANCE = 0.1
+
+
+def trial_scale(eps: float) -> float:
+    """Return the other scale of the loss, in the last digits of the narrowest dtype; no sum of few powers of two."""
+    return 1 + 37 * eps
 
 
 def narrowest_dtype(root: Tensor) -> torch.dtype:
@@ -36,7 +45,7 @@ def narrowest_dtype(root: Tensor) -> torch.dtype:
     return narrowest
 
 
-def rounding_errors(expected: Gradients, repeated: Gradients, eps: float) -> dict[str, float]:
+def rounding_tolerances(expected: Gradients, repeated: Gradients, eps: float) -> dict[str, float]:
     """Return which error of each gradient, in the measure of `gradient_errors`, is no more than rounding.
 
     Args:
@@ -44,12 +53,27 @@ def rounding_errors(expected: Gradients, repeated: Gradients, eps: float) -> dic
         repeated: Its gradients from a loss of another scale, scaled back.
         eps: The rounding error of the narrowest dtype in the graph.
     """
+    limits = _limits(expected, eps)
+    errors = gradient_errors(repeated, expected)
     sizes = gradient_sizes(expected)
-    errors = {name: error for name, error in gradient_errors(repeated, expected).items() if error < math.inf}
+    largest = max(sizes.values(), default=0.0)
+    # How much the model rounds, also where it did not show by chance.
+    typical = max((errors[name] for name, size in sizes.items() if size >= eps**0.25 * largest), default=0.0)
+    return {name: max(TOLERANCE, min(MARGIN * max(errors[name], typical), limit)) for name, limit in limits.items()}
+
+
+def unrepeatable_gradients(expected: Gradients, repeated: Gradients, eps: float) -> list[str]:
+    """Return the gradients that differ by more than rounding when the full graph runs again."""
+    limits = _limits(expected, eps)
+    errors = gradient_errors(repeated, expected)
+    return [name for name, error in errors.items() if not error <= max(TOLERANCE, limits.get(name, 0.0))]
+
+
+def _limits(expected: Gradients, eps: float) -> dict[str, float]:
+    """Return the largest error of each gradient that may be rounding."""
     norms = {name: norm_of(value) for name, value in expected.items() if value is not None}
     largest = max((norm for norm in norms.values() if norm < math.inf), default=0.0)
-    floor = eps**0.25 * largest
-    # How much the model rounds, also where it did not show by chance.
-    typical = max((error for name, error in errors.items() if norms[name] >= floor), default=0.0)
-    limits = {name: 10 * eps**0.75 * max(norms[name], floor) / size for name, size in sizes.items()}
-    return {name: min(MARGIN * max(errors.get(name, 0.0), typical), limits[name]) for name in sizes}
+    limit = min(LARGEST_TOLERANCE, 1000 * eps**0.75)
+    return {
+        name: limit * max(norms[name], eps**0.25 * largest) / size for name, size in gradient_sizes(expected).items()
+    }

@@ -73,11 +73,9 @@ class Trials:
         """Run two steps of the full graph, and learn from it what all other trials need."""
         self._learning_rate = 0.0
         records = self._run(self._predict_full_graph, learns=True)
-        persistent = set(records[0].gradients) & set(records[1].gradients)  # others are made anew in each forward
-        for record in records:
-            for name in set(record.gradients) - persistent:
-                del record.gradients[name]
-        self._outside.keep(persistent)
+        made_in_forward = records[0].gradients.keys() - records[-1].gradients.keys()
+        for name in made_in_forward:
+            del records[0].gradients[name]
         return records
 
     def repeat_full_graph(self, records: list[StepRecord], scale: float) -> list[StepRecord]:
