@@ -9,6 +9,7 @@ import torch
 from gradhooks.profiling.gradient_error import difference_of, norm_of
 from gradhooks.profiling.model_contents import TensorContent
 
+LEAST_TOLERANCE = 1e-9  # of numbers in float64
 LONGEST_TEXT = 100  # of a difference that is told by both values
 
 _ABSENT = object()
@@ -79,7 +80,7 @@ def _tensor_difference(actual: TensorContent, expected: TensorContent, eps: floa
 
 
 def _tolerance(eps: float) -> float:
-    return 10 * float(eps**0.75)
+    return max(LEAST_TOLERANCE, 10 * float(eps**0.75))
 
 
 def _values(tensor: torch.Tensor) -> str:

@@ -57,9 +57,10 @@ def full_graph_reference(trials: Trials, steps: list[StepRecord]) -> FullGraphRe
         notes.append(f"not compared, since the full graph itself differs when it runs again: {names}")
     tolerance = max(error for errors in tolerances for error in [TOLERANCE, *errors.values()])
     if tolerance > TOLERANCE:
+        dtype = str(trials.narrowest).removeprefix("torch.")
         notes.append(
-            f"the model computes in {str(trials.narrowest).removeprefix('torch.')}, if only in places; gradients agree "
-            f"if they differ by no more than rounding errors, here {tolerance:.0e}"
+            f"gradients agree if they differ by no more than the rounding errors of {dtype}, as large as this model "
+            f"makes them: {tolerance:.0e}"
         )
     reasons = [_reason(one.gradients, other.gradients, trials.eps) for one, other in pairs]
     reason = next((text for text in reasons if text), None)

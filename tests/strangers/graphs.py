@@ -57,7 +57,7 @@ for _name, _options in {
     "EdgeCNN": {"jk": "lstm"},
     "PNA": {"aggregators": ["mean", "std", "max"], "scalers": ["identity", "attenuation"], "deg": torch.ones(9).long()},
 }.items():
-    stranger("torch_geometric", quick=_name in {"GCN", "GAT", "PNA"})(_basic(_name, **_options))
+    stranger("torch_geometric", quick=_name == "GCN")(_basic(_name, **_options))
 
 
 @stranger("torch_geometric")
@@ -132,7 +132,7 @@ def ViSNet() -> Stranger:  # noqa: N802
     return Stranger(model, atom_poses(), force_and_energy)
 
 
-@stranger("e3nn", quick=True)
+@stranger("e3nn")
 def e3nn_network() -> Stranger:
     from e3nn.nn.models.v2106.gate_points_networks import SimpleNetwork  # noqa: PLC0415
 

@@ -52,7 +52,7 @@ def swin() -> Stranger:
     return Stranger(library.SwinForImageClassification(config).train(), images(), first_output)
 
 
-@stranger("transformers", quick=True)
+@stranger("transformers")
 def efficientnet() -> Stranger:
     """Normalisation in training, with a momentum, and layers that are dropped at random."""
     library = _transformers()
