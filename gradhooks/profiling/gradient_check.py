@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from gradhooks.options import OPTION_NAMES, Options, OptionTypes, refuse_unknown
 from gradhooks.profiling.check_result import CheckedAccumulator, GradientCheck
 from gradhooks.profiling.checked_batch import CheckedBatch, CheckedLoss
 from gradhooks.profiling.content_differences import content_differences
+from gradhooks.profiling.deep_copy import is_uninitialized
 from gradhooks.profiling.full_graph_reference import NOTHING_TO_COMPARE, FullGraphReference, full_graph_reference
 from gradhooks.profiling.gradient_error import gradient_errors
 from gradhooks.profiling.model_contents import TensorContent
@@ -59,7 +61,8 @@ def gradcheck(
     """
     refuse_unknown_options(options, OPTION_NAMES)
     batch = CheckedBatch(model, poses, combination, groups, loss, options)
-    with preserved_state(model):
+    # What functions in the model close over is not copied. A model that has not been initialized has no state.
+    with nullcontext() if is_uninitialized(model) else preserved_state(model):
         try:
             return _check(batch)
         except NoGradientError:

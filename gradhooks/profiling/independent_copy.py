@@ -11,7 +11,7 @@ from gradhooks.engine.nested import map_tensors, tensors_in
 from gradhooks.groups import Groups
 from gradhooks.prediction import MultiPosePrediction
 from gradhooks.profiling.checked_batch import CheckedBatch, takes_model
-from gradhooks.profiling.deep_copy import deep_copy, make_leaves, widen
+from gradhooks.profiling.deep_copy import deep_copy, is_uninitialized, make_leaves, widen
 
 COPIED_OPTIONS = ("call", "collate", "generators")
 
@@ -44,6 +44,8 @@ class IndependentCopy:
         self._loss: Any = deep_copy(batch.loss, self._memo, "the loss")
         self.options = {name: self._copied_option(name, value) for name, value in batch.options.items()}
         if batch.wide:
+            if is_uninitialized(self.model):
+                self.model.double()
             modules = [module for module in (self.model, self.combination) if isinstance(module, nn.Module)]
             registered = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
             widen([*registered, *_tensors_of(self._memo)])
