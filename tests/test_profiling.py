@@ -1,6 +1,7 @@
 """compare, estimate_memory and gradcheck: correct for small models, which they leave unchanged."""
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import gradhooks
 from gradhooks.profiling.comparison import compare_steps
 from gradhooks.profiling.peak_memory import PeakMemory
 from gradhooks.profiling.training_batch import TrainingBatch
-from gradhooks.profiling.training_steps import full_graph_step, offloaded_step
+from gradhooks.profiling.training_steps import TrainingStep, full_graph_step, multipose_step, offloaded_step
 
 
 class Wide(nn.Module):
@@ -89,6 +90,32 @@ def test_the_offloaded_step_gives_the_gradient_of_the_full_graph() -> None:
         result = compare_steps(batch, [full_graph_step(batch), offloaded_step(batch)], repeats=1)
         assert result.rows[1].name == "full graph on the host"
         assert result.rows[1].gradient_error < 1e-6
+
+
+class Slowing(nn.Module):
+    """Its predictions depend on how often it has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(16, 1), 0
+
+    def forward(self, pose: Tensor) -> Tensor:
+        self.calls += 1
+        return self.linear(pose) / self.calls
+
+
+def test_gradients_are_compared_in_the_steps_that_are_timed() -> None:
+    batch = TrainingBatch(Slowing(), list(torch.randn(3, 16)), "boltzmann")
+    right, calls = full_graph_step(batch), count()
+
+    def forward() -> Any:
+        prediction = right.forward()
+        return prediction._replace(combined=prediction.combined * (2 if next(calls) == 4 else 1))
+
+    wrong = TrainingStep("wrong once", forward, lambda: None)
+    result = compare_steps(batch, [right, wrong, multipose_step(batch, memory=0)], repeats=3)
+    assert [row.gradient_error for row in result.rows] == [0, pytest.approx(1), pytest.approx(0, abs=1e-6)]
+    assert batch.model.calls == 0
 
 
 def peaks_of(scorer: Any, poses: Any, groups: Any = None) -> dict[str, int]:

@@ -37,12 +37,14 @@ class Entry:
         quick: Whether it belongs to the short run.
         tolerance: Of its gradients, relative to their size; more than rounding in float64 if it computes in float32,
             whatever its parameters are.
+        refusal: What the error says with which its poses are refused where they are intercepted; None if they are not.
     """
 
     build: Callable[[], Stranger]
     package: str
     quick: bool
     tolerance: float
+    refusal: str | None
 
 
 IN_FLOAT32 = 1e-5  # the tolerance of what computes in float32
@@ -51,12 +53,12 @@ STRANGERS: dict[str, Entry] = {}
 
 
 def stranger(
-    package: str, *, quick: bool = False, tolerance: float = 1e-10
+    package: str, *, quick: bool = False, tolerance: float = 1e-10, refusal: str | None = None
 ) -> Callable[[Callable[[], Stranger]], Callable[[], Stranger]]:
     """Register a function that builds a stranger, by its name."""
 
     def register(build: Callable[[], Stranger]) -> Callable[[], Stranger]:
-        STRANGERS[build.__name__] = Entry(build, package, quick, tolerance)
+        STRANGERS[build.__name__] = Entry(build, package, quick, tolerance, refusal)
         return build
 
     return register

@@ -139,3 +139,33 @@ def e3nn_network() -> Stranger:
     model = SimpleNetwork("4x0e", "1x0e", 3.0, 3.0, 5.0, mul=4, layers=1, lmax=1)
     poses = [{"pos": torch.randn(n, 3), "x": torch.randn(n, 4)} for n in (4, 5, 6, 5)]
     return Stranger(model, poses, lambda model, pose: model(pose)[0])
+
+
+@stranger("torch_geometric", quick=True)
+def SuperGAT() -> Stranger:  # noqa: N802
+    """It draws edges at random, and keeps what its own loss needs, with a graph, in attributes."""
+    from torch_geometric import nn as layers  # noqa: PLC0415
+
+    model = layers.SuperGATConv(6, 1, attention_type="MX", edge_sample_ratio=0.8, is_undirected=True)
+    return Stranger(model.train(), graph_poses(), sum_over_nodes)
+
+
+class Quantized(nn.Module):
+    """Sums what a quantizer returns: vectors, indices, and the loss that trains its codebook."""
+
+    def __init__(self, quantizer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.quantizer = nn.Linear(6, 6), quantizer
+
+    def forward(self, nodes: Tensor, _: Tensor) -> Tensor:
+        vectors, _, loss = self.quantizer(self.first(nodes)[None])
+        return vectors.sum(1)[:, :1] + loss.sum()
+
+
+@stranger("vector_quantize_pytorch", refusal="which gradhooks cannot intercept")
+def vector_quantizer() -> Stranger:
+    """Its codebook is a moving average, and its loss starts as a buffer that it makes require grad in the forward."""
+    from vector_quantize_pytorch import VectorQuantize  # noqa: PLC0415 - optional
+
+    model = Quantized(VectorQuantize(dim=6, codebook_size=4, decay=0.8))
+    return Stranger(model.train(), graph_poses(), lambda model, pose: model(*pose)[0])

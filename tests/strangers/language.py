@@ -171,3 +171,28 @@ def adapters_of_peft() -> Stranger:
         target_modules=["query", "output.dense"], feedforward_modules=["output.dense"], modules_to_save=["classifier"]
     )
     return Stranger(peft.get_peft_model(made.model, config).train(), made.poses, made.call)
+
+
+@stranger("transformers", tolerance=IN_FLOAT32, refusal="classifier.weight, which gradhooks cannot intercept")
+def switch_transformers() -> Stranger:
+    """Its router converts its own parameters to float32 in the forward."""
+    library = _transformers()
+    config = library.SwitchTransformersConfig(
+        vocab_size=40,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=2,
+        num_sparse_encoder_layers=1,
+        num_heads=2,
+        num_experts=4,
+    )
+    return Stranger(library.SwitchTransformersEncoderModel(config).train(), token_poses(), mean_hidden)
+
+
+@stranger("transformers", quick=True)
+def recurrent_gemma() -> Stranger:
+    """It keeps its last states, with their graph, in attributes."""
+    library = _transformers()
+    config = library.RecurrentGemmaConfig(**SIZES, lru_width=16, attention_window_size=8, head_dim=8)
+    return Stranger(library.RecurrentGemmaForCausalLM(config).train(), token_poses(), last_logit)
