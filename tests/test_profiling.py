@@ -187,6 +187,8 @@ def test_options_reach_the_accumulators_that_use_them(function: Any) -> None:
     assert function(Wide(), random_poses(2), "min", memory="1MiB", tolerance=0)
     with pytest.raises(TypeError, match="chunk_size"):
         function(Wide(), random_poses(2), "min", chunk_sise=1)
+    with pytest.raises(ValueError, match="tolerance must be in"):
+        function(Wide(), random_poses(2), "min", tolerance=2)
 
 
 def test_an_option_that_every_accumulator_ignores_is_refused() -> None:

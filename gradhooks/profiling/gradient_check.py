@@ -58,8 +58,10 @@ def gradcheck(
 
     Raises:
         TypeError: The model cannot be copied, or its copy uses parameters of the original.
+        ValueError: An option is out of range.
     """
     refuse_unknown_options(options, OPTION_NAMES)
+    Options().changed(**options)  # what it refuses is no finding about the model
     batch = CheckedBatch(model, poses, combination, groups, loss, options)
     # What functions in the model close over is not copied. A model that has not been initialized has no state.
     with nullcontext() if is_uninitialized(model) else preserved_state(model):
