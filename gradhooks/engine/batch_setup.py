@@ -84,7 +84,7 @@ def read_batch(
         raise PosesError("there are no poses on any rank: a group needs at least one pose")
     gathered = _gather_groups(index, message, partition, combination)
     autocast = AutocastState(device.type for device in parts.state.devices)
-    mode = mode_of(model.training, autocast.dtypes)
+    mode = mode_of(getattr(model, "training", False), autocast.dtypes)
     schedule = _schedule(options, mode, parts, learned, cache, batched=prepared.batched and not sharded)
     batch = Batch(
         model=model,

@@ -92,7 +92,7 @@ class ModelParts:
     @property
     def flags(self) -> TrainingFlags:
         """The training flag of each module."""
-        return [(module, module.training) for module in self._modules]
+        return [(module, module.training) for module in self._modules if hasattr(module, "training")]
 
 
 class ModelPartsCache:

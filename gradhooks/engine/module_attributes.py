@@ -75,7 +75,7 @@ EMPTY = ModuleRecord((), (), (), None, has_graph=False)
 
 def is_write_only(module: nn.Module) -> bool:
     """Return whether the forward writes running statistics without reading them: normalization in training."""
-    return module.training and isinstance(module, _NormBase) and type(module).forward in _WRITE_ONLY
+    return isinstance(module, _NormBase) and module.training and type(module).forward in _WRITE_ONLY
 
 
 def same_records(one: ModuleRecord, other: ModuleRecord) -> bool:

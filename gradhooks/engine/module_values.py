@@ -31,7 +31,8 @@ class ModuleValues:
     @property
     def training_flags(self) -> tuple[bool, ...]:
         """The training flag of each module."""
-        return tuple([watch.module.training for watch in self._watches])
+        # Frozen TorchScript has none.
+        return tuple([getattr(watch.module, "training", False) for watch in self._watches])
 
     def begin(self, thoroughness: Thoroughness) -> None:
         """Record all modules as they are; what changed before was not changed by a forward."""

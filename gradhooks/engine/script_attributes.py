@@ -31,6 +31,8 @@ def record_script_attributes(
         known: The latest record.
         add_tensor: Gets the tensors among the values.
     """
+    if not hasattr(module, "_concrete_type"):  # frozen: its attributes are constants
+        return None
     other = {*_MACHINERY, *module._parameters.keys()}
     names = [name for name in module._concrete_type.get_attributes() if name not in other]
     if not names:

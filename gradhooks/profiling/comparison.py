@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Unpack
 
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.engine.model_state import ModelState
 from gradhooks.engine.report import Report
 from gradhooks.options import Options, OptionTypes
-from gradhooks.profiling.gradient_error import gradient_error
+from gradhooks.profiling.gradient_observer import GradientObserver
 from gradhooks.profiling.peak_memory import peak_bytes
 from gradhooks.profiling.preserved_state import preserved_state
 from gradhooks.profiling.result_table import ResultTable, TableContent
@@ -37,7 +37,8 @@ class ComparisonRow:
         peak_bytes: Peak of what a step allocates, gradients included; on a CPU counted to the byte.
         plain: Poses that ran as in plain PyTorch; None if this step does not use `MultiPose`.
         backwards: Poses that went through a backward, counted each time; None if every pose did so once.
-        gradient_error: Largest difference of a parameter's gradient from the full graph's; see `gradient_error`.
+        gradient_error: Largest difference of a gradient from the full graph's, in the steps that were timed; see
+            `gradient_errors`.
     """
 
     name: str
@@ -154,17 +155,18 @@ def compare_steps(
     """
     model = batch.model
     device = next(model.parameters()).device
+    observer = GradientObserver(model, len(steps))
     with preserved_state(model):
-        gradients = [_gradients(model, step, loss) for step in steps]
         runs = [partial(_run, model, step, loss) for step in steps]
         peaks = []
         for run in runs:
-            model.zero_grad()
-            peaks.append(peak_bytes(run, device))
-        seconds = interleaved_seconds(runs, repeats, device)
+            with ModelState(model).preserved():
+                run()
+                model.zero_grad()
+                peaks.append(peak_bytes(run, device))
+        seconds = interleaved_seconds(runs, repeats, device, observer.around)
     rows = [
-        _row(step, seconds[index], seconds[0], peaks[index], gradient_error(gradients[index], gradients[0]))
-        for index, step in enumerate(steps)
+        _row(step, seconds[index], seconds[0], peaks[index], observer.errors[index]) for index, step in enumerate(steps)
     ]
     groups = 1 if batch.bound.groups is None else batch.bound.groups.count
     return Comparison(tuple(rows), len(batch.inputs), groups, describe_setting(device))
@@ -202,9 +204,3 @@ def _row_name(step: str, report: Report | None) -> str:
 def _run(model: nn.Module, step: TrainingStep, loss: Loss) -> None:
     model.zero_grad()
     loss(step.forward()).backward()
-
-
-def _gradients(model: nn.Module, step: TrainingStep, loss: Loss) -> list[Tensor | None]:
-    with ModelState(model).preserved():  # all steps draw the same random numbers
-        _run(model, step, loss)
-    return [None if leaf.grad is None else leaf.grad.detach().clone() for leaf in model.parameters()]

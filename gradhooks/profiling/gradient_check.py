@@ -1,96 +1,178 @@
-"""Check that gradhooks gives a user's model the gradients of the full graph."""
+"""Check that gradhooks trains a user's model as the full graph does."""
 
-import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from gradhooks.engine.model_state import ModelState
-from gradhooks.engine.nested import map_tensors
-from gradhooks.errors import ReplayError
-from gradhooks.options import Options, OptionTypes
-from gradhooks.profiling.gradient_error import gradient_error
-from gradhooks.profiling.result_table import ResultTable, TableContent
-from gradhooks.profiling.training_batch import CombinationLike, TrainingBatch
-from gradhooks.profiling.training_steps import Loss, accumulator_steps, full_graph_step, multipose_step, sum_of_combined
+from gradhooks import registry
+from gradhooks.options import OPTION_NAMES, Options, OptionTypes, refuse_unknown_options
+from gradhooks.profiling.check_result import CheckedAccumulator, GradientCheck
+from gradhooks.profiling.checked_batch import CheckedBatch, CheckedLoss
+from gradhooks.profiling.content_differences import content_differences
+from gradhooks.profiling.deep_copy import is_uninitialized
+from gradhooks.profiling.full_graph_reference import NOTHING_TO_COMPARE, FullGraphReference, full_graph_reference
+from gradhooks.profiling.gradient_error import gradient_errors
+from gradhooks.profiling.model_contents import TensorContent
+from gradhooks.profiling.preserved_state import preserved_state
+from gradhooks.profiling.step_record import StepRecord
+from gradhooks.profiling.training_batch import CombinationLike
+from gradhooks.profiling.training_steps import sum_of_combined, used_options
+from gradhooks.profiling.trial import NoGradientError, Trials
 
-TOLERANCE = 1e-10
 ACCUMULATORS = ("store", "stream", "recompute", "auto")
-
-
-@dataclass(frozen=True)
-class GradientCheck(ResultTable):
-    """The result of `gradcheck`; prints as a table.
-
-    Attributes:
-        errors: Largest relative error of a parameter's gradient in float64: by accumulator with `memory=0`, so that
-            all poses are intercepted, and with the given or default memory, so that poses run plainly where they fit.
-        second_run_agrees: Whether a second run of every pose gives the prediction of the first.
-        unused_parameters: Parameters that require grad and get no gradient from any pose, also in the full graph.
-    """
-
-    errors: dict[str, float]
-    second_run_agrees: bool
-    unused_parameters: tuple[str, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every gradient agrees and every pose can be run again."""
-        return self.second_run_agrees and all(error <= TOLERANCE for error in self.errors.values())
-
-    def table_content(self) -> TableContent:
-        """Return one row per accumulator, and notes on the second run and on unused parameters."""
-        rows = [[name, f"{error:.1e}", "ok" if error <= TOLERANCE else "WRONG"] for name, error in self.errors.items()]
-        notes = [f"a second run of a pose gives {'the same' if self.second_run_agrees else 'ANOTHER'} prediction"]
-        if self.unused_parameters:
-            notes.append(f"no prediction depends on {', '.join(self.unused_parameters)}")
-        return TableContent(["accumulator", "gradient error", f"<= {TOLERANCE:.0e}"], rows, notes)
 
 
 def gradcheck(
     model: nn.Module,
-    poses: Sequence[Any],
+    poses: Any,
     combination: CombinationLike = "mean",
     *,
-    loss: Loss = sum_of_combined,
+    groups: Any = None,
+    loss: CheckedLoss = sum_of_combined,
     **options: Unpack[OptionTypes],
 ) -> GradientCheck:
-    """Compare the gradients of every accumulator with those of the full graph, on a float64 copy of the model.
+    """Compare two training steps of every accumulator with those of the full graph, on float64 copies of the model.
+
+    Compared are the gradients of all parameters, of poses and of other leaves that the loss reaches; the values of
+    parameters and buffers; attributes of modules and what is in them; the states of random generators. The model, its
+    `.grad` and the global generators are left as they were.
+
+    Gradients may differ by 1e-10 of their size, and by what the model itself rounds, if it computes in less than
+    float64; see `gradient_errors` and `rounding_tolerances`.
 
     Args:
-        model: The bare model; it is not changed.
-        poses: A list of poses, few enough for the full graph in float64.
+        model: The bare model.
+        poses: A list of poses, a stacked tensor, a mapping of stacked tensors, or `Groups`; few enough for the full
+            graph in float64.
         combination: As for `MultiPose`.
-        loss: Of a prediction; the sum of the combined prediction by default.
+        groups: The group of each pose, shape `(M,)`; by default the poses are one group.
+        loss: Of a prediction; the sum of the combined prediction by default. With a second parameter it also gets the
+            model, a copy: `loss=lambda prediction, model: prediction.combined.sum() + model.balance`.
         **options: Further options of `MultiPose`, for the accumulators that use them. `memory` counts in the last row.
+
+    Raises:
+        TypeError: The model cannot be copied, or its copy uses parameters of the original.
+        ValueError: An option is out of range.
     """
-    double_model = copy.deepcopy(model).double()
-    double_poses = [
-        map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, pose) for pose in poses
+    refuse_unknown_options(options, OPTION_NAMES)
+    Options().changed(**options)  # what it refuses is no finding about the model
+    batch = CheckedBatch(model, poses, combination, groups, loss, options)
+    # What functions in the model close over is not copied. A model that has not been initialized has no state.
+    with nullcontext() if is_uninitialized(model) else preserved_state(model):
+        try:
+            return _check(batch)
+        except NoGradientError:
+            return GradientCheck((), (), NOTHING_TO_COMPARE)
+
+
+def _check(batch: CheckedBatch, notes: Sequence[str] = ()) -> GradientCheck:
+    """Compare in float64 or, if the full graph cannot run in it, in the dtype of the model."""
+    trials = Trials(batch)
+    try:
+        try:
+            steps = trials.full_graph()
+        except (RuntimeError, ValueError) as error:
+            if not batch.wide:
+                raise
+            why = "the full graph fails in float64: " + str(error).partition("\n")[0]
+        else:
+            narrowed = _narrowed(steps) if batch.wide else []
+            if not narrowed:
+                return _compare(trials, steps, notes, batch.options)
+            why = f"its forward converts {narrowed[0]}"
+    finally:
+        trials.restore()
+    return _check(replace(batch, wide=False), [f"compared in the model's own dtype, since {why}"])
+
+
+def _narrowed(steps: list[StepRecord]) -> list[str]:
+    """Return the parameters that a forward has converted from float64 to another dtype."""
+    parameters = {name: value for name, value in steps[-1].contents.items() if name.startswith("parameter ")}
+    return [
+        name
+        for name, content in parameters.items()
+        if isinstance(content, TensorContent)
+        and content.value.is_floating_point()
+        and content.value.dtype != torch.float64
     ]
-    batch = TrainingBatch(double_model, double_poses, combination, None, options.get("call"), options.get("collate"))
-    reference = full_graph_step(batch)
+
+
+def _compare(
+    trials: Trials, steps: list[StepRecord], notes: Sequence[str], options: Mapping[str, Any]
+) -> GradientCheck:
+    reference = full_graph_reference(trials, steps)
+    if trials.draws and options.get("chunk_size") is None:
+        options = {**options, "chunk_size": 1}  # a chunk draws other random numbers than its poses one by one
+    settings = _settings(options) if reference.reason is None else []
+    rows = tuple(_row(name, chosen, trials, reference) for name, chosen in settings)
+    first = steps[0].gradients
+    unused = tuple(name for name in trials.trainable if first[f"parameter {name}"] is None)
+    return GradientCheck(rows, unused, reference.reason, (*notes, *reference.notes))
+
+
+def _settings(options: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return names and options of the rows: each accumulator without memory, then the given or default memory."""
     memory = options.get("memory", Options.memory)
-    intercepting: dict[str, Any] = {**options, "memory": 0}
-    default: dict[str, Any] = {**options, "memory": memory}
-    steps = [
-        *accumulator_steps(batch, ACCUMULATORS, **intercepting),
-        multipose_step(batch, name=f"memory={memory}", **default),
+    accumulators = [registry.accumulators.resolve(name) for name in ACCUMULATORS]
+    intercepting = {**options, "memory": 0}
+    return [
+        *(
+            (name, {**used_options(intercepting, each, accumulators), "accumulator": name})
+            for name, each in zip(ACCUMULATORS, accumulators, strict=True)
+        ),
+        (f"memory={memory}", {**options, "memory": memory}),
     ]
-    gradients, second_run_agrees = {}, True
-    for step in (reference, *steps):
-        double_model.zero_grad()
-        with ModelState(double_model).preserved():
-            try:
-                loss(step.forward()).backward()
-            except ReplayError:
-                second_run_agrees = False
-        gradients[step.name] = [leaf.grad for leaf in double_model.parameters()]
-    expected = gradients.pop(reference.name)
-    named = zip(double_model.named_parameters(), expected, strict=True)
-    unused = tuple(name for (name, leaf), gradient in named if leaf.requires_grad and gradient is None)
-    errors = {name: gradient_error(actual, expected) for name, actual in gradients.items()}
-    return GradientCheck(errors, second_run_agrees, unused)
+
+
+def _row(name: str, options: Mapping[str, Any], trials: Trials, reference: FullGraphReference) -> CheckedAccumulator:
+    """Compare two steps with those of the full graph; the second one only if the first agrees."""
+    try:
+        steps = trials.multipose(**options)
+    except Exception as error:  # a refusal belongs to the result
+        return CheckedAccumulator(name, math.inf, error=error)
+    largest = 0.0
+    for number, (actual, expected) in enumerate(zip(steps, reference.steps, strict=True)):
+        tolerances = reference.tolerances[number]
+        errors = gradient_errors(actual.gradients, expected.gradients)
+        largest = max([largest, *errors.values()])
+        wrong = [
+            leaf for leaf in sorted(errors, key=errors.__getitem__) if not errors[leaf] <= tolerances.get(leaf, 0.0)
+        ]
+        found = [_describe(leaf, errors[leaf], actual, expected) for leaf in reversed(wrong)]
+        known = {*reference.unstable, *wrong}  # a wrong gradient makes a wrong parameter
+        contents = content_differences(actual.contents, expected.contents, reference.eps)
+        found += [f"{difference.name} {difference.text}" for difference in contents if difference.name not in known]
+        if found:
+            return CheckedAccumulator(name, largest, tuple(f"{text} (step {number + 1})" for text in found))
+    return CheckedAccumulator(name, largest, detached=tuple(_detached(steps, reference.steps)))
+
+
+def _detached(steps: Sequence[StepRecord], expected: Sequence[StepRecord]) -> Iterator[str]:
+    """Yield attributes that have a graph in the full graph only."""
+    contents = steps[-1].contents
+    for name, content in expected[-1].contents.items():
+        actual = contents.get(name)
+        if isinstance(content, TensorContent) and content.has_graph and not getattr(actual, "has_graph", False):
+            yield name.removeprefix("attribute ")
+
+
+def _describe(leaf: str, error: float, actual: StepRecord, expected: StepRecord) -> str:
+    """Return how a gradient differs."""
+    gradient, right = actual.gradients.get(leaf), expected.gradients[leaf]
+    if right is None:
+        return f".grad of {leaf} is there, and None in the full graph"
+    if gradient is None:
+        return f".grad of {leaf} is None"
+    if gradient.layout != right.layout:
+        return f".grad of {leaf} is {_layout(gradient)} instead of {_layout(right)}"
+    return f"gradient of {leaf} is off by {error:.1e} of its size"
+
+
+def _layout(gradient: Tensor) -> str:
+    return "sparse" if gradient.is_sparse else "dense"

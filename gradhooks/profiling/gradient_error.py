@@ -1,25 +1,75 @@
-"""Compare the gradients of two steps."""
+"""Measure how far tensors are from those that are expected: the one measure of `gradcheck` and of `compare`."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-FLOOR = 1e-4
+Gradients = Mapping[str, Tensor | None]
 
 
 def gradient_error(gradients: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:
-    """Return the largest difference of a gradient, relative to its norm; infinite if one of a pair is missing.
+    """Return the largest error of a gradient, see `gradient_errors`; 0 without any."""
+    names = list(map(str, range(len(expected))))
+    errors = gradient_errors(dict(zip(names, gradients, strict=True)), dict(zip(names, expected, strict=True)))
+    return max(errors.values(), default=0.0)
 
-    A norm below `FLOOR` times that of the largest gradient of the model counts as that: what is as small is a
-    difference of larger numbers, of which only the rounding errors are left.
+
+def gradient_errors(gradients: Gradients, expected: Gradients) -> dict[str, float]:
+    """Return the norm of the difference of each gradient, relative to the size of the expected one.
+
+    The error is infinite if one of a pair is missing, or not finite, or not sparse, where the other is. A pair that is
+    missing has none.
+
+    Args:
+        gradients: The gradients, by name.
+        expected: Those of the full graph, by name.
     """
-    norms = [0.0 if reference is None else reference.to_dense().norm().item() for reference in expected]
-    floor = FLOOR * max([0.0, *norms])
-    errors = [0.0]
-    for actual, reference, norm in zip(gradients, expected, norms, strict=True):
-        if (actual is None) != (reference is None):
-            return float("inf")
-        if actual is not None and reference is not None:
-            difference = (actual.to_dense() - reference.to_dense()).norm().item()
-            errors.append(difference / (max(norm, floor) or 1.0))
-    return max(errors)
+    sizes = gradient_sizes(expected)
+    errors = {}
+    for name, reference in expected.items():
+        actual = gradients.get(name)
+        if reference is not None and actual is not None and actual.layout == reference.layout:
+            errors[name] = difference_of(actual, reference) / sizes[name]
+        elif reference is not actual:
+            errors[name] = math.inf
+    return errors
+
+
+def gradient_sizes(expected: Gradients) -> dict[str, float]:
+    """Return by what the difference of each gradient is divided: its norm, and a part of the largest one at least.
+
+    A gradient smaller than `floor_of` its dtype times the largest one is a difference of larger numbers, of which only
+    the rounding errors are left.
+    """
+    norms = {name: norm_of(value) for name, value in expected.items() if value is not None}
+    largest = max((norm for norm in norms.values() if math.isfinite(norm)), default=0.0)
+    dtypes = {name: value.dtype for name, value in expected.items() if value is not None}
+    sizes = {name: max(norm, floor_of(dtypes[name]) * largest) for name, norm in norms.items()}
+    return {name: size if 0 < size < math.inf else 1.0 for name, size in sizes.items()}
+
+
+def floor_of(dtype: torch.dtype) -> float:
+    """Return which part of the largest norm is the least size of a gradient: 1e-4 in float64, 2e-2 in float32."""
+    return float(torch.finfo(dtype).eps ** 0.25)
+
+
+def norm_of(tensor: Tensor) -> float:
+    """Return the norm of a tensor, dense or sparse; infinite if an entry is not finite."""
+    norm = torch.linalg.vector_norm(_dense(tensor)).item()
+    return norm if math.isfinite(norm) else math.inf
+
+
+def difference_of(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference of two tensors; infinite if shapes, or what is not finite, differ."""
+    if actual.shape != expected.shape:
+        return math.inf
+    one, other = _dense(actual), _dense(expected)
+    same = (one == other) | (one.isnan() & other.isnan())
+    return norm_of(torch.where(same, torch.zeros_like(one), one - other))
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
+    return dense.to(torch.complex128 if dense.is_complex() else torch.float64)

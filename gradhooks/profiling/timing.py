@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -24,10 +25,26 @@ def seconds_of(step: Step, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def interleaved_seconds(steps: Sequence[Step], repeats: int, device: torch.device) -> list[list[float]]:
-    """Run all steps in each of `repeats` rounds; return for each step its seconds by round."""
-    rounds = [[seconds_of(step, device) for step in steps] for _ in range(repeats)]
-    return [list(seconds) for seconds in zip(*rounds, strict=True)]
+def interleaved_seconds(
+    steps: Sequence[Step],
+    repeats: int,
+    device: torch.device,
+    around: Callable[[int], AbstractContextManager[object]] = lambda _: nullcontext(),
+) -> list[list[float]]:
+    """Run all steps in each of `repeats` rounds; return for each step its seconds by round.
+
+    Args:
+        steps: The steps.
+        repeats: The number of rounds.
+        device: On which they run.
+        around: Gets the number of a step; a step runs in what it returns, which is not timed.
+    """
+    seconds: list[list[float]] = [[] for _ in steps]
+    for _ in range(repeats):
+        for index, step in enumerate(steps):
+            with around(index):
+                seconds[index].append(seconds_of(step, device))
+    return seconds
 
 
 def median_ratio(seconds: Iterable[float], reference: Iterable[float]) -> float:

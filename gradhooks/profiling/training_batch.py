@@ -19,7 +19,7 @@ from gradhooks.numerics import at_least_float32
 from gradhooks.options import Call, Collate, call_model
 from gradhooks.prediction import MultiPosePrediction, combine
 
-CombinationLike = str | Callable[..., Tensor]
+CombinationLike = str | Callable[..., Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class TrainingBatch:
     @cached_property
     def bound(self) -> BoundCombination:
         """The combination with the groups."""
-        bound = BoundCombination(registry.combinations.resolve(self.combination), len(self.inputs))
+        combination = None if self.combination is None else registry.combinations.resolve(self.combination)
+        bound = BoundCombination(combination, len(self.inputs))
         if self.index is None:
             return bound
         groups = group_index(self.index, None, empty_allowed=False, combination_name=bound.name)

@@ -4,13 +4,16 @@ from collections.abc import Callable, Iterator, Sequence
 from math import isqrt
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 
 from gradhooks import registry
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.engine.report import Report
-from gradhooks.prediction import MultiPosePrediction
+from gradhooks.numerics import at_least_float32
+from gradhooks.options import Nonfinite
+from gradhooks.prediction import MultiPosePrediction, combine
 from gradhooks.profiling.training_batch import TrainingBatch
 from gradhooks.testing import full_graph
 from gradhooks.wrapper import MultiPose
@@ -71,10 +74,10 @@ def accumulator_steps(
 ) -> list[TrainingStep]:
     """Return a step for each accumulator; one that ignores some of the options runs without them."""
     resolved = [registry.accumulators.resolve(accumulator) for accumulator in accumulators]
-    return [multipose_step(batch, accumulator=each, **_used(options, each, resolved)) for each in resolved]
+    return [multipose_step(batch, accumulator=each, **used_options(options, each, resolved)) for each in resolved]
 
 
-def _used(options: dict[str, Any], accumulator: Accumulator, compared: Sequence[Accumulator]) -> dict[str, Any]:
+def used_options(options: dict[str, Any], accumulator: Accumulator, compared: Sequence[Accumulator]) -> dict[str, Any]:
     """Return the options without those that `accumulator` ignores, if another one uses them.
 
     `MultiPose` refuses an option that its accumulator ignores, and so refuses an option that all ignore.
@@ -85,13 +88,29 @@ def _used(options: dict[str, Any], accumulator: Accumulator, compared: Sequence[
 
 def full_graph_step(batch: TrainingBatch) -> TrainingStep:
     """Return the step that runs pose by pose and keeps the graph of all poses."""
+    return TrainingStep("full graph", lambda: full_graph_prediction(batch), _no_report)
 
-    def forward() -> MultiPosePrediction:
-        poses = range(len(batch.inputs))
-        combination = registry.combinations.resolve(batch.combination)
-        return full_graph(batch.model, poses, combination, batch.index, call=lambda _, i: batch.run(i, i + 1)[0])
 
-    return TrainingStep("full graph", forward, _no_report)
+def full_graph_prediction(
+    batch: TrainingBatch, chunk_size: int = 1, nonfinite: Nonfinite = "propagate"
+) -> MultiPosePrediction:
+    """Return the prediction of one graph of all poses, in plain PyTorch.
+
+    Args:
+        batch: The model and its poses.
+        chunk_size: Poses per call of the model; 1 for lists that cannot be collated.
+        nonfinite: With "drop", poses without a finite prediction are left out, and their graphs too.
+    """
+    size = chunk_size if batch.inputs.batched else 1
+    rows = (row for chunk in _chunks(batch, batch.run, size) for row in chunk)
+    if nonfinite == "drop":
+        rows = (row if row.isfinite().all() else row.detach() for row in rows)
+    if nonfinite == "drop" or batch.bound.combination is None:
+        predictions = torch.stack(list(rows))
+        wide = predictions.to(at_least_float32(predictions.dtype))
+        return combine(batch.bound, wide, predictions, nonfinite)
+    prediction = full_graph(batch.model, rows, batch.bound.combination, batch.index, call=lambda _, row: row)
+    return MultiPosePrediction(*prediction, combination=batch.bound)
 
 
 def batched_step(batch: TrainingBatch) -> TrainingStep:
