@@ -116,3 +116,12 @@ def test_unusable_sides_are_refused(call: Any, message: str) -> None:
     poses = [torch.full((4,), sign) for sign in (1.0, -1.0, 1.0, -1.0)]
     with pytest.raises(gradhooks.errors.PredictionError, match=message):
         gradhooks.MultiPose(Mixture(), "mean", call=call, memory=0)(poses)
+
+
+def test_gradcheck_compares_side_losses() -> None:
+    def loss(prediction: gradhooks.MultiPosePrediction) -> Tensor:
+        assert prediction.side is not None
+        return loss_of(prediction.combined, prediction.side)
+
+    result = gradhooks.gradcheck(Mixture(), list(torch.randn(POSES, 4)), "boltzmann", loss=loss, call=with_logits)
+    assert result.passed, result

@@ -125,11 +125,12 @@ def _first_run(context: ForwardContext, before: Snapshot) -> _Run:
     watch = GraphWatch(leaves)
     run = _run(context, before, 1.0)
     computed.put_back()
-    watch.release()
+    context.shadows.release_nodes()
     if watch.outlived():
         holders = describe_holders(model, leaves)
         watch.expire()
         _refuse(context, holders)
+    context.shadows.find_nodes()
     return run
 
 

@@ -40,24 +40,20 @@ class _Sentinel:
 
 
 class GraphWatch:
-    """Watches the graphs that reach some leaves. Make it before the forward, and `release` it after.
+    """Watches the graphs that reach some leaves.
+
+    Make it before the forward, while somebody else holds the nodes of the leaves, and ask when nobody does.
 
     Args:
         leaves: Leaves that no graph reaches yet.
     """
 
     def __init__(self, leaves: Sequence[Tensor]) -> None:
-        self._nodes: list[Any] = []
         self._sentinels: list[weakref.ref[_Sentinel]] = []
         for leaf in leaves:
             node, sentinel = torch.autograd.graph.get_gradient_edge(leaf).node, _Sentinel()
             node.register_hook(sentinel)
-            self._nodes.append(node)
             self._sentinels.append(weakref.ref(sentinel))
-
-    def release(self) -> None:
-        """Hold the nodes no longer: from now on only graphs do."""
-        self._nodes.clear()
 
     def outlived(self) -> bool:
         """Return whether a graph is left. Called when all that the forward returned is gone."""

@@ -62,7 +62,8 @@ class ShadowParameters:
         self._rnn_weights: list[tuple[Any, list[Tensor]]] = []
         for module in () if model is None else model.modules():
             self._add_module(module)
-        self.nodes = frozenset(accumulation_nodes(self.shadows))  # now, since a forward may freeze them
+        self.nodes: frozenset[Any] = frozenset()
+        self.find_nodes()  # now, since a forward may freeze them
 
     def _add_module(self, module: nn.Module) -> None:
         parameters = cast("MutableMapping[str, Tensor | None]", module._parameters)
@@ -86,6 +87,14 @@ class ShadowParameters:
             self.real.append(parameter)
             self.shadows.append(shadow)
         return index
+
+    def find_nodes(self) -> None:
+        """Hold the nodes, so that they are the same in every graph."""
+        self.nodes = frozenset(accumulation_nodes(self.shadows))
+
+    def release_nodes(self) -> None:
+        """Hold the nodes no longer: from now on only graphs do."""
+        self.nodes = frozenset()
 
     def names(self, model: nn.Module) -> list[str]:
         """Return the name of each parameter in the model, the first one if it is tied."""

@@ -77,10 +77,14 @@ class TrainingBatch:
         rows: Tensor = checkpoint(self.run, start, stop, use_reentrant=False)
         return rows
 
+    def unpacked(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the predictions, and the sides if there are any, of the rows that `run` returned."""
+        (layout,) = self._layouts
+        return (rows, None) if layout is None else layout.unpack(rows)
+
     def combined(self, rows: Sequence[Tensor]) -> MultiPosePrediction:
         """Return the prediction of the batch from the predictions of its chunks."""
         predictions = rows[0] if len(rows) == 1 else torch.cat(list(rows))
-        (layout,) = self._layouts
-        predictions, side = (predictions, None) if layout is None else layout.unpack(predictions)
+        predictions, side = self.unpacked(predictions)
         wide = predictions.to(at_least_float32(predictions.dtype))
         return combine(self.bound, wide, predictions, side, nonfinite="propagate")

@@ -105,12 +105,13 @@ def full_graph_prediction(
     rows = (row for chunk in _chunks(batch, batch.run, size) for row in chunk)
     if nonfinite == "drop":
         rows = (row if row.isfinite().all() else row.detach() for row in rows)
+    predictions, side = batch.unpacked(torch.stack(list(rows)))
     if nonfinite == "drop" or batch.bound.combination is None:
-        predictions = torch.stack(list(rows))
         wide = predictions.to(at_least_float32(predictions.dtype))
-        return combine(batch.bound, wide, predictions, nonfinite)
-    prediction = full_graph(batch.model, rows, batch.bound.combination, batch.index, call=lambda _, row: row)
-    return MultiPosePrediction(*prediction, combination=batch.bound)
+        return combine(batch.bound, wide, predictions, side, nonfinite=nonfinite)
+    poses = predictions.unbind()
+    prediction = full_graph(batch.model, poses, batch.bound.combination, batch.index, call=lambda _, row: row)
+    return MultiPosePrediction(*prediction, combination=batch.bound, side=side)
 
 
 def batched_step(batch: TrainingBatch) -> TrainingStep:
