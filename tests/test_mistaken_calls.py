@@ -59,12 +59,6 @@ def test_the_question_is_asked_again_for_another_form() -> None:
         scorer(torch.randn(5, 4))
 
 
-def test_a_collate_that_does_not_keep_the_promise() -> None:
-    scorer = MultiPose(nn.Linear(4, 1), collate=lambda poses: torch.stack(poses).mean(0), memory=0)
-    with pytest.raises(PosesError, match=r"shape \(1,\), not two rows; collate= must"):
-        scorer(list(torch.randn(3, 4)))
-
-
 def test_models_that_refuse_two_rows_are_believed() -> None:
     class OneByOne(nn.Linear):
         def forward(self, poses: Tensor) -> Tensor:

@@ -194,7 +194,8 @@ def test_the_report_prints_in_lines() -> None:
     scorer(torch.randn(5, 3)).combined.sum().backward()
     lines = str(scorer.report).splitlines()
     assert [line.split()[0] for line in lines] == [
-        "poses", "groups", "plain", "chunks", "backwards", "recomputed", "skipped", "memory", "accumulator", "reason"
+        "poses", "groups", "inputs", "plain", "chunks", "backwards", "recomputed", "skipped", "memory", "accumulator",
+        "reason"
     ]  # fmt: skip
     assert scorer.report._repr_html_().startswith("<table>")
 

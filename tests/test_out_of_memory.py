@@ -239,9 +239,10 @@ def test_prediction_without_gradients_in_chunks_that_fit(double: TensorFactory) 
         predictions = scorer(poses).per_pose
         model.device.limit = 99
         torch.testing.assert_close(predictions, model(poses))
-    # A pose and a pair show that no prediction depends on its chunk; one to measure; the rest, halved twice.
-    assert model.chunk_sizes[:4] == [1, 2, 1, 9]
-    assert set(model.chunk_sizes[4:-1]) <= {5, 3, 1}
+    # A pair shows that there is a row for each pose; a pose and a pair that no prediction depends on its chunk; one to
+    # measure; the rest, halved twice.
+    assert model.chunk_sizes[:5] == [2, 1, 2, 1, 9]
+    assert set(model.chunk_sizes[5:-1]) <= {5, 3, 1}
 
 
 def test_which_errors_mean_out_of_memory() -> None:

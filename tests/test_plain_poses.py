@@ -45,8 +45,8 @@ def test_chunks_of_one_where_predictions_depend_on_their_chunk(probability: floa
 
     scorer = gradhooks.MultiPose(model, call=call)
     scorer(rows()).combined.sum().backward()
-    assert sizes[:2] == [1, 2]  # a pose alone and a pair
-    assert max(sizes[3:]) == 1
+    assert sizes[:3] == [2, 1, 2]  # a pair, for the number of rows; a pose alone and a pair
+    assert max(sizes[4:]) == 1
     assert scorer.report.chunks == COUNT
     scorer.chunk_size = 4
     sizes.clear()

@@ -28,7 +28,7 @@ def refuse_broken_promise(
     Raises:
         PosesError: The model returns another number of rows than two.
     """
-    if not poses.batched or len(poses) < _PAIR or (options.chunk_size or 1) > 1:
+    if options.collate is not None or not poses.batched or len(poses) < _PAIR or (options.chunk_size or 1) > 1:
         return
     inputs = poses.slice(0, _PAIR)
     form = _form_of(inputs)
@@ -38,7 +38,7 @@ def refuse_broken_promise(
         output = _run(model, inputs, options)
         output = output[0] if isinstance(output, tuple) and output else output  # `call=` may return a side output
     if isinstance(output, Tensor) and (output.dim() == 0 or len(output) != _PAIR):
-        raise PosesError(_describe(tuple(output.shape), inputs, collated=options.collate is not None))
+        raise PosesError(_describe(tuple(output.shape), inputs))
     learned.row_per_pose.add(form)
 
 
@@ -61,17 +61,12 @@ def _form_of(inputs: Any) -> StackForm:
     return tuple(form)
 
 
-def _describe(shape: tuple[int, ...], inputs: Any, *, collated: bool) -> str:
-    found = f"for two poses at once the model returned shape {shape}, not two rows"
-    if collated:
-        return (
-            f"{found}; collate= must make an input for which the model returns a row per pose. Leave it out otherwise"
-        )
+def _describe(shape: tuple[int, ...], inputs: Any) -> str:
     kind, one = ("tensor", "poses.unbind()") if isinstance(inputs, Tensor) else ("mapping", "[{...}, {...}]")
     return (
-        f"{found}. A {kind} holds stacked poses: axis 0 of each tensor is the pose, and the model returns a row for "
-        f"each. Is this {kind} one pose? Then pass [pose]. If the model takes single poses without that axis, pass a "
-        f"list: {one}"
+        f"for two poses at once the model returned shape {shape}, not two rows. A {kind} holds stacked poses: axis 0 "
+        f"is the pose, and the model returns a row for each. Is this {kind} one pose? Then pass [pose]. If the "
+        f"model takes single poses without that axis, pass a list: {one}"
     )
 
 
