@@ -421,6 +421,37 @@ class Nested(Changing):
         return self.state["cycle"]["deep"][1].total / 10 + sum(self.alias.values)  # type: ignore[index]
 
 
+class Schedule:
+    """An object that is neither a module nor a container."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def next(self) -> float:
+        self.step += 1
+        return 1 / self.step
+
+
+class MovingAverage:
+    def __init__(self) -> None:
+        self.value, self.schedule = torch.zeros(4), Schedule()
+
+    def update(self, pose: Tensor) -> Tensor:
+        self.value = self.value + self.schedule.next() * (pose - self.value)
+        self.value.data.mul_(0.9)
+        return self.value
+
+
+@changing
+class OwnObjects(Changing):
+    def prepare(self) -> None:
+        self.schedule = Schedule()
+        self.averages = {"all": [MovingAverage()]}
+
+    def change(self, pose: Tensor) -> Any:
+        return self.schedule.next() + self.averages["all"][0].update(pose)
+
+
 def _bank(self: Any, pose: Tensor) -> Any:
     self.bank.append(pose.clone())
     return torch.stack(list(self.bank)).mean(0)

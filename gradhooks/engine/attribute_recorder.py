@@ -22,6 +22,7 @@ from gradhooks.engine.module_attributes import (
     is_write_only,
     same_records,
 )
+from gradhooks.engine.plain_objects import PlainObjects, is_plain_object
 from gradhooks.engine.script_attributes import record_script_attributes
 from gradhooks.engine.tensor_records import TensorRecord
 from gradhooks.random_state import generator_source
@@ -62,10 +63,12 @@ class Recorder:
         self._tensors: list[TensorRecord] = []
         self._generators: list[GeneratorRecord] = []
         self._has_graph = False
+        self._looks_into_objects = False
 
     def record(self, module: nn.Module) -> ModuleRecord:
         """Return what a module holds now, or the known record if that is the same."""
         script = None
+        self._looks_into_objects = isinstance(module, PlainObjects)
         if isinstance(module, torch.jit.ScriptModule):
             script = record_script_attributes(module, self._known.script, self.add_tensor)
             for buffer in module._buffers.values():
@@ -129,11 +132,14 @@ class Recorder:
             return LEFT_AS_IS if any(map(_is_placeholder, items)) else value
         if base_of(value) is not None:
             self.add_container(value)
-        if dataclasses.is_dataclass(value) or kind is SimpleNamespace:
+        if dataclasses.is_dataclass(value) or kind is SimpleNamespace or self._is_looked_into(value):
             self._visit_fields(value)
         elif kind.__module__.partition(".")[0] in _MODULES_OF_GENERATORS or isinstance(value, random.Random):
             self._visit_generator(value)
         return value
+
+    def _is_looked_into(self, value: Any) -> bool:
+        return self._looks_into_objects and is_plain_object(value)
 
     def _visit_tensor(self, value: Tensor) -> Any:
         if isinstance(value, nn.Parameter) or is_lazy(value):

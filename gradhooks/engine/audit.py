@@ -84,6 +84,7 @@ def _audit_first_pose(batch: Batch) -> Findings:
     with torch.enable_grad(), context.on_shadows(), state.preserved(probe=True) as before:
         first = _first_run(context, before)
         state.restore(before)
+        state.end_probe()
         drawn = hidden.rewind()
         second = _run(context, before, large)
         agrees = _agree(context, first, second)

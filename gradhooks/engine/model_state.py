@@ -17,7 +17,8 @@ Rules:
        says so, and the batch has to start again.
     4. A forward of a normalization layer in training writes the running statistics and does not read them, so a second
        run does not need their old values. They are still restored after a second run.
-    5. Not recorded: what hangs on objects that are neither modules nor containers, and tensors with a graph.
+    5. Not recorded: what hangs on objects of installed packages that are neither modules nor containers, and tensors
+       with a graph.
 """
 
 import operator
@@ -32,6 +33,7 @@ from gradhooks.engine.module_attributes import ModuleRecord, Thoroughness
 from gradhooks.engine.module_values import ModuleValues
 from gradhooks.engine.module_watch import modules_in_use
 from gradhooks.engine.parameter_values import ParameterValues
+from gradhooks.engine.plain_objects import PlainObjects
 from gradhooks.engine.running_statistics import RunningStatistics, StatisticsCopy, write_statistics
 from gradhooks.engine.tensor_records import TensorRecord
 from gradhooks.errors import ReplayError
@@ -75,7 +77,7 @@ class ModelState:
             *map(default_source, self.devices), *global_sources(), *user_sources(generators)
         ])  # fmt: skip
         self._statistics = RunningStatistics(modules.values())
-        self._modules = ModuleValues(modules.values())
+        self._modules = ModuleValues([*modules.values(), PlainObjects(modules.values())])
         self._parameters = ParameterValues(modules)
         self._latest: Snapshot | None = None
         self._known_modes: set[tuple[bool, ...]] = set()  # for which it is known what forwards change
@@ -177,6 +179,10 @@ class ModelState:
         latest = self._combine(self._random.states, self._modules.records, self._parameters.records)
         self._before = latest._replace(statistics=self._statistics.read())
         return self._before
+
+    def end_probe(self) -> None:
+        """Drop the copies of parameters that `preserved(probe=True)` made, and that no forward changed."""
+        self._parameters.end_probe()
 
     def forget_before(self) -> None:
         """Forget the state before the last outermost block; a new call begins, to which `recover` refers."""

@@ -26,8 +26,7 @@ from gradhooks.engine.tensor_records import HEAD_BYTES, TensorRecord, address_of
 from gradhooks.engine.tensor_watch import TensorWatch
 
 _LEAST_BUDGET = 64 << 20
-_PROBES = 3  # snapshots: at the beginning of the batch, perhaps once more before the first forward, and after it. The
-# audit, which copies all parameters, takes none before its first forward.
+_PROBES = 3  # snapshots: at the beginning of the batch, perhaps once more before the first forward, and after it
 
 
 class _Slot(NamedTuple):
@@ -72,7 +71,7 @@ class ParameterValues:
         tensors = self._tensors()
         if probe:
             self._probing = _affordable(tensors, copy_all=copy_all) - self._changing
-            self._probes_left = 1 if copy_all else _PROBES
+            self._probes_left = _PROBES
         elif not self._changing and self._is_current(tensors):
             return
         copied = self._changing | self._probing
@@ -148,6 +147,11 @@ class ParameterValues:
             if not record.tensor.requires_grad:  # trainable ones may have been recorded as shadows
                 slot.parameters[slot.name] = record.tensor
             record.restore()
+
+    def end_probe(self) -> None:
+        """Drop the copies of parameters that did not change; a forward has run."""
+        self._probes_left = min(1, self._probes_left)
+        self.snapshot()
 
     def _end_probe(self) -> None:
         self._probes_left = max(0, self._probes_left - 1)
