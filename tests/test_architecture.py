@@ -58,8 +58,8 @@ LAYERS = [
     ["combinations.pose_weights"],
     ["combinations.mean", "combinations.logsumexp", "combinations.boltzmann"],
     ["combinations"],
-    ["entry_points"],
     ["first_party"],
+    ["entry_points"],
     ["registry"],
     ["state_dict", "prediction", "autograd_function"],
     ["forward_pass"],
@@ -79,6 +79,7 @@ LAYERS = [
     ["profiling.comparison", "profiling.pose_measurement"],
     ["profiling.memory_estimate"],
     ["profiling.gradient_check"],
+    ["plugin_check"],
     ["cli"],
     ["__main__"],
 ]
