@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from gradhooks import registry
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.combination import BoundCombination
+from gradhooks.distributed.agreement import Agreement
 from gradhooks.distributed.collectives import Collectives
 from gradhooks.distributed.validation import refuse_sharded_parameters, refuse_synchronized_modules
 from gradhooks.engine.batch_setup import read_batch
@@ -90,6 +91,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         refuse_unknown_options(options, ["accumulator", *OPTION_NAMES])
         self.model = model
         self.combination = combination
+        self._agreement = Agreement()
         self._set_options(Options(**options), registry.accumulators.resolve(accumulator))  # type: ignore[arg-type]
         self._learned = Learned()
         self._parts = ModelPartsCache()
@@ -115,6 +117,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
                 f"the accumulator {accumulator.name!r} does not use {', '.join(f'{name}=' for name in ignored)}; leave "
                 "it out, or use accumulator='auto' or 'recompute'"
             )
+        self._agreement.join(options.process_group)
         object.__setattr__(self, "options", options)
         object.__setattr__(self, "_accumulator", accumulator)
 
@@ -227,6 +230,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
             sharded=sharded,
             learned=self._learned,
             cache=self._parts,
+            agreement=self._agreement,
         )
         self.report = batch.report
         predictions = run_batch(batch, accumulator)

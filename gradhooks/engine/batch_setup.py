@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gradhooks.combination import BoundCombination
+from gradhooks.distributed.agreement import Agreement, Subject
 from gradhooks.distributed.collectives import Collectives, Message
 from gradhooks.distributed.pose_parallel import PosePartition
 from gradhooks.distributed.sharded_model import ShardedModel
@@ -41,6 +42,7 @@ def read_batch(
     sharded: ShardedModel,
     learned: Learned,
     cache: ModelPartsCache,
+    agreement: Agreement,
 ) -> Batch:
     """Return the batch of a call.
 
@@ -55,15 +57,18 @@ def read_batch(
         sharded: How the parameters are sharded, if they are.
         learned: What earlier batches have shown.
         cache: Keeps the parts of the model.
+        agreement: Compares the ranks of the process group.
 
     Raises:
         PosesError: There are no poses, they have no usable form, or the group numbers do not fit them.
         CombinationError: The combination cannot be used with a process group.
         ConcurrentUseError: Another thread runs poses through the model.
-        DistributedError: Another rank failed.
+        DistributedError: Another rank failed, or differs from this one.
     """
-    collectives = Collectives(options.process_group)
-    with collectives.all_or_none("reading of the poses", 2) as message:
+    collectives = Collectives(options.process_group, agreement.call)
+    autocast = AutocastState(device.type for device in parts.state.devices)
+    subject = Subject(model, combination, _settings(options, autocast))
+    with collectives.all_or_none("reading of the poses") as message:
         poses, index, group_count = _separate(poses, groups)
         prepared = _prepare(poses, options, may_be_empty=not collectives.is_single)
         if not collectives.is_single:
@@ -72,12 +77,14 @@ def read_batch(
         if parts.has_lazy_parameters and len(prepared):
             initialize_lazy_parameters(model, lambda: options.call(model, prepared.slice(0, 1)))
             parts = cache.get(model, options.generators)
-        message.sent = [len(prepared), -1 if index is None else group_count or 0]
-    partition = PosePartition(collectives, [int(count) for count, _ in message.received])
+        summary = [] if collectives.is_single else agreement.summary(subject)
+        message.sent = [len(prepared), -1 if index is None else group_count or 0, *summary]
+    if not collectives.is_single:
+        agreement.confirm(collectives, [row[2 : 2 + len(summary)] for row in message.received], subject)
+    partition = PosePartition(collectives, [int(count) for count, *_ in message.received])
     if partition.total == 0:
         raise PosesError("there are no poses on any rank: a group needs at least one pose")
     gathered = _gather_groups(index, message, partition, combination)
-    autocast = AutocastState(device.type for device in parts.state.devices)
     mode = mode_of(model.training, autocast.dtypes)
     schedule = _schedule(options, mode, parts, learned, cache, batched=prepared.batched and not sharded)
     batch = Batch(
@@ -109,6 +116,16 @@ def _separate(poses: Any, groups: Any) -> tuple[Any, Any, int | None]:
     return poses.poses, poses.index, poses.count
 
 
+def _settings(options: Options, autocast: AutocastState) -> dict[str, object]:
+    """Return the options and modes in which the ranks of a process group must agree."""
+    return {
+        "grad mode": "on" if torch.is_grad_enabled() else "off",
+        "autocast": autocast.dtypes or "off",
+        "nonfinite=": options.nonfinite,
+        "tolerance=": options.tolerance,
+    }
+
+
 def _prepare(poses: Any, options: Options, *, may_be_empty: bool) -> Poses:
     prepared = as_poses(poses, options.collate, may_be_empty=may_be_empty)
     if (options.chunk_size or 1) > 1 and not prepared.batched:
@@ -138,7 +155,7 @@ def _gather_groups(
     index: Tensor | None, message: Message, partition: PosePartition, combination: Any
 ) -> GroupIndex | None:
     """Return the groups of the poses of all ranks."""
-    counts = [int(count) for _, count in message.received]
+    counts = [int(count) for _, count, *_ in message.received]
     if all(count < 0 for count in counts):
         return None
     without = [rank for rank, count in enumerate(counts) if count < 0 and partition.counts[rank]]

@@ -1,12 +1,12 @@
 """The first run of intercepted poses: each goes through the model once, chunk by chunk."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradhooks.distributed.pose_parallel import METADATA_LENGTH
 from gradhooks.engine.accumulation import Accumulation, Chunk, NoPoses
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.context import ForwardContext
@@ -62,7 +62,7 @@ def run_forward(context: ForwardContext, begin: Begin) -> FirstRun:
     with (
         batch.sharded.keep_unsharded(),
         batch.sharded.all_or_none(step),
-        partition.collectives.all_or_none(step, METADATA_LENGTH) as message,
+        partition.collectives.all_or_none(step) as message,
     ):
         try:
             accumulation, rows, differentiable = schedule.retry_smaller(attempt)
@@ -121,11 +121,11 @@ def predict(batch: Batch) -> Tensor:
         with batch.parts.state.preserved(only_on_error=True):
             return _predict_local_poses(batch)
 
-    collectives = partition.collectives
-    with batch.sharded.keep_unsharded(), collectives.all_or_none("forward", METADATA_LENGTH) as message:
-        rows = schedule.retry_smaller(attempt)
-        message.sent = partition.encode_metadata(rows)
-    return partition.gather_predictions(rows, message.received, batch.parts.device)
+    with nullcontext() if partition.collectives.is_single else batch.parts.state.preserved(only_on_error=True):
+        with batch.sharded.keep_unsharded(), partition.collectives.all_or_none("forward") as message:
+            rows = schedule.retry_smaller(attempt)
+            message.sent = partition.encode_metadata(rows)
+        return partition.gather_predictions(rows, message.received, batch.parts.device)
 
 
 def _predict_local_poses(batch: Batch) -> Tensor:
