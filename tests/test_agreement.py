@@ -17,7 +17,8 @@ import gradhooks
 from gradhooks import MultiPose
 from gradhooks.combinations import Boltzmann, Min
 from gradhooks.distributed.agreement import Agreement
-from gradhooks.distributed.description import describe_function, value_hashes
+from gradhooks.distributed.combination_description import describe_function
+from gradhooks.distributed.parameter_description import value_hashes
 from gradhooks.testing import full_graph
 
 

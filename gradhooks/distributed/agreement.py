@@ -10,15 +10,11 @@ Rules:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
-
 from gradhooks.distributed.collectives import Collectives
-from gradhooks.distributed.description import (
-    describe_function,
+from gradhooks.distributed.parameter_description import (
     describe_parameter,
     describe_values,
     has_values,
@@ -26,45 +22,16 @@ from gradhooks.distributed.description import (
     value_hashes,
 )
 from gradhooks.distributed.status import Call, digest
+from gradhooks.distributed.subject import Subject
 from gradhooks.errors import DistributedError
 
 _DRIFT = 1e-5
 """Rule 2: relative difference of norms."""
 
+_LENGTH = 4
+"""Numbers of a summary."""
+
 _scorers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is compared.
-
-    Attributes:
-        model: The bare model.
-        combination: The combination.
-        settings: Options and modes of the call, by name.
-    """
-
-    model: nn.Module
-    combination: Any
-    settings: Mapping[str, object]
-
-    def parameters(self) -> list[tuple[str, Tensor]]:
-        """Return the parameters of the model and of the combination with their names."""
-        named: list[tuple[str, Tensor]] = list(self.model.named_parameters())
-        if isinstance(self.combination, nn.Module):
-            named += self.combination.named_parameters("combination")
-        return named
-
-    def describe_settings(self) -> dict[str, str]:
-        """Return what may differ from call to call."""
-        modes = {f"the mode of module {path!r}": _mode(each) for path, each in self.model.named_modules()}
-        settings = {name: str(value) for name, value in self.settings.items()}
-        return {**settings, "the combination": describe_function(self.combination), **modes}
-
-    def settings_digest(self) -> float:
-        """Return a digest of `describe_settings`, without the paths of modules, which take time to find."""
-        flags = bytes(module.training for module in self.model.modules())
-        return digest(repr([*self.settings.values(), describe_function(self.combination), flags]).encode())
 
 
 class Agreement:
@@ -93,7 +60,9 @@ class Agreement:
         return Call(self._number, self._batch)
 
     def summary(self, subject: Subject) -> list[float]:
-        """Return the numbers that are compared, for the status of the first step."""
+        """Return the numbers that are compared, for the status of the first step; none without a group."""
+        if self._group is None:
+            return []
         named = subject.parameters()
         identities = [
             (name, id(each), each.requires_grad, has_values(each) and (each.data_ptr(), each.shape))
@@ -104,25 +73,31 @@ class Agreement:
             self._values = digest(repr(value_hashes(named)).encode())
             self._known = identities
         norm_sum = sum((1 + index) * norm for index, norm in enumerate(norms(named)))
-        return [self._structure, subject.settings_digest(), self._values, norm_sum]
+        return [norm_sum, self._structure, subject.settings_digest(), self._values]
 
-    def confirm(self, collectives: Collectives, summaries: Sequence[Sequence[float]], subject: Subject) -> None:
+    def confirm(
+        self, collectives: Collectives, received: Sequence[Sequence[float]], subject: Subject
+    ) -> list[Sequence[float]]:
         """Refuse ranks that differ, and agree on the number of the batch.
 
         Args:
             collectives: The ranks.
-            summaries: The summary of each rank.
+            received: What each rank has sent, its summary first.
             subject: What is compared.
+
+        Returns:
+            What follows the summaries.
 
         Raises:
             DistributedError: It names the ranks and what differs first.
         """
+        if collectives.is_single:
+            return list(received)
         self._batch = collectives.call.batch + 1
-        *digests, norm_sums = zip(*summaries, strict=True)
-        largest = max(map(abs, norm_sums))
-        drifted = not max(norm_sums) - min(norm_sums) <= _DRIFT * largest
+        norm_sums, *digests = zip(*(row[:_LENGTH] for row in received), strict=True)
+        drifted = not max(norm_sums) - min(norm_sums) <= _DRIFT * max(map(abs, norm_sums))
         if all(len(set(each)) == 1 for each in digests) and not drifted:
-            return
+            return [row[_LENGTH:] for row in received]
         self._known = []  # compare values to the bit after an error
         named = subject.parameters()
         description = {**subject.describe_settings(), **dict(describe_parameter(*each) for each in named)}
@@ -136,10 +111,6 @@ class Agreement:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Agreement, ())
-
-
-def _mode(module: nn.Module) -> str:
-    return "training" if module.training else "evaluation"
 
 
 def _first_difference(descriptions: Sequence[Mapping[str, str]]) -> str:

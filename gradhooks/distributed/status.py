@@ -1,8 +1,6 @@
 """Status: the numbers that every rank sends at the end of a step, of one size for every step.
 
-Ranks of a process group may be at different steps, since a rank raised outside gradhooks, or calls scorers in another
-order. As all steps send equally many numbers, such ranks understand each other and raise, where a backend would abort
-the process or mix up their data.
+So ranks at different steps understand each other and raise, where a backend would abort or mix up their data.
 """
 
 import hashlib
@@ -50,13 +48,8 @@ class Status:
 
     def encode(self) -> list[float]:
         """Return `LENGTH + 2` numbers."""
-        padding = [0.0] * (LENGTH - len(self.numbers))
-        return [
-            pack(self.step, int(self.failed)),
-            pack(self.call.scorer % LIMIT, self.call.batch % LIMIT),
-            *self.numbers,
-            *padding,
-        ]
+        position = [pack(self.step, int(self.failed)), pack(self.call.scorer % LIMIT, self.call.batch % LIMIT)]
+        return [*position, *self.numbers, *[0.0] * (LENGTH - len(self.numbers))]
 
     def __str__(self) -> str:
         return f"in the {STEPS[self.step]} of {self.call}"

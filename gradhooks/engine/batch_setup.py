@@ -1,16 +1,17 @@
 """Make the `Batch` of a call from what the user passed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradhooks.combination import BoundCombination
-from gradhooks.distributed.agreement import Agreement, Subject
-from gradhooks.distributed.collectives import Collectives, Message
+from gradhooks.distributed.agreement import Agreement
+from gradhooks.distributed.collectives import Collectives
 from gradhooks.distributed.pose_parallel import PosePartition
 from gradhooks.distributed.sharded_model import ShardedModel
+from gradhooks.distributed.subject import Subject
 from gradhooks.distributed.validation import refuse_pose_parallel
 from gradhooks.engine.autocast import AutocastState
 from gradhooks.engine.batch import Batch
@@ -77,14 +78,12 @@ def read_batch(
         if parts.has_lazy_parameters and len(prepared):
             initialize_lazy_parameters(model, lambda: options.call(model, prepared.slice(0, 1)))
             parts = cache.get(model, options.generators)
-        summary = [] if collectives.is_single else agreement.summary(subject)
-        message.sent = [len(prepared), -1 if index is None else group_count or 0, *summary]
-    if not collectives.is_single:
-        agreement.confirm(collectives, [row[2 : 2 + len(summary)] for row in message.received], subject)
-    partition = PosePartition(collectives, [int(count) for count, *_ in message.received])
+        message.sent = [*agreement.summary(subject), len(prepared), -1 if index is None else group_count or 0]
+    rows = agreement.confirm(collectives, message.received, subject)
+    partition = PosePartition(collectives, [int(count) for count, *_ in rows])
     if partition.total == 0:
         raise PosesError("there are no poses on any rank: a group needs at least one pose")
-    gathered = _gather_groups(index, message, partition, combination)
+    gathered = _gather_groups(index, [int(count) for _, count, *_ in rows], partition, combination)
     mode = mode_of(model.training, autocast.dtypes)
     schedule = _schedule(options, mode, parts, learned, cache, batched=prepared.batched and not sharded)
     batch = Batch(
@@ -152,10 +151,9 @@ def _schedule(
 
 
 def _gather_groups(
-    index: Tensor | None, message: Message, partition: PosePartition, combination: Any
+    index: Tensor | None, counts: Sequence[int], partition: PosePartition, combination: Any
 ) -> GroupIndex | None:
-    """Return the groups of the poses of all ranks."""
-    counts = [int(count) for _, count, *_ in message.received]
+    """Return the groups of the poses of all ranks, given the number of groups on each, -1 without groups."""
     if all(count < 0 for count in counts):
         return None
     without = [rank for rank, count in enumerate(counts) if count < 0 and partition.counts[rank]]
