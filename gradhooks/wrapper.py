@@ -21,7 +21,7 @@ from gradhooks.engine.report import Report
 from gradhooks.forward_pass import run_batch
 from gradhooks.options import OPTION_NAMES, OptionAttributes, Options, OptionTypes, refuse_unknown_options
 from gradhooks.prediction import MultiPosePrediction, combine
-from gradhooks.state_dict import key_modifiers, use_keys_of_bare_model
+from gradhooks.state_dict import adapt_distributed_checkpoints, key_modifiers, use_keys_of_bare_model
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -164,7 +164,8 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         return any(name in names for names in (model.__dict__, model._modules, model._parameters, model._buffers))
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        # Read by torch.distributed.checkpoint for modules whose state_dict hooks change keys.
+        # Called by torch.distributed.checkpoint for modules whose state_dict hooks change keys.
+        adapt_distributed_checkpoints()
         return key_modifiers(self, self.model)
 
     def extra_repr(self) -> str:
