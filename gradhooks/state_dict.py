@@ -26,12 +26,13 @@ def key_modifiers(wrapper: nn.Module, model: nn.Module) -> dict[str, str]:
     `torch.distributed.checkpoint.state_dict`, and Accelerate with it, walks the modules to make keys of its own. It
     cannot tell a child of `model` named "model" from the wrapped model.
     """
+    _adapt_distributed_checkpoints()
     left_out = WRAPPED.removesuffix(".")
     names = {*model._modules.keys(), *model._parameters.keys(), *model._buffers.keys()}
     return dict.fromkeys(names - _other_children(wrapper) - {left_out}, left_out)
 
 
-def adapt_distributed_checkpoints() -> None:
+def _adapt_distributed_checkpoints() -> None:
     """Make `torch.distributed.checkpoint` name the parameters of optimizers as those of models.
 
     It names the latter by walking the modules, which asks for `key_modifiers`, and the former by `named_parameters()`,

@@ -19,14 +19,15 @@ from gradhooks.engine.learned import Learned
 from gradhooks.engine.model_parts import ModelPartsCache
 from gradhooks.engine.report import Report
 from gradhooks.forward_pass import run_batch
+from gradhooks.learned_attribute import LearnedAttribute
 from gradhooks.options import OPTION_NAMES, OptionAttributes, Options, OptionTypes, refuse_unknown_options
 from gradhooks.prediction import MultiPosePrediction, combine
-from gradhooks.state_dict import adapt_distributed_checkpoints, key_modifiers, use_keys_of_bare_model
+from gradhooks.state_dict import key_modifiers, use_keys_of_bare_model
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
+class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
     """Runs groups of poses through a model, in chunks, and combines the predictions of each group.
 
     `loss.backward()` fills `.grad` with the gradient of the full graph, which contains the graphs of all poses, with
@@ -62,6 +63,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
     Attributes:
         model: The bare model.
         report: The `Report` of the last batch.
+        learned: What earlier batches have shown; save it beside the state dict, and assign it on resuming.
 
     Raises:
         TypeError: An option does not exist, or has the wrong type.
@@ -165,7 +167,6 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
 
     def _fqn_modifiers(self) -> dict[str, str]:
         # Called by torch.distributed.checkpoint for modules whose state_dict hooks change keys.
-        adapt_distributed_checkpoints()
         return key_modifiers(self, self.model)
 
     def extra_repr(self) -> str:
@@ -214,12 +215,8 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         refuse_synchronized_modules(self.model, parts.synchronizing)
         sharded = parts.sharded
         if sharded:
-            refuse_sharded_parameters(
-                sharded,
-                Collectives(options.process_group),
-                accumulator.name,
-                supports_sharded=accumulator.supports_sharded,
-            )
+            collectives, supports = Collectives(options.process_group), accumulator.supports_sharded
+            refuse_sharded_parameters(sharded, collectives, accumulator.name, supports_sharded=supports)
         batch = read_batch(
             self.model,
             options,

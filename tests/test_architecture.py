@@ -63,7 +63,7 @@ LAYERS = [
     ["first_party"],
     ["entry_points"],
     ["registry"],
-    ["state_dict", "prediction", "autograd_function"],
+    ["state_dict", "prediction", "autograd_function", "learned_attribute"],
     ["forward_pass"],
     ["wrapper"],
     ["decorator", "mypy_plugin"],

@@ -109,6 +109,7 @@ def exchange_all(_: int, folder: str, *, shard: bool) -> list[str]:
         expected, found = source.values(), target.values()
         if expected.keys() != found.keys() or any(not torch.equal(expected[name], found[name]) for name in expected):
             wrong.append(case)
+        target.scorer.learned = source.scorer.learned
         if one == other and source.step() != target.step():
             wrong.append(f"{case}: the next step")
     return wrong
