@@ -1,14 +1,12 @@
 """Give `state_dict` the keys of the bare model, so that checkpoints of both can be exchanged."""
 
-import functools
-import sys
 from collections.abc import Callable, MutableMapping
-from operator import attrgetter
 from typing import Any
 
 from torch import nn
 
-WRAPPED = "model."
+from gradhooks.distributed.checkpoint_names import WRAPPED, adapt_distributed_checkpoints
+
 # While a module loads: its prefix in the checkpoint, which only the pre-hook gets.
 _PREFIX = "_loading_prefix"
 
@@ -26,56 +24,10 @@ def key_modifiers(wrapper: nn.Module, model: nn.Module) -> dict[str, str]:
     `torch.distributed.checkpoint.state_dict`, and Accelerate with it, walks the modules to make keys of its own. It
     cannot tell a child of `model` named "model" from the wrapped model.
     """
-    _adapt_distributed_checkpoints()
+    adapt_distributed_checkpoints(lambda module: _remove_prefix in module._state_dict_hooks.values())
     left_out = WRAPPED.removesuffix(".")
     names = {*model._modules.keys(), *model._parameters.keys(), *model._buffers.keys()}
     return dict.fromkeys(names - _other_children(wrapper) - {left_out}, left_out)
-
-
-def _adapt_distributed_checkpoints() -> None:
-    """Make `torch.distributed.checkpoint` name the parameters of optimizers as those of models.
-
-    It names the latter by walking the modules, which asks for `key_modifiers`, and the former by `named_parameters()`,
-    which asks nobody: the names of one parameter would differ, and no checkpoint with an optimizer could be loaded. The
-    one function through which all names go is private; where it is missing nothing is changed.
-    """
-    checkpoint: Any = sys.modules.get("torch.distributed.checkpoint.state_dict")
-    original = getattr(checkpoint, "_get_fqns", None)
-    if original is None or hasattr(original, "_of_gradhooks"):
-        return
-
-    @functools.wraps(original)
-    def get_names(model: nn.Module, name: str, *arguments: Any, **options: Any) -> Any:
-        return original(model, _bare_name(model, name), *arguments, **options)
-
-    get_names._of_gradhooks = True  # type: ignore[attr-defined]
-    checkpoint._get_fqns = get_names
-
-
-def _bare_name(root: nn.Module, name: str) -> str:
-    """Return the name of a parameter of `root` without the names of wrapped models."""
-    kept: list[str] = []
-    rest, module = name, root
-    while rest:
-        first, _, following = rest.partition(".")
-        if _is_wrapper(module) and rest.startswith(WRAPPED) and _exists(module, rest):
-            module, rest = module.get_submodule(first), following
-            continue
-        kept.append(first)
-        module, rest = getattr(module, first, root), following
-    return ".".join(kept)
-
-
-def _is_wrapper(module: object) -> bool:
-    return isinstance(module, nn.Module) and _remove_prefix in module._state_dict_hooks.values()
-
-
-def _exists(module: nn.Module, name: str) -> bool:
-    try:
-        attrgetter(name)(module)
-    except AttributeError:
-        return False
-    return True
 
 
 def _other_children(wrapper: nn.Module) -> set[str]:

@@ -23,7 +23,7 @@ LAYERS = [
     ["groups"],
     ["collation"],
     ["combination"],
-    ["distributed", "distributed.status", "distributed.lost_ranks"],
+    ["distributed", "distributed.status", "distributed.lost_ranks", "distributed.checkpoint_names"],
     ["distributed.combination_description", "distributed.parameter_description"],
     ["distributed.collectives", "distributed.subject"],
     ["distributed.agreement", "distributed.pose_parallel", "distributed.sharded_model"],

@@ -1,10 +1,10 @@
 """Find out which ranks no longer answer, after a collective has failed.
 
 Rules:
-    1. Each rank on which a collective fails says so in the store of the process group, through which the ranks have
-       met. A rank that does not within `ANSWER_SECONDS` is gone, or runs something else.
-    2. A rank learns of a failure only through its own connections. So each rank breaks the connections that it still
-       has; otherwise the neighbours of its neighbours would wait until their timeout. The group is of no use anyway.
+    1. Each rank on which a collective fails says so in the store through which the ranks have met. A rank that does not
+       within `ANSWER_SECONDS` is gone, or runs something else.
+    2. A rank learns of a failure only through its own connections. So each one breaks those that it still has, which
+       are of no use any more; otherwise the neighbours of its neighbours would wait until their timeout.
     3. A store may be gone with the rank that served it. It is asked in a thread, and given up after some time.
 """
 

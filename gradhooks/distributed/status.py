@@ -77,14 +77,8 @@ def are_together(statuses: Sequence[Status]) -> bool:
 
     While poses are read, ranks agree on the number of the batch, so that they can go on together after an error.
     """
-    first = statuses[0]
-    reading = STEPS[first.step] == STEPS[0]
-    return all(
-        status.step == first.step
-        and status.call.scorer == first.call.scorer
-        and (reading or status.call.batch == first.call.batch)
-        for status in statuses
-    )
+    reading = statuses[0].step == 0
+    return len({(each.step, each.call.scorer, reading or each.call.batch) for each in statuses}) == 1
 
 
 def digest(content: bytes) -> float:
