@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 tests/resumed_training.py FOLDER [--kill]
 
-With `--kill` every run ends after the checkpoint of step 4, and in the last one rank 1 is killed in the forward of step 5.
+With `--kill` every run ends after the checkpoint of step 4; in the last one rank 1 is killed in the forward of step 5.
 """
 
 import argparse
