@@ -23,7 +23,7 @@ def check(seen: Seen, way: str, moment: str, how: str) -> None:
         assert seen.goes_on
 
 
-@pytest.mark.parametrize(("moment", "how"), [("forward", "SIGKILL"), ("backward", "exit")])
+@pytest.mark.parametrize(("moment", "how"), [("backward", "SIGKILL")])
 def test_a_lost_rank_is_named(moment: str, how: str, tmp_path: Path) -> None:
     for seen in survivors("pose parallel", moment, how, str(tmp_path)):
         check(seen, "pose parallel", moment, how)

@@ -108,6 +108,34 @@ def test_a_backward_of_the_bare_model_while_another_thread_runs_poses() -> None:
     assert_gradients_close(model, expected)
 
 
+def test_a_step_of_the_bare_model_while_another_thread_runs_poses_is_refused() -> None:
+    model = small_mlp()
+    errors: list[str] = []
+
+    def run() -> None:
+        try:
+            step(gradhooks.MultiPose(model, "boltzmann", call=wait, memory=0))
+        except gradhooks.errors.PredictionError as error:
+            errors.append(str(error))
+
+    inside, leave = threading.Event(), threading.Event()
+
+    def wait(model: nn.Module, pose: Tensor) -> Tensor:
+        inside.set()
+        leave.wait(10)
+        prediction: Tensor = model(pose)
+        return prediction
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    inside.wait(10)
+    model(fixed_poses()[0]).sum().backward()
+    leave.set()
+    thread.join()
+    assert len(errors) == 1
+    assert "calls backward()" in errors[0]
+
+
 def test_scorers_on_copies_in_two_threads() -> None:
     models = [small_mlp() for _ in range(2)]
     expected = [reference_of(model) for model in models]
