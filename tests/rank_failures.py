@@ -23,7 +23,7 @@ import gradhooks
 
 VICTIM = 1
 WAYS = ("pose parallel", "DDP", "FSDP2")
-MOMENTS = ("forward", "between", "backward")
+MOMENTS = ("before", "forward", "between", "backward")
 ENDS = ("SIGKILL", "exit", "sleep")
 TIMEOUT = 4.0
 """Seconds, of collectives: what a user sets."""
@@ -135,6 +135,8 @@ def lose_a_rank(rank: int, way: str, moment: str, how: str, new_store: str) -> S
     try:
         if rank == VICTIM:
             model.ends = (moment, how)
+            if moment == "before":  # it has fewer batches than the others
+                end_here(how)
         loss = module(poses_of(rank)).combined.square().sum()
         if rank == VICTIM and moment == "between":
             end_here(how)

@@ -244,6 +244,9 @@ def agree(rank: int) -> list[str]:
     for step in range(3):
         scorer(torch.randn(6 * (step + rank), 4).double(), scale=2.0).combined.sum().backward()
         train(other, rank)
+    with torch.no_grad():
+        other.model[0].weight[0, :2] = torch.tensor([float("nan"), float("inf")])
+    other(poses_of(rank)).combined.sum().backward()
     return [type(each).__name__ for each in copies]
 
 

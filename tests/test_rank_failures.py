@@ -16,7 +16,7 @@ def check(seen: Seen, way: str, moment: str, how: str) -> None:
     assert not math.isnan(seen.seconds)
     assert seen.seconds < waited + 2.5, seen
     if way == "pose parallel":
-        step = "forward" if moment == "forward" else "backward"
+        step = {"before": "reading of the poses", "forward": "forward"}.get(moment, "backward")
         assert seen.kind == "DistributedError"
         assert re.search(rf"waited for the other ranks in the {step} of batch 1.*rank 1 does not answer", seen.message)
         assert seen.unchanged

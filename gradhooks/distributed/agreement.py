@@ -13,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import Tensor, nn
+
 from gradhooks.distributed.collectives import Collectives
 from gradhooks.distributed.parameter_description import (
     describe_parameter,
     describe_values,
-    has_values,
     norms,
+    trained_numbers,
     value_hashes,
 )
 from gradhooks.distributed.status import Call, digest
@@ -45,6 +47,7 @@ class Agreement:
         self._batch = 0
         self._group: Any = None
         self._known: list[Any] = []
+        self._trained: list[Tensor] = []
         self._structure = self._values = 0.0
 
     def join(self, process_group: Any) -> None:
@@ -64,15 +67,13 @@ class Agreement:
         if self._group is None:
             return []
         named = subject.parameters()
-        identities = [
-            (name, id(each), each.requires_grad, has_values(each) and (each.data_ptr(), each.shape))
-            for name, each in named
-        ]
+        identities = [(id(each), each.requires_grad, _memory(each)) for _, each in named]
         if identities != self._known:
             self._structure = digest(repr([describe_parameter(*each) for each in named]).encode())
             self._values = digest(repr(value_hashes(named)).encode())
+            self._trained = trained_numbers(named)
             self._known = identities
-        norm_sum = sum((1 + index) * norm for index, norm in enumerate(norms(named)))
+        norm_sum = sum((1 + index) * norm for index, norm in enumerate(norms(self._trained)))
         return [norm_sum, self._structure, subject.settings_digest(), self._values]
 
     def confirm(
@@ -111,6 +112,10 @@ class Agreement:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Agreement, ())
+
+
+def _memory(parameter: Tensor) -> int:
+    return parameter.data_ptr() if type(parameter) is nn.Parameter else 0  # others may have none
 
 
 def _first_difference(descriptions: Sequence[Mapping[str, str]]) -> str:

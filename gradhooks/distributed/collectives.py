@@ -161,7 +161,8 @@ class Collectives:
     def gather_objects(self, value: Any) -> list[Any]:
         """Return an object of each rank, in rank order; for messages, since it is slow."""
         gathered: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(gathered, value, group=self._group)
+        with self._naming_lost_ranks():
+            dist.all_gather_object(gathered, value, group=self._group)
         return gathered
 
     @contextmanager

@@ -30,39 +30,42 @@ def describe_values(named: Named) -> dict[str, str]:
 
 def value_hashes(named: Named) -> dict[str, int]:
     """Return a hash of the bits of each parameter that has values. Waits for each device once."""
-    sums: dict[torch.device, dict[str, Tensor]] = {}
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
     for name, parameter in named:
         if has_values(parameter):
-            sums.setdefault(parameter.device, {})[name] = _hash(parameter.detach())
+            by_device.setdefault(parameter.device, {})[name] = parameter.detach()
     hashes = {}
-    for on_device in sums.values():
-        values = torch.stack(list(on_device.values())).tolist()
-        hashes.update({name: value % 2**64 for name, value in zip(on_device, values, strict=True)})
+    for device, tensors in by_device.items():
+        factors = torch.arange(_BLOCK, device=device).mul_(_STEP)
+        factors.bitwise_xor_(factors >> 32).bitwise_or_(1)  # not linear, so that swaps do not cancel out
+        values = torch.stack([_hash(tensor, factors) for tensor in tensors.values()]).tolist()
+        hashes.update({name: value % 2**64 for name, value in zip(tensors, values, strict=True)})
     return {name: hashes[name] for name, _ in named if name in hashes}
 
 
-def _hash(tensor: Tensor) -> Tensor:
-    """Return a sum of the elements' bits, each multiplied by an odd number of its own, shape `()`, int64."""
+def _hash(tensor: Tensor, factors: Tensor) -> Tensor:
+    """Return a sum of the elements' bits, each multiplied by a factor of its own, shape `()`, int64."""
     flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
-    bits = flat.view(_INTEGERS[flat.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for number, block in enumerate(bits.split(_BLOCK)):
-        first = number * _BLOCK
-        factors = torch.arange(first, first + len(block), device=tensor.device).mul_(_STEP)
-        factors.bitwise_xor_(factors >> 32).bitwise_or_(1)  # not linear, so that swaps do not cancel out
-        total += (factors * block).sum()
+    for block in flat.view(_INTEGERS[flat.element_size()]).split(_BLOCK):
+        total.mul_(_STEP).add_((factors[: len(block)] * block).sum())
     return total
 
 
-def norms(named: Named) -> list[float]:
-    """Return the norm of each trainable parameter. Waits for each device once."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for _, parameter in named:
-        if parameter.requires_grad and _is_float(parameter):
-            by_device.setdefault(parameter.device, []).append(parameter.detach())
+def trained_numbers(named: Named) -> list[Tensor]:
+    """Return the trainable parameters of which a norm can be taken."""
+    return [each for _, each in named if each.requires_grad and _is_float(each)]
+
+
+def norms(tensors: Sequence[Tensor]) -> list[float]:
+    """Return the norm of each tensor, -1 for NaN, -2 for infinity. Waits once for each device."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach())
     found: list[float] = []
-    for tensors in by_device.values():
-        found += torch.stack([norm.double() for norm in torch._foreach_norm(tensors)]).nan_to_num(-1.0).tolist()
+    for group in by_kind.values():
+        values = torch.stack(list(torch._foreach_norm(group))).double()
+        found += values.nan_to_num(nan=-1.0, posinf=-2.0).tolist()
     return found
 
 
