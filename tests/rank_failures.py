@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from multiprocess import Fault, run_on_ranks
+from multiprocess import Fault, error_of, run_on_ranks
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -88,6 +88,7 @@ class Seen(NamedTuple):
         message: Its message.
         unchanged: Whether `.grad`, parameters and buffers are as before.
         goes_on: Whether the next batch, in a new group of the survivors, is right.
+        own_error: The message of an error of this rank's own, in the group that has failed.
     """
 
     seconds: float
@@ -95,6 +96,7 @@ class Seen(NamedTuple):
     message: str
     unchanged: bool
     goes_on: bool | None = None
+    own_error: str = ""
 
 
 def state_of(model: nn.Module) -> list[Tensor]:
@@ -146,8 +148,10 @@ def lose_a_rank(rank: int, way: str, moment: str, how: str, new_store: str) -> S
         kind, message = type(error).__name__, str(error)
     seconds = time.monotonic() - start
     unchanged = all(map(torch.equal, state_of(model), before))
-    goes_on = go_on(rank, scorer, new_store) if way == "pose parallel" else None
-    return Seen(seconds, kind, message, unchanged, goes_on)
+    if way != "pose parallel":
+        return Seen(seconds, kind, message, unchanged)
+    _, own_error = error_of(scorer, 3)
+    return Seen(seconds, kind, message, unchanged, go_on(rank, scorer, new_store), own_error)
 
 
 def go_on(rank: int, scorer: gradhooks.MultiPose, path: str) -> bool:
@@ -186,7 +190,7 @@ def main() -> None:
             for result in survivors(way, moment, how, folder):
                 if isinstance(result, Fault):
                     result = Seen(float("nan"), result.kind, result.message, unchanged=False)  # noqa: PLW2901
-                rows.append([way, moment, how, *result._replace(message=result.message[:200])])
+                rows.append([way, moment, how, *result._replace(message=result.message[:200])[:-1]])
     headers = ["ranks share by", "moment", "event", "seconds", "error", "message", "unchanged", "goes on"]
     print(tabulate(rows, headers, tablefmt="pipe", floatfmt=".1f", maxcolwidths=[None] * 5 + [80]))  # noqa: T201
 

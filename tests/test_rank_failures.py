@@ -21,6 +21,7 @@ def check(seen: Seen, way: str, moment: str, how: str) -> None:
         assert re.search(rf"waited for the other ranks in the {step} of batch 1.*rank 1 does not answer", seen.message)
         assert seen.unchanged
         assert seen.goes_on
+        assert re.search("^PosesError: .*got one int.* Besides, rank . waited for", seen.own_error)
 
 
 @pytest.mark.parametrize(("moment", "how"), [("backward", "SIGKILL")])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Gradients are reduced in buckets of this size: no second copy of all gradients exists at any time.
 BUCKET_BYTES = 32 * 2**20
+Rows = list[list[float]]
 
 
 @dataclass
@@ -72,10 +73,7 @@ class Collectives:
 
     @contextmanager
     def all_or_none(self, step: str, *, maximum_of: int | None = None) -> Iterator[Message]:
-        """Run a block that succeeds on all ranks or on none.
-
-        If one rank raises, every rank raises at the end of its block, instead of waiting for a message that is never
-        sent.
+        """Run a block that succeeds on all ranks or on none: if one raises, every rank raises at the end of its block.
 
         Args:
             step: One of `status.STEPS`, also for the error message.
@@ -101,19 +99,27 @@ class Collectives:
         except BaseException as caught:  # includes KeyboardInterrupt: the other ranks must not wait for this one
             fault = caught
         try:
-            with self._naming_lost_ranks():
-                sent = message.sent if fault is None else ()
-                if maximum_of is None:
-                    failed, received = self._exchange_status(
-                        Status(fault is not None, STEPS.index(step), self.call, sent)
-                    )
-                else:
-                    failed, received = self._exchange_maximum(fault is not None, sent, maximum_of)
-                if failed:
-                    self._raise_everywhere(fault, step)
-            message.received = received
+            message.received = self._exchange(step, message, maximum_of, fault)
+        except DistributedError as error:
+            if fault is None or error.__cause__ is fault:
+                raise
+            if not isinstance(fault, Exception):
+                raise fault from error
+            raise DistributedError(f"{type(fault).__name__}: {fault}. Besides, {error}") from fault
         finally:
             del fault  # its traceback refers to this frame: the cycle would keep the graph of a pose alive
+
+    def _exchange(self, step: str, message: Message, maximum_of: int | None, fault: BaseException | None) -> Rows:
+        sent, failed_here = ((), True) if fault is not None else (message.sent, False)
+        with self._naming_lost_ranks():
+            if maximum_of is None:
+                status = Status(failed_here, STEPS.index(step), self.call, sent)
+                failed, received = self._exchange_status(status)
+            else:
+                failed, received = self._exchange_maximum(failed_here, sent, maximum_of)
+            if failed:
+                self._raise_everywhere(fault, step)
+        return received
 
     def _raise_everywhere(self, fault: BaseException | None, step: str) -> None:
         reasons = self.gather_objects(None if fault is None else f"{type(fault).__name__}: {fault}")
@@ -126,7 +132,7 @@ class Collectives:
             f"the step again on all ranks. {failed}"
         ) from fault
 
-    def _exchange_status(self, status: Status) -> tuple[bool, list[list[float]]]:
+    def _exchange_status(self, status: Status) -> tuple[bool, Rows]:
         """Return whether a rank has failed, and the numbers of all ranks."""
         local = torch.tensor(status.encode(), dtype=torch.float64)
         statuses = [decode(row) for row in self._gather(local).tolist()]
@@ -135,14 +141,13 @@ class Collectives:
             described = "; ".join(f"rank {rank} is {status}" for rank, status in enumerate(statuses))
             raise DistributedError(
                 f"ranks of a process group are at different steps, so all ranks stopped: {described}. Call the same "
-                "scorers, and their backwards, in the same order on all ranks; scorers are numbered in the order in "
-                "which they were made with the group. If the code of one rank raised between a forward and its "
-                "backward, all ranks must leave out that backward"
+                "scorers, and their backwards, in the same order on all ranks; scorers are numbered as they were made "
+                "with the group. If one rank raised before a backward, all ranks must leave out that backward"
             )
         self.call = Call(self.call.scorer, max(status.call.batch for status in statuses))
         return failed, [list(status.numbers) for status in statuses]
 
-    def _exchange_maximum(self, failed: bool, numbers: Sequence[float], count: int) -> tuple[bool, list[list[float]]]:
+    def _exchange_maximum(self, failed: bool, numbers: Sequence[float], count: int) -> tuple[bool, Rows]:
         local = torch.tensor([float(failed), *(numbers or [0.0] * count)], dtype=torch.float64)
         any_failed, *highest = self._maximum(local).tolist()
         return bool(any_failed), [highest]
@@ -175,13 +180,7 @@ class Collectives:
         except RuntimeError as error:
             if self._group is None or type(error) is torch.OutOfMemoryError:
                 raise
-            lost = describe_lost_ranks(self._group, self._where)
-            raise DistributedError(
-                f"rank {dist.get_rank(self._group)} waited for the other ranks {self._where}, and the collective "
-                f"failed. {lost}. `.grad`, parameters and buffers are as before. Restart the ranks from a checkpoint, "
-                "or go on without those that are gone: in a new process group, set as scorer.process_group, or alone "
-                f"with None. ({type(error).__name__}: {error})"
-            ) from error
+            raise DistributedError(describe_lost_ranks(self._group, self._where, error)) from error
 
     def _gather(self, local: Tensor) -> Tensor:
         """Stack `local`, of the same shape on all ranks, in rank order on its device."""

@@ -26,13 +26,23 @@ _UNUSED_TAG = 2**20 + 1
 _failures: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
-def describe_lost_ranks(group: "dist.ProcessGroup", where: str) -> str:
-    """Return a sentence that names the ranks that do not answer.
+def describe_lost_ranks(group: "dist.ProcessGroup", where: str, error: RuntimeError) -> str:
+    """Return a message that names the ranks that do not answer.
 
     Args:
         group: The group whose collective has failed.
-        where: What this rank was doing, for the others: `"in the forward"`.
+        where: What this rank was doing: `"in the forward"`.
+        error: The error of the backend.
     """
+    return (
+        f"rank {dist.get_rank(group)} waited for the other ranks {where}, and the collective failed. "
+        f"{_who_is_lost(group, where)}. `.grad`, parameters and buffers are as before. Restart the ranks from a "
+        "checkpoint, or go on without those that are gone: in a new process group, set as scorer.process_group, or "
+        f"alone with None. ({type(error).__name__}: {error})"
+    )
+
+
+def _who_is_lost(group: "dist.ProcessGroup", where: str) -> str:
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     number = _failures[group] = _failures.get(group, 0) + 1
     answers: dict[int, str] = {}
