@@ -3,9 +3,9 @@
 Rules:
     1. The digests of everything that is compared travel with the numbers of poses, so nothing is sent for them alone.
        Only where they differ, the ranks exchange descriptions, to name what differs first.
-    2. The values of parameters are compared to the bit in the first batch, and after a parameter was replaced, frozen
-       or unfrozen. In the other batches their norms are compared, above rounding: machines of different kinds may drift
-       apart by rounding. The coefficients are compared in each backward.
+    2. The values of parameters are compared to the bit in the first batch, and where ranks have replaced, frozen or
+       unfrozen parameters. In the other batches their norms are compared, above rounding: machines of different kinds
+       may drift apart by rounding. The coefficients are compared in each backward.
     3. Buffers may differ: each rank has poses of its own.
 """
 
@@ -48,7 +48,7 @@ class Agreement:
         self._group: Any = None
         self._known: list[Any] = []
         self._trained: list[Tensor] = []
-        self._structure = self._values = 0.0
+        self._structure = 0.0
 
     def join(self, process_group: Any) -> None:
         """Count this scorer among those of a process group, which may be a `DeviceMesh` or None."""
@@ -67,14 +67,15 @@ class Agreement:
         if self._group is None:
             return []
         named = subject.parameters()
+        values = 0.0  # compared only in batches in which several ranks have computed it
         identities = [(id(each), each.requires_grad, _memory(each)) for _, each in named]
         if identities != self._known:
             self._structure = digest(repr([describe_parameter(*each) for each in named]).encode())
-            self._values = digest(repr(value_hashes(named)).encode())
+            values = digest(repr(value_hashes(named)).encode())
             self._trained = trained_numbers(named)
             self._known = identities
         norm_sum = sum((1 + index) * norm for index, norm in enumerate(norms(self._trained)))
-        return [norm_sum, self._structure, subject.settings_digest(), self._values]
+        return [norm_sum, self._structure, subject.settings_digest(), values]
 
     def confirm(
         self, collectives: Collectives, received: Sequence[Sequence[float]], subject: Subject
@@ -95,9 +96,9 @@ class Agreement:
         if collectives.is_single:
             return list(received)
         self._batch = collectives.call.batch + 1
-        norm_sums, *digests = zip(*(row[:_LENGTH] for row in received), strict=True)
+        norm_sums, *digests, values = zip(*(row[:_LENGTH] for row in received), strict=True)
         drifted = not max(norm_sums) - min(norm_sums) <= _DRIFT * max(map(abs, norm_sums))
-        if all(len(set(each)) == 1 for each in digests) and not drifted:
+        if all(len(set(each)) == 1 for each in digests) and len({*values} - {0.0}) <= 1 and not drifted:
             return [row[_LENGTH:] for row in received]
         self._known = []  # compare values to the bit after an error
         named = subject.parameters()
