@@ -51,6 +51,14 @@ class BindingAffinity(pl.LightningModule):
         del dataloader_idx
         self.log("squared error", self.squared_error(batch), batch_size=len(batch[1]))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what the scorer has learned: a resumed run then has the same bits as one that was not stopped."""
+        checkpoint["learned"] = self.scorer.learned
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with what the scorer has learned."""
+        self.scorer.learned = checkpoint["learned"]
+
     def configure_optimizers(self) -> dict[str, Any]:
         """Return Adam with a learning rate that ends near 0."""
         optimizer = torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)

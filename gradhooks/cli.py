@@ -6,23 +6,19 @@ A subcommand is a function that adds its parser and sets `run`, the function tha
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import EntryPoint
 from typing import Any
 
 from tabulate import tabulate
 
 import gradhooks
-from gradhooks import registry
-from gradhooks.entry_points import BUILT_IN, distribution_of, version_of
+from gradhooks.entry_points import PluginEntry
 from gradhooks.errors import GradhooksError, PluginError
-from gradhooks.registry import Registry, required_options, unknown_name
-from gradhooks.testing.check_derivatives import declares_stream
+from gradhooks.plugin_check import REGISTRIES, Job, State, check_plugins
+from gradhooks.registry import Registry, unknown_name
 from gradhooks.testing.runner import create_example, results
 
 Subparsers = Any  # argparse's own type is private
 Cells = tuple[str, ...]
-
-REGISTRIES: tuple[Registry[Any], ...] = (registry.combinations, registry.accumulators)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,52 +40,46 @@ def _print(*lines: str) -> None:
 def _add_plugins(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("plugins", help="list combinations and accumulators; imports no plugin")
     parser.add_argument("--check", action="store_true", help="import each plugin and say what is wrong with it")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="with --check: give up on a plugin after this time; by default it may take any time",
+    )
     parser.set_defaults(run=_run_plugins)
 
 
 def _run_plugins(options: argparse.Namespace) -> int:
     headers = ["NAME", "KIND", "DISTRIBUTION", "VERSION", *(["STREAMS"] if options.check else []), "STATE"]
-    rows = [row for plugins in REGISTRIES for row in _plugin_rows(plugins, check=options.check)]
+    rows = [row for plugins in REGISTRIES for row in _plugin_rows(plugins)]
+    if options.check:
+        states = check_plugins([Job(kind, name) for name, kind, *_ in rows], options.timeout)
+        rows = [_with_state(row, state) for row, state in zip(rows, states, strict=True)]
     _print(tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True))
     return 0
 
 
-def _plugin_rows(plugins: Registry[Any], *, check: bool) -> Iterator[Cells]:
+def _plugin_rows(plugins: Registry[Any]) -> Iterator[Cells]:
+    """Yield name, kind, distribution, version and state of each plugin, of which none is imported."""
     available = plugins.available()
-    for short, points in sorted(plugins.entry_points().items()):
-        for point in points:
-            distribution = distribution_of(point)
-            name = f"{distribution}:{short}" if f"{distribution}:{short}" in available else short
-            unchecked = "built in" if distribution == BUILT_IN else "not loaded"
-            *streams, state = _checked(plugins, name) if check else (unchecked,)
-            clash = _clash(short, point, points)
-            if clash and state in ("ok", unchecked):
-                state = f"{state}; {clash}"
-            yield (name, plugins.kind, distribution, version_of(point), *streams, state)
+    for short, entries in sorted(plugins.entries().items()):
+        for entry in entries:
+            name = f"{entry.distribution}:{short}" if f"{entry.distribution}:{short}" in available else short
+            state = "built in" if entry.built_in else "not loaded"
+            clash = _clash(short, entry, entries)
+            yield name, plugins.kind, entry.distribution, entry.version, f"{state}; {clash}" if clash else state
 
 
-def _clash(name: str, point: EntryPoint, points: Sequence[EntryPoint]) -> str:
+def _with_state(row: Cells, state: State) -> Cells:
+    """Return the row of a plugin with what the check has found; a clash of names stays."""
+    clash = row[-1].partition("; ")[2]
+    return (*row[:-1], state.streams, f"{state.text}; {clash}" if clash and state.text == "ok" else state.text)
+
+
+def _clash(name: str, entry: PluginEntry, entries: Sequence[PluginEntry]) -> str:
     """Return which other distributions provide the same name; empty if there are none."""
-    others = ", ".join(distribution_of(other) for other in points if other is not point)
+    others = ", ".join(other.distribution for other in entries if other is not entry)
     return f"{name!r} is also provided by {others}" if others else ""
-
-
-def _checked(plugins: Registry[Any], name: str) -> Cells:
-    """Load a plugin; return whether it streams, and `ok`, the options it needs or what is wrong."""
-    try:
-        factory = plugins.load(name)
-        required = required_options(factory)
-        state = f"needs options: {', '.join(required)}" if required else "ok"
-        if not set(required) <= set(getattr(factory, "example_options", {})):
-            return "?", state
-        plugin = create_example(plugins, name)
-        streams = "-" if plugins is registry.accumulators else "yes" if declares_stream(plugin) else "no"
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # one plugin, even if it calls sys.exit(), must not end the list
-        message = str(error) if isinstance(error, GradhooksError) else f"{type(error).__name__}: {error}"
-        return "?", " ".join(message.split())
-    return streams, state
 
 
 def _add_check(subparsers: Subparsers) -> None:

@@ -1,10 +1,30 @@
-"""The plugin distributions of this project, so that an error can say which one to install."""
+"""The names that this project provides: the built-in ones, and those of its plugin distributions."""
 
+import re
 from collections.abc import Mapping
 from importlib.metadata import distributions
 from types import MappingProxyType
 
-from gradhooks.entry_points import normalize
+GRADHOOKS = "gradhooks"
+"""The distribution whose names take precedence."""
+
+BUILT_IN: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "gradhooks.combinations": {
+            "mean": "gradhooks.combinations:Mean",
+            "max": "gradhooks.combinations:Max",
+            "min": "gradhooks.combinations:Min",
+            "boltzmann": "gradhooks.combinations:Boltzmann",
+        },
+        "gradhooks.accumulators": {
+            "auto": "gradhooks.accumulators:Auto",
+            "store": "gradhooks.accumulators:Store",
+            "stream": "gradhooks.accumulators:Stream",
+            "recompute": "gradhooks.accumulators:Recompute",
+        },
+    }
+)
+"""The entry points of gradhooks itself, as in pyproject.toml, by group and name."""
 
 FIRST_PARTY: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -22,6 +42,11 @@ FIRST_PARTY: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 """The combinations that each distribution provides."""
+
+
+def normalize(distribution: str) -> str:
+    """Return the spelling of a distribution's name under which two spellings compare equal."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def first_party_provider(name: str) -> str:

@@ -7,7 +7,6 @@ name. Failures are not cached: after a repair the same call works.
 import difflib
 import inspect
 from collections.abc import Callable
-from importlib.metadata import EntryPoint
 from typing import Any, Generic, TypeVar
 
 from loguru import logger
@@ -15,13 +14,12 @@ from loguru import logger
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.combination import Combination
 from gradhooks.entry_points import (
-    BUILT_IN,
-    describe,
-    distribution_of,
-    entry_points_by_name,
-    normalize,
+    Entries,
+    PluginEntry,
+    built_in_entry,
+    entries_by_name,
+    entries_named,
     plugins_disabled,
-    version_of,
 )
 from gradhooks.errors import PluginError
 from gradhooks.first_party import first_party_provider
@@ -48,8 +46,7 @@ class Registry(Generic[Plugin]):
         self.group = group
         self.contract = contract
         self._registered: dict[str, Callable[..., Any]] = {}
-        self._built_in: dict[str, Callable[..., Any]] = {}
-        self._logged: set[EntryPoint] = set()
+        self._loaded: dict[PluginEntry, Callable[..., Any]] = {}
 
     def available(self) -> list[str]:
         """Return every name, sorted; a name that several distributions provide as `distribution:name`.
@@ -57,17 +54,17 @@ class Registry(Generic[Plugin]):
         Built-in names win; a third-party plugin of the same name needs `distribution:name`.
         """
         names = {*self._registered}
-        for name, points in self.entry_points().items():
-            preferred = _built_in(points) or points
+        for name, entries in self.entries().items():
+            preferred = _built_in(entries) or entries
             names.update([name] if len(preferred) == 1 else [])
             names.update(
-                f"{distribution_of(point)}:{name}" for point in points if len(points) > 1 and preferred != [point]
+                f"{entry.distribution}:{name}" for entry in entries if len(entries) > 1 and preferred != [entry]
             )
         return sorted(names)
 
-    def entry_points(self) -> dict[str, list[EntryPoint]]:
+    def entries(self) -> Entries:
         """Return the entry points by name; nothing is imported."""
-        return entry_points_by_name(self.group)
+        return entries_by_name(self.group)
 
     def register(self, name: str) -> Callable[[Factory], Factory]:
         """Name a class or function in this process only, as in a notebook; a later call replaces an earlier one.
@@ -77,10 +74,10 @@ class Registry(Generic[Plugin]):
         """
 
         def decorate(factory: Factory) -> Factory:
-            points = self.entry_points().get(name, [])
-            if points:
+            entries = entries_named(self.group, name)
+            if entries:
                 raise PluginError(
-                    f"{self.kind} {name!r} is already provided by {describe(*points)}; choose another name"
+                    f"{self.kind} {name!r} is already provided by {_joined(entries)}; choose another name"
                 )
             self._registered[name] = factory
             return factory
@@ -96,14 +93,12 @@ class Registry(Generic[Plugin]):
         Raises:
             PluginError: No plugin has the name, several have it, or the plugin cannot be imported.
         """
-        known = self._registered.get(name) or self._built_in.get(name)
-        if known is not None:
-            return known
-        point = self._find(name)
-        loaded = self._import(point)
-        if distribution_of(point) == BUILT_IN:
-            self._built_in[name] = loaded  # reading the metadata of all distributions at each call takes 10 ms
-        return loaded
+        if name in self._registered:
+            return self._registered[name]
+        entry = self._find(name)
+        if entry not in self._loaded:
+            self._loaded[entry] = self._import(entry)
+        return self._loaded[entry]
 
     def create(self, name: str, **options: Any) -> Plugin:
         """Create an object of the plugin that a name stands for.
@@ -141,29 +136,31 @@ class Registry(Generic[Plugin]):
             raise TypeError(f"{self.kind} must be a name or an object (an instance, not a class), got {plugin!r}")
         return plugin
 
-    def find(self, name: str) -> list[EntryPoint]:
+    def find(self, name: str) -> list[PluginEntry]:
         """Return the entry points of `distribution:name`, or of `name`: the built-in one alone if there is one."""
         distribution, _, short = name.rpartition(":")
-        points = self.entry_points().get(short, [])
-        if distribution:
-            return [point for point in points if normalize(distribution_of(point)) == normalize(distribution)]
-        return _built_in(points) or points
+        own = built_in_entry(self.group, short)
+        if own is not None and (not distribution or own.belongs_to(distribution)):
+            return [own]
+        entries = entries_named(self.group, short)
+        return [entry for entry in entries if not distribution or entry.belongs_to(distribution)]
 
     def has(self, name: str) -> bool:
         """Return whether a plugin has this name; nothing is imported."""
         return name in self._registered or bool(self.find(name))
 
-    def _find(self, name: str) -> EntryPoint:
-        points = self.find(name)
-        if not points:
+    def _find(self, name: str) -> PluginEntry:
+        entries = self.find(name)
+        if not entries:
             raise PluginError(unknown_name(name, self))
-        if len(points) > 1:
-            choices = " or ".join(repr(f"{distribution_of(point)}:{name}") for point in points)
-            raise PluginError(f"{self.kind} {name!r} is provided by {describe(*points)}; use {choices}")
-        return points[0]
+        if len(entries) > 1:
+            choices = " or ".join(repr(f"{entry.distribution}:{name}") for entry in entries)
+            raise PluginError(f"{self.kind} {name!r} is provided by {_joined(entries)}; use {choices}")
+        return entries[0]
 
-    def _import(self, point: EntryPoint) -> Callable[..., Any]:
-        origin = f"{self.kind} {point.name!r} of {describe(point)}"
+    def _import(self, entry: PluginEntry) -> Callable[..., Any]:
+        point = entry.point
+        origin = f"{self.kind} {point.name!r} of {entry}"
         try:
             if not point.pattern.match(point.value):
                 raise ValueError(f"the value of an entry point must be 'module:object', not {point.value!r}")
@@ -172,19 +169,17 @@ class Registry(Generic[Plugin]):
             raise
         except BaseException as error:  # a module may call sys.exit() when it is imported
             raise PluginError(
-                f"{origin} cannot be imported from {point.value!r}: {type(error).__name__}: {error}. "
+                f"{origin} cannot be imported from {point.value!r}: {describe_error(error)}. "
                 f"Repair or uninstall that distribution"
             ) from error
-        self._validate(loaded, point, origin)
-        if point not in self._logged:
-            self._logged.add(point)
-            logger.debug("loaded {} {!r} of {} {}", self.kind, point.name, distribution_of(point), version_of(point))
+        self._validate(loaded, point.value, origin)
+        logger.debug("loaded {} {!r} of {}", self.kind, point.name, entry)
         return loaded  # type: ignore[no-any-return]
 
-    def _validate(self, loaded: Any, point: EntryPoint, origin: str) -> None:
+    def _validate(self, loaded: Any, value: str, origin: str) -> None:
         if not callable(loaded) or (isinstance(loaded, type) and not issubclass(loaded, self.contract)):
             raise PluginError(
-                f"{origin} is {loaded!r}; its entry point {point.value!r} must name a subclass of gradhooks' "
+                f"{origin} is {loaded!r}; its entry point {value!r} must name a subclass of gradhooks' "
                 f"{self.contract.__name__}, or a function that creates such an object"
             )
         written_for = getattr(loaded, "api_version", API_VERSION)
@@ -199,8 +194,8 @@ class Registry(Generic[Plugin]):
         class_name = getattr(factory, "__name__", name)
         created = f"{class_name}({', '.join(f'{option}=...' for option in options)})"
         keyword = "" if self.kind == "combination" else f"{self.kind}="
-        points = self.find(name)
-        imported = f"from {points[0].module} import {points[0].attr}; " if points else ""
+        entries = self.find(name)
+        imported = f"from {entries[0].point.module} import {entries[0].point.attr}; " if entries else ""
         return f"{imported}MultiPose(model, {keyword}{created})"
 
 
@@ -218,8 +213,6 @@ def unknown_name(name: str, *registries: Registry[Any]) -> str:
     """Return a message that says where a name could come from: another distribution, or a similar name."""
     kind = " or ".join(registry.kind for registry in registries)
     names = sorted({name for registry in registries for name in registry.available()})
-    if not names:
-        return f"no {kind} is registered because gradhooks itself is not installed: pip install -e ."
     if plugins_disabled():
         hint = "; GRADHOOKS_DISABLE_PLUGINS hides the plugins of other distributions"
     else:
@@ -232,8 +225,20 @@ def unknown_name(name: str, *registries: Registry[Any]) -> str:
     return f"unknown {kind} {name!r}{suggestion} Available: {', '.join(names)}{hint}"
 
 
-def _built_in(points: list[EntryPoint]) -> list[EntryPoint]:
-    return [point for point in points if distribution_of(point) == BUILT_IN]
+def describe_error(error: BaseException) -> str:
+    """Return class and message of an error of a plugin, whose message may itself raise."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
+def _built_in(entries: list[PluginEntry]) -> list[PluginEntry]:
+    return [entry for entry in entries if entry.built_in]
+
+
+def _joined(entries: list[PluginEntry]) -> str:
+    return " and ".join(map(str, entries))
 
 
 combinations = Registry("combination", "gradhooks.combinations", Combination)

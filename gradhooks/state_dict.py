@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-WRAPPED = "model."
+from gradhooks.distributed.checkpoint_names import WRAPPED, adapt_distributed_checkpoints
+
 # While a module loads: its prefix in the checkpoint, which only the pre-hook gets.
 _PREFIX = "_loading_prefix"
 
@@ -23,6 +24,7 @@ def key_modifiers(wrapper: nn.Module, model: nn.Module) -> dict[str, str]:
     `torch.distributed.checkpoint.state_dict`, and Accelerate with it, walks the modules to make keys of its own. It
     cannot tell a child of `model` named "model" from the wrapped model.
     """
+    adapt_distributed_checkpoints(lambda module: _remove_prefix in module._state_dict_hooks.values())
     left_out = WRAPPED.removesuffix(".")
     names = {*model._modules.keys(), *model._parameters.keys(), *model._buffers.keys()}
     return dict.fromkeys(names - _other_children(wrapper) - {left_out}, left_out)

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from gradhooks import registry
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.combination import BoundCombination
+from gradhooks.distributed.agreement import Agreement
 from gradhooks.distributed.collectives import Collectives
 from gradhooks.distributed.validation import refuse_sharded_parameters, refuse_synchronized_modules
 from gradhooks.engine.batch_setup import read_batch
@@ -19,6 +20,7 @@ from gradhooks.engine.model_parts import ModelPartsCache
 from gradhooks.engine.recovery import leaves_no_trace
 from gradhooks.engine.report import Report
 from gradhooks.forward_pass import run_batch
+from gradhooks.learned_attribute import LearnedAttribute
 from gradhooks.options import OPTION_NAMES, OptionAttributes, Options, OptionTypes, refuse_unknown_options
 from gradhooks.prediction import MultiPosePrediction, combine
 from gradhooks.state_dict import key_modifiers, use_keys_of_bare_model
@@ -26,7 +28,7 @@ from gradhooks.state_dict import key_modifiers, use_keys_of_bare_model
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
+class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
     """Runs groups of poses through a model, in chunks, and combines the predictions of each group.
 
     `loss.backward()` fills `.grad` with the gradient of the full graph, which contains the graphs of all poses, with
@@ -65,6 +67,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
     Attributes:
         model: The bare model.
         report: The `Report` of the last batch.
+        learned: What earlier batches have shown; save it beside the state dict, and assign it on resuming.
 
     Raises:
         TypeError: An option does not exist, or has the wrong type.
@@ -94,6 +97,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         refuse_unknown_options(options, ["accumulator", *OPTION_NAMES])
         self.model = model
         self.combination = combination
+        self._agreement = Agreement()
         self._set_options(Options(**options), registry.accumulators.resolve(accumulator))  # type: ignore[arg-type]
         self._learned = Learned()
         self._parts = ModelPartsCache()
@@ -119,6 +123,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
                 f"the accumulator {accumulator.name!r} does not use {', '.join(f'{name}=' for name in ignored)}; leave "
                 "it out, or use accumulator='auto' or 'recompute'"
             )
+        self._agreement.join(options.process_group)
         object.__setattr__(self, "options", options)
         object.__setattr__(self, "_accumulator", accumulator)
 
@@ -165,7 +170,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         return any(name in names for names in (model.__dict__, model._modules, model._parameters, model._buffers))
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        # Read by torch.distributed.checkpoint for modules whose state_dict hooks change keys.
+        # Called by torch.distributed.checkpoint for modules whose state_dict hooks change keys.
         return key_modifiers(self, self.model)
 
     def extra_repr(self) -> str:
@@ -228,6 +233,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
             sharded=sharded,
             learned=self._learned,
             cache=self._parts,
+            agreement=self._agreement,
         )
         self.report = batch.report
         predictions = run_batch(batch, accumulator)

@@ -151,3 +151,13 @@ def test_pose_parallel_measures_several_processes(tmp_path: Path) -> None:
     saved = json.loads(path.read_text())
     assert [(cost["ranks"], cost["poses"]) for cost in saved] == [(2, 4), (2, 4)]
     assert all(cost["separate_seconds"] > 0 and cost["sent_bytes"] > 0 for cost in saved)
+
+
+@pytest.mark.long
+def test_uneven_poses_are_measured(tmp_path: Path) -> None:
+    path = tmp_path / "uneven.json"
+    options = ["--ranks", "2", "--poses", "4", "--significant", "2", "--repeats", "1", "--save", str(path)]
+    command = [sys.executable, str(BENCHMARKS / "uneven_poses.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
+    assert "backwards on each rank" in done.stdout
+    assert [figure["backwards"] for figure in json.loads(path.read_text())] == [[4, 4], [1, 1], [2, 0]]

@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +16,9 @@ import torch
 from loguru import logger
 
 import gradhooks
+from gradhooks import entry_points
 from gradhooks.errors import GradhooksWarning, PluginError
-from gradhooks.first_party import FIRST_PARTY
+from gradhooks.first_party import BUILT_IN, FIRST_PARTY
 from gradhooks.registry import combinations
 
 if sys.version_info >= (3, 11):
@@ -185,6 +188,7 @@ def _hide(monkeypatch: pytest.MonkeyPatch, distribution: str) -> None:
         return (each for each in find(**options) if each.metadata["Name"] != distribution)
 
     monkeypatch.setattr(metadata.Distribution, "discover", staticmethod(discover))
+    monkeypatch.setattr(entry_points, "_metadata", entry_points._Metadata())
 
 
 def test_disabled_plugins_are_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +204,11 @@ def test_the_table_of_first_party_names_agrees_with_the_plugins() -> None:
         assert set(project["entry-points"]) == {"gradhooks.combinations"}
         tables[project["name"]] = sorted(project["entry-points"]["gradhooks.combinations"])
     assert {distribution: sorted(names) for distribution, names in FIRST_PARTY.items()} == tables
+
+
+def test_the_table_of_built_in_names_agrees_with_the_metadata() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert {group: dict(points) for group, points in BUILT_IN.items()} == project["entry-points"]
 
 
 def test_required_options_are_named(install: Install) -> None:
@@ -253,6 +262,9 @@ def test_broken_plugins_affect_neither_the_others_nor_the_listing(install: Insta
     install("optional", "optional = optional:Total", NEEDS_OPTIONS)
     install("example", "example = example:Total", NEEDS_OPTIONS + "    example_options = {'width': 1, 'depth': 2}")
     install("malformed", "malformed =")
+    install("ending", "ending = ending:Total", "import os\nos._exit(7)")
+    install("hanging", "hanging = hanging:Total", "import time\ntime.sleep(600)")
+    install("printing", "printing = printing:Total", "print('a line that is not of the table')\n" + HEALTHY)
     install("fine", "fine = fine:Total")
 
     def python(*arguments: str) -> str:
@@ -266,11 +278,16 @@ def test_broken_plugins_affect_neither_the_others_nor_the_listing(install: Insta
     python("-c", use + "    gradhooks.registry.combinations.create(name)")
     lines = python("-m", "gradhooks", "plugins").splitlines()
     names = ["first_totals:total", "second_totals:total", "raising", "future", "unrelated", "exiting", "malformed"]
+    names += ["ending", "hanging"]
     for name in [*names, "optional", "fine"]:
         (line,) = [line for line in lines if line.split()[0] == name]
         assert "not loaded" in line
-    lines = python("-m", "gradhooks", "plugins", "--check").splitlines()
+    lines = python("-m", "gradhooks", "plugins", "--check", "--timeout", "2").splitlines()
+    assert not any("not of the table" in line for line in lines)
     expected = {
+        "ending": r"\? +it ended the process, exit code 7$",
+        "hanging": r"\? +it had not finished after 2 s$",
+        "printing": "no +ok$",
         "first_totals:total": "no +ok; 'total' is also provided by second_totals",
         "second_totals:total": "no +ok; 'total' is also provided by first_totals",
         "exiting": "SystemExit: no licence",
@@ -294,3 +311,44 @@ def test_a_built_in_is_not_shadowed(install: Install) -> None:
     assert combinations.load("shadowing:mean").__module__ == "shadowing"
     assert {"mean", "shadowing:mean"} <= set(combinations.available())
     assert "gradhooks:mean" not in combinations.available()
+
+
+def test_another_distribution_named_gradhooks_displaces_nothing(install: Install) -> None:
+    install("gradhooks", "mean = gradhooks_other:Total\nstray = gradhooks_other:Total", version="99.0")
+    for name in ("mean", "gradhooks:mean"):
+        assert combinations.load(name) is gradhooks.combinations.Mean
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert {"mean", "min", "max", "boltzmann"} <= set(combinations.available())
+        with pytest.raises(PluginError, match="unknown combination 'stray'"):
+            combinations.load("stray")
+    assert any("calls itself gradhooks 99.0 provides 'stray' from 'gradhooks_o" in str(each.message) for each in caught)
+
+
+def test_five_hundred_plugins(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(500):
+        install(f"many{number}", f"total{number} = many{number}:Total")
+    reads: list[str] = []
+    read = entry_points._entry_points
+    monkeypatch.setattr(entry_points, "_entry_points", lambda group: (reads.append(group), read(group))[1])
+    start = time.perf_counter()
+    assert len(combinations.available()) >= 504
+    assert time.perf_counter() - start < 2
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert type(combinations.create("total7")).__name__ == "Total"
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds[1:]) < 1e-3
+    assert reads == [combinations.group]
+    install("late", "late_total = late:Total")
+    assert type(combinations.create("late_total")).__name__ == "Total"
+    with pytest.raises(PluginError, match="did you mean 'total499'"):
+        combinations.create("totals499")
+
+
+def test_an_error_without_a_message(install: Install) -> None:
+    source = "class Unprintable(Exception):\n    def __str__(self):\n        raise ValueError\nraise Unprintable"
+    install("unprintable", "unprintable = unprintable:Total", source)
+    with pytest.raises(PluginError, match=r"cannot be imported from 'unprintable:Total': Unprintable\. Repair"):
+        combinations.load("unprintable")

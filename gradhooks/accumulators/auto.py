@@ -1,14 +1,14 @@
 """Auto: choose the cheapest exact accumulator for each batch."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from gradhooks.accumulators.base import Accumulator, Engine, set_accumulator
 from gradhooks.accumulators.online_softmax import Declaration, declaration_of
-from gradhooks.accumulators.pose_shares import Observation, PoseShares, observe, observe_plain
+from gradhooks.accumulators.pose_shares import Observation, PoseShares, as_plain_values, observe, observe_plain
 from gradhooks.accumulators.recompute import Recompute
 from gradhooks.accumulators.store import Store
 from gradhooks.accumulators.stream import StreamAccumulation, why_not_streamed
@@ -111,6 +111,21 @@ class Auto(Accumulator):
         threshold = engine.skip_threshold(predictions.dtype)
         log_weights = None if declared is None or declared.log_weights is None else declared.log_weights.detach()
         self._pending.append(observe(coefficients, threshold, log_weights, engine.groups))
+
+    def learned(self) -> dict[str, Any]:
+        # What was observed is not evaluated here: a run that is saved must go on as one that is not.
+        return {
+            "shares": self._shares.as_plain_values(),
+            "pending": as_plain_values(self._pending),
+            "previous": as_plain_values(self._previous),
+            "streams": self._streams,
+        }
+
+    def learn_from(self, values: Mapping[str, Any]) -> None:
+        self._shares = PoseShares.of_plain_values(values["shares"])
+        self._pending = [Observation(**one) for one in values["pending"]]
+        self._previous = [Observation(**one) for one in values["previous"]]
+        self._streams = values["streams"]
 
     def __getstate__(self) -> dict[str, Any]:
         self._learn()  # so that a copy contains numbers only

@@ -1,8 +1,8 @@
 """The contract of an accumulator, which computes `sum_i c_i dy_i/dtheta` without keeping N graphs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import ClassVar, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from loguru import logger
@@ -152,6 +152,17 @@ class Accumulator(ABC):
         Called in the outer backward. It must not wait for the device.
         """
         del coefficients
+
+    def learned(self) -> dict[str, Any]:
+        """Return what earlier batches have shown, in plain values, where it changes how later batches run.
+
+        It is part of `MultiPose.learned`: numbers, strings, tensors on the CPU and containers of them.
+        """
+        return {}
+
+    def learn_from(self, values: Mapping[str, Any]) -> None:
+        """Go on with what `learned` has returned in another process."""
+        del values
 
 
 def set_accumulator(engine: Engine, name: str, reason: str) -> None:

@@ -1,8 +1,9 @@
 """PoseShares: which share of the poses mattered in recent batches, as running averages."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import torch
 from einops import reduce
@@ -36,6 +37,16 @@ class Observation:
     log_weights: Tensor | None = None
     groups: Sequence[int] | None = None
     intercepted: bool = True
+
+
+def as_plain_values(observations: Sequence[Observation]) -> list[dict[str, Any]]:
+    """Return a dictionary for each observation, of numbers and of tensors on the CPU."""
+    plain = []
+    for one in observations:
+        values = {each.name: getattr(one, each.name) for each in fields(one)}
+        values["groups"] = None if one.groups is None else list(one.groups)
+        plain.append({name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()})
+    return plain
 
 
 def observe(
@@ -93,6 +104,15 @@ class PoseShares:
         known = getattr(self, name)
         setattr(self, name, known + (NEWEST_SHARE if name in self._seen else 1.0) * (newest - known))
         self._seen.add(name)
+
+    def as_plain_values(self) -> dict[str, Any]:
+        """Return a dictionary of numbers and strings."""
+        return {**asdict(self), "_seen": sorted(self._seen)}
+
+    @classmethod
+    def of_plain_values(cls, values: Mapping[str, Any]) -> "PoseShares":
+        """Return what `as_plain_values` has written."""
+        return cls(**{**values, "_seen": set(values["_seen"])})
 
 
 def _significant(observations: Sequence[Observation]) -> float:

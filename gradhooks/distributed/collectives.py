@@ -12,6 +12,8 @@ from loguru import logger
 from torch import Tensor
 from typing_extensions import Self
 
+from gradhooks.distributed.lost_ranks import describe_lost_ranks
+from gradhooks.distributed.status import STEPS, Call, Status, are_together, decode
 from gradhooks.errors import DistributedError
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 # Gradients are reduced in buckets of this size: no second copy of all gradients exists at any time.
 BUCKET_BYTES = 32 * 2**20
+Rows = list[list[float]]
 
 
 @dataclass
@@ -26,9 +29,9 @@ class Message:
     """Numbers that every rank sends at the end of an all-or-none step.
 
     Attributes:
-        sent: Numbers of this rank, set inside the step. All ranks send the same count.
-        received: Numbers of all ranks in rank order, set at the end of the step. With `maximum=True` it holds a single
-            list: the elementwise maximum over ranks.
+        sent: Numbers of this rank, set inside the step: at most `status.LENGTH`.
+        received: Numbers of all ranks in rank order, set at the end of the step; zeros follow those that were sent.
+            Where only the maximum over ranks was asked for, a single list.
     """
 
     sent: Sequence[float] = ()
@@ -36,18 +39,19 @@ class Message:
 
 
 class Collectives:
-    """Run collectives on a process group. Without a group every operation is local and free.
-
-    Creating one costs no communication.
+    """Run collectives on a process group. Without a group every operation is local and free, as is creating one.
 
     Args:
         process_group: The group, a one-dimensional `DeviceMesh`, or None for a single process.
+        call: The call for which collectives are run. All ranks must be at the same step of the same call.
 
     Raises:
         DistributedError: This process is not a member of the group.
     """
 
-    def __init__(self, process_group: "dist.ProcessGroup | DeviceMesh | None") -> None:
+    def __init__(self, process_group: "dist.ProcessGroup | DeviceMesh | None", call: Call | None = None) -> None:
+        self.call = Call() if call is None else call
+        self._where = "in a collective"
         source: Any = process_group
         self._group: dist.ProcessGroup | None = source.get_group() if hasattr(source, "get_group") else source
         self._rank = 0 if self._group is None else dist.get_rank(self._group)
@@ -68,46 +72,57 @@ class Collectives:
         return self._rank
 
     @contextmanager
-    def all_or_none(self, step: str, numbers: int, *, maximum: bool = False) -> Iterator[Message]:
-        """Run a block that succeeds on all ranks or on none.
-
-        If one rank raises, every rank raises at the end of its block, instead of waiting for a message that is never
-        sent.
+    def all_or_none(self, step: str, *, maximum_of: int | None = None) -> Iterator[Message]:
+        """Run a block that succeeds on all ranks or on none: if one raises, every rank raises at the end of its block.
 
         Args:
-            step: Name of the step for the error message, without an article: `"forward"`.
-            numbers: How many numbers each rank sends (`Message.sent`).
-            maximum: Receive the elementwise maximum over ranks only, in one `all_reduce`. Use it for long messages.
+            step: One of `status.STEPS`, also for the error message.
+            maximum_of: How many numbers each rank sends, of which only the elementwise maximum is received, in one
+                `all_reduce`. By default all ranks receive the status of each.
 
         Yields:
             The message. `received` is set when the block ends.
 
         Raises:
-            DistributedError: A rank raised. On that rank its own error is the cause.
+            DistributedError: A rank raised, is at another step, or is gone. On a rank that raised, its own error is the
+                cause.
         """
         message = Message()
         if self._group is None:
             yield message
             message.received = [list(message.sent)]
             return
+        self._where = f"in the {step} of {self.call}"
         fault: BaseException | None = None
         try:
             yield message
         except BaseException as caught:  # includes KeyboardInterrupt: the other ranks must not wait for this one
             fault = caught
         try:
-            sent = [float(fault is not None), *(message.sent if fault is None else [0.0] * numbers)]
-            received = self._exchange(sent, maximum)
-            if any(failed for failed, *_ in received):
-                self._raise_everywhere(fault, step)
-            message.received = [rest for _, *rest in received]
+            message.received = self._exchange(step, message, maximum_of, fault)
+        except DistributedError as error:
+            if fault is None or error.__cause__ is fault:
+                raise
+            if not isinstance(fault, Exception):
+                raise fault from error
+            raise DistributedError(f"{type(fault).__name__}: {fault}. Besides, {error}") from fault
         finally:
             del fault  # its traceback refers to this frame: the cycle would keep the graph of a pose alive
 
+    def _exchange(self, step: str, message: Message, maximum_of: int | None, fault: BaseException | None) -> Rows:
+        sent, failed_here = ((), True) if fault is not None else (message.sent, False)
+        with self._naming_lost_ranks():
+            if maximum_of is None:
+                status = Status(failed_here, STEPS.index(step), self.call, sent)
+                failed, received = self._exchange_status(status)
+            else:
+                failed, received = self._exchange_maximum(failed_here, sent, maximum_of)
+            if failed:
+                self._raise_everywhere(fault, step)
+        return received
+
     def _raise_everywhere(self, fault: BaseException | None, step: str) -> None:
-        reasons: list[str | None] = [None] * dist.get_world_size(self._group)
-        reason = None if fault is None else f"{type(fault).__name__}: {fault}"
-        dist.all_gather_object(reasons, reason, group=self._group)
+        reasons = self.gather_objects(None if fault is None else f"{type(fault).__name__}: {fault}")
         failed = "; ".join(f"rank {rank} of {len(reasons)}: {text}" for rank, text in enumerate(reasons) if text)
         logger.debug("stopping all ranks, the {} failed: {}", step, failed)
         if fault is not None and not isinstance(fault, Exception):
@@ -117,13 +132,55 @@ class Collectives:
             f"the step again on all ranks. {failed}"
         ) from fault
 
-    def _exchange(self, numbers: Sequence[float], maximum: bool) -> list[list[float]]:
-        local = torch.tensor(numbers, dtype=torch.float64)
-        if not maximum:
-            return self._gather(local).tolist()
+    def _exchange_status(self, status: Status) -> tuple[bool, Rows]:
+        """Return whether a rank has failed, and the numbers of all ranks."""
+        local = torch.tensor(status.encode(), dtype=torch.float64)
+        statuses = [decode(row) for row in self._gather(local).tolist()]
+        failed = any(status.failed for status in statuses)
+        if not (failed or are_together(statuses)):
+            described = "; ".join(f"rank {rank} is {status}" for rank, status in enumerate(statuses))
+            raise DistributedError(
+                f"ranks of a process group are at different steps, so all ranks stopped: {described}. Call the same "
+                "scorers, and their backwards, in the same order on all ranks; scorers are numbered as they were made "
+                "with the group. If one rank raised before a backward, all ranks must leave out that backward"
+            )
+        self.call = Call(self.call.scorer, max(status.call.batch for status in statuses))
+        return failed, [list(status.numbers) for status in statuses]
+
+    def _exchange_maximum(self, failed: bool, numbers: Sequence[float], count: int) -> tuple[bool, Rows]:
+        local = torch.tensor([float(failed), *(numbers or [0.0] * count)], dtype=torch.float64)
+        any_failed, *highest = self._maximum(local).tolist()
+        return bool(any_failed), [highest]
+
+    def _maximum(self, local: Tensor) -> Tensor:
         buffer = local.to(self._communication_device(local.device))
         dist.all_reduce(buffer, dist.ReduceOp.MAX, group=self._group)
-        return [buffer.tolist()]
+        return buffer
+
+    def maximum_of_bytes(self, values: Sequence[int]) -> list[int]:
+        """Return the elementwise maximum over ranks of integers from 0 to 255."""
+        with self._naming_lost_ranks():
+            highest: list[int] = self._maximum(torch.tensor(values, dtype=torch.uint8)).tolist()
+        return highest
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return an object of each rank, in rank order; for messages, since it is slow."""
+        gathered: list[Any] = [None] * dist.get_world_size(self._group)
+        with self._naming_lost_ranks():
+            dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+    @contextmanager
+    def _naming_lost_ranks(self) -> Iterator[None]:
+        """Turn an error of the backend into one that names the ranks that do not answer."""
+        try:
+            yield
+        except DistributedError:
+            raise
+        except RuntimeError as error:
+            if self._group is None or type(error) is torch.OutOfMemoryError:
+                raise
+            raise DistributedError(describe_lost_ranks(self._group, self._where, error)) from error
 
     def _gather(self, local: Tensor) -> Tensor:
         """Stack `local`, of the same shape on all ranks, in rank order on its device."""
@@ -152,7 +209,9 @@ class Collectives:
         """
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
-        return torch.cat([part[:count] for part, count in zip(self._gather(padded), counts, strict=True)])
+        with self._naming_lost_ranks():
+            gathered = self._gather(padded)
+        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
     def sum_tensors(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Sum each tensor over the ranks. All ranks pass the same shapes and dtypes in the same order."""
@@ -163,7 +222,8 @@ class Collectives:
             while pending and _fits_bucket(pending[0], bucket[0]) and size + pending[0].nbytes <= BUCKET_BYTES:
                 size += pending[0].nbytes
                 bucket.append(pending.popleft())
-            sums += self._sum_bucket(bucket)
+            with self._naming_lost_ranks():
+                sums += self._sum_bucket(bucket)
         return sums
 
     def _sum_bucket(self, bucket: Sequence[Tensor]) -> list[Tensor]:
@@ -174,7 +234,7 @@ class Collectives:
         return [piece.view_as(tensor).clone() for piece, tensor in zip(pieces, bucket, strict=True)]
 
     def __deepcopy__(self, memo: object) -> Self:
-        return self  # a copied MultiPose communicates with the same ranks
+        return self
 
     def __reduce__(self) -> str | tuple[object, ...]:
         if self._group is None:

@@ -5,6 +5,8 @@ runs the backward of its own poses, and the gradients are summed. Every rank end
 that runs all poses.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,14 +14,17 @@ import torch
 from torch import Tensor
 
 from gradhooks.distributed.collectives import Collectives
+from gradhooks.distributed.status import LIMIT, digest, pack, unpack
 from gradhooks.errors import DistributedError, PredictionError
 from gradhooks.numerics import at_least_float32
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MAX_DIMENSIONS = 8
-# Numbers of `PosePartition.encode_metadata`: differentiable, dimensions, dtype, sizes.
-METADATA_LENGTH = 3 + _MAX_DIMENSIONS
+METADATA_LENGTH = 2 + _MAX_DIMENSIONS // 2
+"""How many numbers `PosePartition.encode_metadata` returns for several ranks."""
 _ABSENT, _DENSE, _SPARSE = range(3)
+# In the status of the backward, which has room for five numbers of 48 bits.
+_MASK_NUMBERS, _MASK_BITS = 5, 48
 # On machines of one kind, ranks with the same loss agree to the last bit. Different losses differ in the first digits.
 _SAME_LOSS_TOLERANCE = 1e-3
 
@@ -59,7 +64,8 @@ class PosePartition:
             differentiable: Whether any of them requires grad.
 
         Returns:
-            `METADATA_LENGTH` numbers; in a single process, which needs no metadata, `differentiable` only.
+            `differentiable`, dtype and number of dimensions in one number, and the sizes, two in one number; in a
+            single process, which needs no metadata, `differentiable` only.
 
         Raises:
             PredictionError: Unsupported dtype, or more than 8 dimensions.
@@ -67,13 +73,15 @@ class PosePartition:
         if self.collectives.is_single:
             return [differentiable]
         sizes = rows.shape[1:]
-        if len(sizes) > _MAX_DIMENSIONS or rows.dtype not in _DTYPES:
+        if len(sizes) > _MAX_DIMENSIONS or rows.dtype not in _DTYPES or max(sizes, default=0) >= LIMIT:
             raise PredictionError(
                 f"cannot gather predictions of shape {tuple(sizes)} and {rows.dtype} over ranks; supported are at most "
-                f"{_MAX_DIMENSIONS} dimensions and {', '.join(map(str, _DTYPES))}. Convert them in call="
+                f"{_MAX_DIMENSIONS} dimensions of less than {LIMIT}, and {', '.join(map(str, _DTYPES))}. Convert them "
+                "in call="
             )
-        padding = [0] * (_MAX_DIMENSIONS - len(sizes))
-        return [differentiable, len(sizes), _DTYPES.index(rows.dtype), *sizes, *padding]
+        padded = [*sizes, *[0] * (_MAX_DIMENSIONS - len(sizes))]
+        pairs = zip(padded[::2], padded[1::2], strict=True)
+        return [differentiable, pack(_DTYPES.index(rows.dtype), len(sizes)), *(pack(*pair) for pair in pairs)]
 
     def gather_predictions(self, rows: Tensor, metadata: Sequence[Sequence[float]], device: torch.device) -> Tensor:
         """Gather the predictions of all ranks.
@@ -91,17 +99,17 @@ class PosePartition:
         """
         if self.collectives.is_single:
             return rows
-        encoded = {rank: numbers for rank, numbers in enumerate(metadata) if self.counts[rank]}
-        distinct = {tuple(numbers[1:]) for numbers in encoded.values()}
+        decoded = {rank: _decode(numbers) for rank, numbers in enumerate(metadata) if self.counts[rank]}
+        distinct = set(decoded.values())
         if len(distinct) > 1:
-            described = "; ".join(f"rank {rank}: {_describe_metadata(numbers)}" for rank, numbers in encoded.items())
+            described = "; ".join(f"rank {rank}: shape {sizes}, {dtype}" for rank, (dtype, sizes) in decoded.items())
             raise PredictionError(
                 f"predictions of one group differ in shape or dtype between ranks: {described}. Return the same shape "
                 "and dtype for every pose, for example with call="
             )
-        dimensions, dtype, *sizes = map(int, distinct.pop())
+        dtype, sizes = distinct.pop()
         if not len(rows):
-            rows = torch.empty(0, *sizes[:dimensions], dtype=_DTYPES[dtype], device=device)
+            rows = torch.empty(0, *sizes, dtype=dtype, device=device)
         return self.collectives.gather_rows(rows, self.counts)
 
     def sum_gradients(
@@ -120,35 +128,55 @@ class PosePartition:
         Raises:
             DistributedError: A rank failed, the ranks computed different losses, or a gradient is sparse.
         """
-        with self.collectives.all_or_none("backward", 3 + len(leaves), maximum=True) as message:
+        with self.collectives.all_or_none("backward") as message:
             gradients = compute()
             checksum, magnitude = _checksum(coefficients)
-            message.sent = [checksum, -checksum, magnitude, *map(_gradient_kind, gradients)]
-        highest, negated_lowest, largest_magnitude, *kinds = message.received[0]
-        if highest + negated_lowest > _SAME_LOSS_TOLERANCE * largest_magnitude:
-            self._refuse_different_losses(checksum)
-        if _SPARSE in kinds:
+            kinds = [_gradient_kind(gradient) for gradient in gradients]
+            message.sent = [checksum, magnitude, _SPARSE in kinds, *_encode_reached(kinds)]
+        checksums, magnitudes, sparse, *encoded = zip(*message.received, strict=True)
+        if max(checksums) - min(checksums) > _SAME_LOSS_TOLERANCE * max(magnitudes):
+            _refuse_different_losses(checksums)
+        if any(sparse):
             raise DistributedError(
                 "cannot sum gradients over ranks: a parameter has a sparse gradient, and only dense ones are summed. "
                 "Use sparse=False in the embeddings of a model that runs with a process_group"
             )
-        reached = [index for index, kind in enumerate(kinds) if kind]
+        if len(kinds) > _MASK_NUMBERS * _MASK_BITS:
+            if len(set(encoded[0])) > 1:  # some poses reach parameters that those of other ranks do not
+                kinds = self.collectives.maximum_of_bytes(kinds)
+            reached = [index for index, kind in enumerate(kinds) if kind]
+        else:
+            reached = _decode_reached(encoded)
         local = (_take_gradient(gradients, index, leaves[index]) for index in reached)
         for index, gradient in zip(reached, self.collectives.sum_tensors(local), strict=True):
             gradients[index] = gradient
         return gradients
 
-    def _refuse_different_losses(self, checksum: float) -> None:
-        with self.collectives.all_or_none("backward", 1) as message:
-            message.sent = [checksum]
-        checksums = [received for (received,) in message.received]
-        rank = max(range(len(checksums)), key=lambda index: abs(checksums[index] - checksums[0]))
-        raise DistributedError(
-            f"rank {rank} computed a different loss than rank 0 for the same group: the checksum of the coefficients "
-            f"is {checksums[rank]:.6g} on rank {rank} and {checksums[0]:.6g} on rank 0. Give all ranks of a "
-            "process_group the same target and the same arguments of the combination, and the same random numbers in "
-            "everything after the model"
-        )
+
+def _encode_reached(kinds: Sequence[int]) -> list[float]:
+    """Return which leaves are reached, a bit for each; if there are too many leaves, a digest."""
+    if len(kinds) > _MASK_NUMBERS * _MASK_BITS:
+        return [digest(bytes(kinds))]
+    mask = sum(1 << index for index, kind in enumerate(kinds) if kind)
+    return [float(mask >> (_MASK_BITS * number) & (2**_MASK_BITS - 1)) for number in range(_MASK_NUMBERS)]
+
+
+def _decode_reached(encoded: Sequence[Sequence[float]]) -> list[int]:
+    """Return the leaves that are reached on any rank, from the numbers of all ranks."""
+    masks = [functools.reduce(operator.or_, map(int, numbers)) for numbers in encoded]
+    return [
+        number * _MASK_BITS + bit for number, mask in enumerate(masks) for bit in range(_MASK_BITS) if mask >> bit & 1
+    ]
+
+
+def _refuse_different_losses(checksums: Sequence[float]) -> None:
+    rank = max(range(len(checksums)), key=lambda index: abs(checksums[index] - checksums[0]))
+    raise DistributedError(
+        f"rank {rank} computed a different loss than rank 0 for the same group: the checksum of the coefficients is "
+        f"{checksums[rank]:.6g} on rank {rank} and {checksums[0]:.6g} on rank 0. Give all ranks of a process_group the "
+        "same target and the same arguments of the combination, and the same random numbers in everything after the "
+        "model"
+    )
 
 
 def _take_gradient(gradients: list[Tensor | None], index: int, leaf: Tensor) -> Tensor:
@@ -165,9 +193,11 @@ def _checksum(coefficients: Tensor) -> list[float]:
     return sums
 
 
-def _describe_metadata(metadata: Sequence[float]) -> str:
-    dimensions, dtype, *sizes = map(int, metadata[1:])
-    return f"shape {tuple(sizes[:dimensions])}, {_DTYPES[dtype]}"
+def _decode(metadata: Sequence[float]) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Return dtype and shape from the numbers of `PosePartition.encode_metadata`."""
+    dtype, dimensions = unpack(metadata[1])
+    sizes = [size for number in metadata[2:METADATA_LENGTH] for size in unpack(number)]
+    return _DTYPES[dtype], tuple(sizes[:dimensions])
 
 
 def _gradient_kind(gradient: Tensor | None) -> int:

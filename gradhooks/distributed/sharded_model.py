@@ -55,7 +55,7 @@ class ShardedModel:
         return bool(roots) and not any(root or root is None for root in roots)
 
     def all_or_none(self, step: str, numbers: int = 0) -> AbstractContextManager[Message]:
-        """Run `Collectives.all_or_none` over all ranks of the mesh, with `maximum=True`."""
+        """Run `Collectives.all_or_none` over all ranks of the mesh, and receive the maximum."""
         return _all_or_none_along(self._mesh_axes, step, numbers)
 
     @contextmanager
@@ -135,7 +135,7 @@ def _all_or_none_along(axes: Sequence[Collectives], step: str, numbers: int) -> 
         yield message
         message.received = [list(message.sent)]
         return
-    with axes[0].all_or_none(step, numbers, maximum=True) as outer:
+    with axes[0].all_or_none(step, maximum_of=numbers) as outer:
         with _all_or_none_along(axes[1:], step, numbers) as inner:
             yield inner
         outer.sent = inner.received[0]

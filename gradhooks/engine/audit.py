@@ -66,7 +66,7 @@ def audit(batch: Batch) -> Findings:
     with (
         batch.sharded.keep_unsharded(),
         batch.sharded.all_or_none("audit", 2) as of_shards,
-        batch.partition.collectives.all_or_none("audit", 2, maximum=True) as of_group,
+        batch.partition.collectives.all_or_none("audit", maximum_of=2) as of_group,
     ):
         findings = _audit_first_pose(batch) if len(batch.poses) else TRUSTED
         of_shards.sent = of_group.sent = [not findings.repeatable, not findings.linear]

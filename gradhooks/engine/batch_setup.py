@@ -1,6 +1,6 @@
 """Make the `Batch` of a call from what the user passed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from gradhooks.combination import BoundCombination
 from gradhooks.combination_arguments import refuse_unknown_arguments
-from gradhooks.distributed.collectives import Collectives, Message
+from gradhooks.distributed.agreement import Agreement
+from gradhooks.distributed.collectives import Collectives
 from gradhooks.distributed.pose_parallel import PosePartition
 from gradhooks.distributed.sharded_model import ShardedModel
+from gradhooks.distributed.subject import Subject
 from gradhooks.distributed.validation import refuse_pose_parallel
 from gradhooks.engine.autocast import AutocastState
 from gradhooks.engine.batch import Batch
@@ -44,6 +46,7 @@ def read_batch(
     sharded: ShardedModel,
     learned: Learned,
     cache: ModelPartsCache,
+    agreement: Agreement,
 ) -> Batch:
     """Return the batch of a call.
 
@@ -58,15 +61,18 @@ def read_batch(
         sharded: How the parameters are sharded, if they are.
         learned: What earlier batches have shown.
         cache: Keeps the parts of the model.
+        agreement: Compares the ranks of the process group.
 
     Raises:
         PosesError: There are no poses, they have no usable form, or the group numbers do not fit them.
         CombinationError: The combination cannot be used with a process group, or does not take an argument.
         ConcurrentUseError: Another thread runs poses through the model.
-        DistributedError: Another rank failed.
+        DistributedError: Another rank failed, or differs from this one.
     """
-    collectives = Collectives(options.process_group)
-    with collectives.all_or_none("reading of the poses", 2) as message:
+    collectives = Collectives(options.process_group, agreement.call)
+    autocast = AutocastState(device.type for device in parts.state.devices)
+    subject = Subject(model, combination, _settings(options, autocast))
+    with collectives.all_or_none("reading of the poses") as message:
         refuse_unknown_arguments(combination, arguments)
         poses, index, group_count = _separate(poses, groups)
         prepared = _prepare(poses, options, may_be_empty=not collectives.is_single)
@@ -78,12 +84,12 @@ def read_batch(
             parts = cache.get(model, options.generators)
         if not sharded:
             refuse_broken_promise(model, prepared, options, parts.state, learned)
-        message.sent = [len(prepared), -1 if index is None else group_count or 0]
-    partition = PosePartition(collectives, [int(count) for count, _ in message.received])
+        message.sent = [*agreement.summary(subject), len(prepared), -1 if index is None else group_count or 0]
+    rows = agreement.confirm(collectives, message.received, subject)
+    partition = PosePartition(collectives, [int(count) for count, *_ in rows])
     if partition.total == 0:
         raise PosesError("there are no poses on any rank: a group needs at least one pose")
-    gathered = _gather_groups(index, message, partition, combination)
-    autocast = AutocastState(device.type for device in parts.state.devices)
+    gathered = _gather_groups(index, [int(count) for _, count, *_ in rows], partition, combination)
     mode = mode_of(getattr(model, "training", False), autocast.dtypes)
     schedule = _schedule(options, mode, parts, learned, cache, batched=prepared.batched and not sharded)
     batch = Batch(
@@ -122,6 +128,16 @@ def _separate(poses: Any, groups: Any) -> tuple[Any, Any, int | None]:
     return poses.poses, poses.index, poses.count
 
 
+def _settings(options: Options, autocast: AutocastState) -> dict[str, object]:
+    """Return the options and modes in which the ranks of a process group must agree."""
+    return {
+        "grad mode": "on" if torch.is_grad_enabled() else "off",
+        "autocast": autocast.dtypes or "off",
+        "nonfinite=": options.nonfinite,
+        "tolerance=": options.tolerance,
+    }
+
+
 def _prepare(poses: Any, options: Options, *, may_be_empty: bool) -> Poses:
     prepared = as_poses(poses, options.collate, may_be_empty=may_be_empty)
     if (options.chunk_size or 1) > 1 and not prepared.batched:
@@ -150,10 +166,9 @@ def _schedule(
 
 
 def _gather_groups(
-    index: Tensor | None, message: Message, partition: PosePartition, combination: Any
+    index: Tensor | None, counts: Sequence[int], partition: PosePartition, combination: Any
 ) -> GroupIndex | None:
-    """Return the groups of the poses of all ranks."""
-    counts = [int(count) for _, count in message.received]
+    """Return the groups of the poses of all ranks, given the number of groups on each, -1 without groups."""
     if all(count < 0 for count in counts):
         return None
     without = [rank for rank, count in enumerate(counts) if count < 0 and partition.counts[rank]]

@@ -20,7 +20,7 @@ from gradhooks.engine.pose_engine import PoseEngine
 from gradhooks.engine.pose_runner import NeedsGradModeError
 from gradhooks.engine.progress import progress_of
 from gradhooks.engine.schedule import StartAgainError
-from gradhooks.engine.side_outputs import LAYOUT_LENGTH, decode_layout, encode_layout
+from gradhooks.engine.side_outputs import check_layout
 
 Begin = Callable[[PoseEngine, Tensor], Accumulation]
 
@@ -66,7 +66,7 @@ def run_forward(context: ForwardContext, begin: Begin) -> FirstRun:
     with (
         batch.sharded.keep_unsharded(),
         batch.sharded.all_or_none(step),
-        partition.collectives.all_or_none(step, METADATA_LENGTH + LAYOUT_LENGTH) as message,
+        partition.collectives.all_or_none(step) as message,
     ):
         try:
             accumulation, rows, differentiable = schedule.retry_smaller(attempt)
@@ -80,22 +80,20 @@ def run_forward(context: ForwardContext, begin: Begin) -> FirstRun:
 
 
 def _metadata(batch: Batch, rows: Tensor, *, differentiable: bool = False) -> list[float]:
-    """Return what other ranks must know of the predictions of this one."""
-    if batch.partition.collectives.is_single:
-        return [differentiable]
-    return [
-        *batch.partition.encode_metadata(rows, differentiable=differentiable),
-        *encode_layout(batch.runner.layout),
-    ]
+    """Return what other ranks must know of the predictions of this one: shape, dtype, whether there are sides."""
+    has_side = [] if batch.partition.collectives.is_single else [float(batch.runner.layout is not None)]
+    return [*batch.partition.encode_metadata(rows, differentiable=differentiable), *has_side]
 
 
 def _gather(batch: Batch, partition: PosePartition, rows: Tensor, message: Message) -> Tensor:
     """Return the predictions of all ranks; a rank without poses learns what a row contains."""
-    if not partition.collectives.is_single and not len(rows):
-        layouts = [decode_layout(numbers[METADATA_LENGTH:]) for numbers in message.received]
-        batch.runner.layout = next((layout for layout in layouts if layout is not None), None)
-    metadata = [numbers[:METADATA_LENGTH] for numbers in message.received]
-    return partition.gather_predictions(rows, metadata, batch.parts.device)
+    if not partition.collectives.is_single and any(numbers[METADATA_LENGTH] for numbers in message.received):
+        layouts = partition.collectives.gather_objects(batch.runner.layout)
+        first, *others = [layout for rank, layout in enumerate(layouts) if partition.counts[rank]]
+        for layout in others:
+            check_layout(first, layout, partition.first)
+        batch.runner.layout = first
+    return partition.gather_predictions(rows, message.received, batch.parts.device)
 
 
 def _run_local_poses(context: ForwardContext, begin: Begin, before: Snapshot) -> tuple[Accumulation, Tensor, bool]:
@@ -144,8 +142,7 @@ def predict(batch: Batch) -> Tensor:
         with batch.parts.state.preserved(only_on_error=True):
             return _predict_local_poses(batch)
 
-    collectives = partition.collectives
-    with batch.sharded.keep_unsharded(), collectives.all_or_none("forward", METADATA_LENGTH + LAYOUT_LENGTH) as message:
+    with batch.sharded.keep_unsharded(), partition.collectives.all_or_none("forward") as message:
         rows = schedule.retry_smaller(attempt)
         message.sent = _metadata(batch, rows)
     return _gather(batch, partition, rows, message)

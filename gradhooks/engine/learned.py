@@ -1,6 +1,8 @@
 """Learned: what earlier batches have shown, kept by `MultiPose` from batch to batch."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -53,3 +55,17 @@ class Learned:
     row_per_pose: set[StackForm] = field(default_factory=set)
     needs_grad_mode: set[Mode] = field(default_factory=set)
     unused_count: dict[str, int] = field(default_factory=dict)
+
+    def as_plain_values(self) -> dict[str, Any]:
+        """Return a dictionary of numbers, strings and containers of them."""
+        return asdict(self)
+
+    @classmethod
+    def of_plain_values(cls, values: Mapping[str, Any]) -> "Learned":
+        """Return what `as_plain_values` has written; entries of another version are left out."""
+        known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
+        learned = cls(**known)
+        learned.pose_needs = {mode: PoseNeed(**need) for mode, need in values.get("pose_needs", {}).items()}
+        learned.chunk_dependent = dict(learned.chunk_dependent)
+        learned.unused_count = dict(learned.unused_count)
+        return learned

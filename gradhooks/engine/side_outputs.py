@@ -4,7 +4,6 @@ The side of a pose goes through the engine as further numbers of its prediction,
 gradient; the combination does not see them.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +11,6 @@ from torch import Tensor
 
 from gradhooks.engine.model_output import prediction_rows
 from gradhooks.errors import PredictionError
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MAX_DIMENSIONS = 8
-_PART_LENGTH = 2 + _MAX_DIMENSIONS
-LAYOUT_LENGTH = 2 * _PART_LENGTH
-"""How many numbers `encode_layout` returns."""
 
 
 class Part(NamedTuple):
@@ -97,30 +90,3 @@ def _describe(layout: Layout | None) -> str:
         f"a prediction of shape {tuple(layout.prediction.shape)} with a side of shape {tuple(layout.side.shape)} "
         f"({layout.side.dtype})"
     )
-
-
-def encode_layout(layout: Layout | None) -> list[float]:
-    """Return a layout as `LAYOUT_LENGTH` numbers; -1 where there is none.
-
-    Raises:
-        PredictionError: A shape has more than 8 dimensions, or the dtype of the side cannot be sent to other ranks.
-    """
-    if layout is None:
-        return [-1.0] * LAYOUT_LENGTH
-    numbers: list[float] = []
-    for shape, dtype in layout:
-        if len(shape) > _MAX_DIMENSIONS or dtype not in _DTYPES:
-            raise PredictionError(f"cannot gather a side of shape {tuple(shape)} and {dtype} over ranks")
-        numbers += [_DTYPES.index(dtype), len(shape), *shape, *[0] * (_MAX_DIMENSIONS - len(shape))]
-    return numbers
-
-
-def decode_layout(numbers: Sequence[float]) -> Layout | None:
-    """Return the layout that `encode_layout` encoded."""
-    if numbers[0] < 0:
-        return None
-    dtypes = [_DTYPES[int(numbers[first])] for first in (0, _PART_LENGTH)]
-    shapes = [
-        torch.Size(map(int, numbers[first + 2 : first + 2 + int(numbers[first + 1])])) for first in (0, _PART_LENGTH)
-    ]
-    return Layout(Part(shapes[0], dtypes[0]), Part(shapes[1], dtypes[1]))

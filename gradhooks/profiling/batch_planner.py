@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from gradhooks.combination import BoundCombination
+from gradhooks.distributed.agreement import Agreement
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.batch_setup import read_batch
 from gradhooks.engine.learned import Learned
@@ -147,6 +148,7 @@ def _read(batch: TrainingBatch, scorer: MultiPose[Any], learned: Learned) -> Bat
         sharded=parts.sharded,
         learned=learned,
         cache=cache,
+        agreement=Agreement(),
     )
 
 
