@@ -15,7 +15,8 @@ import gradhooks
 from gradhooks import registry
 from gradhooks.entry_points import BUILT_IN, distribution_of, version_of
 from gradhooks.errors import GradhooksError, PluginError
-from gradhooks.registry import Registry, required_options, unknown_name
+from gradhooks.plugin_options import required_options
+from gradhooks.registry import Registry, unknown_name
 from gradhooks.testing.check_derivatives import declares_stream
 from gradhooks.testing.runner import create_example, results
 

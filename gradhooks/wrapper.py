@@ -1,7 +1,7 @@
 """MultiPose: the module that a user wraps around a model. It sequences the steps; the engine does them."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -35,6 +35,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         model: Any module. It is neither copied nor changed.
         combination: A registered name, or an object: a `Combination`, or any callable from predictions of shape
             `(N, *prediction)` to a tensor. With None, `combined` is `per_pose`, for losses on the predictions.
+        combination_options: The options of a combination that is given by its name: `{"features": 64}`.
         accumulator: A registered name or an `Accumulator`.
         memory: What a step may need beyond the model, its `.grad` and the step of one pose: bytes, a string such as
             `"2GiB"`, or a fraction of what is free on the model's device when the first batch comes. Poses whose graphs
@@ -65,6 +66,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
     Raises:
         TypeError: An option does not exist, or has the wrong type.
         ValueError: An option is out of range, or the accumulator does not use it.
+        PluginError: A name is unknown, its plugin cannot be imported, or `combination_options` do not fit it.
     """
 
     # Read by the Trainer of transformers: keyword arguments of forward go to the combination, not to a loss.
@@ -81,15 +83,16 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         model: ModelT,
         combination: str | Callable[[Tensor], Tensor] | None = "mean",
         *,
+        combination_options: Mapping[str, Any] | None = None,
         accumulator: str | Accumulator = "auto",
         **options: Unpack[OptionTypes],
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an instance of torch.nn.Module, got {model!r}")
-        refuse_unknown_options(options, ["accumulator", *OPTION_NAMES])
+        refuse_unknown_options(options, ["accumulator", "combination_options", *OPTION_NAMES])
         self.model = model
-        self.combination = combination
+        self.combination = registry.resolve_combination(combination, combination_options)
         self._set_options(Options(**options), registry.accumulators.resolve(accumulator))  # type: ignore[arg-type]
         self._learned = Learned()
         self._parts = ModelPartsCache()
@@ -143,7 +146,7 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
         if name in OPTION_NAMES or name == "accumulator":
             object.__setattr__(self, name, value)
         elif name == "combination":
-            combination: Any = None if value is None else registry.combinations.resolve(value)
+            combination = registry.resolve_combination(value)
             self.__dict__.pop(name, None)  # a callable that is not a module is a plain attribute, a module a child
             self._modules.pop(name, None)
             super().__setattr__(name, combination)

@@ -61,7 +61,7 @@ LAYERS = [
     ["combinations.pooling"],
     ["combinations"],
     ["entry_points"],
-    ["first_party"],
+    ["first_party", "plugin_options"],
     ["registry"],
     ["state_dict", "prediction", "autograd_function"],
     ["forward_pass"],
