@@ -20,7 +20,7 @@ LAYERS = [
     ["errors", "numerics", "units", "random_state", "engine", "engine.nested"],
     ["group_index", "group_reductions"],
     ["combined"],
-    ["group_validation", "group_loop"],
+    ["group_validation", "group_loop", "padded_batch"],
     ["groups"],
     ["collation"],
     ["combination"],

@@ -207,7 +207,8 @@ def test_required_options_are_named(install: Install) -> None:
     with pytest.raises(
         PluginError,
         match=r"^combination 'optional' of optional [\d.]+ needs options: width, depth\. It takes "
-        r"width, depth, height=2, any other option\. Pass combination_options=\{'width': \.\.\., 'depth': \.\.\.\}, or an object: from optional import Total; "
+        r"width, depth, height=2, any other option\. Pass combination_options=\{'width': \.\.\., 'depth': \.\.\.\}, "
+        r"or an object: from optional import Total; "
         r"MultiPose\(model, Total\(width=\.\.\., depth=\.\.\.\)\)$",
     ):
         gradhooks.MultiPose(torch.nn.Linear(1, 1), "optional")
@@ -269,7 +270,9 @@ def test_options_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         create("max", sclae=3)
     with pytest.raises(PluginError, match=r"'mean' of gradhooks [\d.]+ has no option 'scale'\. It takes no options$"):
         create("mean", scale=3)
-    with pytest.raises(PluginError, match=r"'max' of .* cannot be created with options .*'<='.* It takes scale=1000"):
+    with pytest.raises(
+        PluginError, match=r"'max' of .* cannot be created with options .*'<' not supp.* It takes scale=1000"
+    ):
         create("max", scale="wide")
     with pytest.raises(gradhooks.errors.CombinationError, match="scale must be positive and finite, got -1"):
         create("max", scale=-1)
