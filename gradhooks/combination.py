@@ -167,7 +167,7 @@ class BoundCombination:
 
     def __call__(self, predictions: Tensor, selected: Tensor | None = None) -> Tensor:
         """Combine the predictions, and return the result alone; see `combine`."""
-        return result_of(self.combine(predictions, selected))
+        return result_of(self._combine(predictions, selected))
 
     def combine(self, predictions: Tensor, selected: Tensor | None = None) -> Tensor | Combined:
         """Combine the predictions.
@@ -177,12 +177,19 @@ class BoundCombination:
             selected: Which poses to combine, boolean, shape `(M,)`; all by default.
 
         Returns:
-            Shape `(B, *prediction)` with groups, `(*prediction)` without, and `predictions` without a combination.
+            Shape `(B, *prediction)` with groups, `(*prediction)` without, and `predictions` without a combination; in a
+            `Combined` if the combination returns one.
 
         Raises:
             PredictionError: No pose of a group is selected, and the combination does not accept empty groups.
             CombinationError: The result does not have one row per group.
         """
+        combined = self._combine(predictions, selected)
+        if selected is None or isinstance(combined, Tensor):
+            return combined
+        return combined.with_all_poses(selected)
+
+    def _combine(self, predictions: Tensor, selected: Tensor | None) -> Tensor | Combined:
         if self.combination is None:
             return predictions
         predictions = predictions.to(at_least_float32(predictions.dtype))
@@ -195,14 +202,10 @@ class BoundCombination:
                 self._refuse_lost_groups(groups, groups.select(rows))
                 groups = groups.select(rows)
             predictions, arguments = predictions[rows.to(predictions.device)], self._arguments_of(rows)
-        combined: Tensor | Combined
         if groups is None:
-            combined = self.combination(predictions, **arguments)
-        else:
-            combined = combine_groups(self.combination, predictions, groups, arguments, names)
-        if selected is None or isinstance(combined, Tensor):
+            combined: Tensor | Combined = self.combination(predictions, **arguments)
             return combined
-        return combined.with_all_poses(selected)
+        return combine_groups(self.combination, predictions, groups, arguments, names)
 
     def _refuse_lost_groups(self, groups: GroupIndex, left: GroupIndex) -> None:
         if self.accepts_empty_groups:

@@ -82,7 +82,7 @@ class Pooling(Combination):
 
     def forward_groups(self, predictions: Tensor, groups: Tensor, count: int, **arguments: Any) -> Tensor | Combined:
         trial = self._trial(predictions, arguments)
-        if trial.together:
+        if trial.together and len(predictions):
             return self.forward_together(predictions, groups, count, arguments, trial.axes)
         return super().forward_groups(predictions, groups, count, **arguments)
 

@@ -58,12 +58,6 @@ def marks_padding(name: str) -> bool:
     return "padding" in name
 
 
-def convert(value: Any, dtype: torch.dtype) -> Any:
-    """Return a floating-point tensor in a dtype, and anything else unchanged."""
-    is_number = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(dtype) if is_number else value
-
-
 def dtype_of(module: nn.Module) -> torch.dtype | None:
     """Return the dtype of the parameters of a module, or None if it has none."""
     return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)

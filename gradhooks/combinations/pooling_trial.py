@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gradhooks.combinations.pooling_module import ModuleOutput, convert
+from gradhooks.combinations.pooling_module import ModuleOutput
 from gradhooks.combined import Combined, Output, join_groups, result_of
 from gradhooks.group_index import GroupIndex
 from gradhooks.group_loop import row_arguments
@@ -69,22 +69,26 @@ def try_groups(pooling: GroupPooling, predictions: Tensor, arguments: Mapping[st
         predictions: Those of the user, shape `(M, *prediction)`; only shape and device matter.
         arguments: Keyword arguments of the user's call.
     """
-    dtype = torch.float32 if predictions.device.type == "mps" else torch.float64
-    names = row_arguments(arguments, len(predictions))
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(len(GROUPS), *predictions.shape[1:], dtype=dtype, generator=generator)
-    with _preserved_randomness(predictions.device), torch.inference_mode(False), torch.enable_grad():
-        # An argument with a row per pose has as many rows in the trial, repeated where the user's call has fewer.
-        chosen = torch.arange(len(GROUPS)) % max(1, len(predictions))
-        own = {
-            name: convert(value[chosen.to(value.device)].clone() if name in names else value, dtype)
-            for name, value in arguments.items()
-        }
+    device = predictions.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    with _preserved_randomness(device), torch.inference_mode(False), torch.enable_grad():
+        rows = torch.randn(len(GROUPS), *predictions.shape[1:], dtype=dtype, generator=torch.Generator().manual_seed(0))
+        names = row_arguments(arguments, len(predictions))
+        own = {name: _of_trial(value, name in names, dtype) for name, value in arguments.items()}
         try:
             twin: Any = copy.deepcopy(pooling)
-            return _compare(twin.to(dtype), rows.to(predictions.device), own, names)
+            return _compare(twin.to(dtype), rows.to(device), own, names)
         except Exception as error:  # whatever it is, one call for each group is right, or raises it again
             return Trial(together=False, reason=f"{type(error).__name__}: {error}")
+
+
+def _of_trial(argument: Any, has_rows: bool, dtype: torch.dtype) -> Any:
+    """Return an argument of the user's call for the poses of the trial: its own rows, again and again if too few."""
+    if not isinstance(argument, Tensor):
+        return argument
+    if has_rows:
+        argument = argument[torch.arange(len(GROUPS), device=argument.device) % max(1, len(argument))]
+    return (argument.to(dtype) if argument.is_floating_point() else argument).clone()
 
 
 def pose_axes(outputs: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> tuple[int, ...]:
