@@ -1,7 +1,7 @@
 """Does the bag hold a 9? Multiple-instance learning on scikit-learn's handwritten digits.
 
     python examples/digit_bags.py                          # about a minute on two cores
-    python examples/digit_bags.py --combinations noisy_or DSMIL TransMIL
+    python examples/digit_bags.py --combinations noisy_or DSMIL CLAM_SB
 
 A bag is a group of images with one label: whether any of them is a 9. The labels of the images are not used to train.
 All images of a batch of bags are one call of `MultiPose`. A combination is a name of gradhooks, or a head of torchmil.
@@ -199,7 +199,9 @@ def plot(results: Sequence[Result], bags: Sequence[Bag], path: Path) -> None:
             bars.set_yticks([0, 1] if column == 0 else [])
     handles = [Patch(color=f"C{number}", label=result.name) for number, result in enumerate(results)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(results))
-    figure.suptitle("Share of each image in the prediction: a bag with a 9, and one without")
+    figure.suptitle(
+        "Share of each image in the prediction, and the head's attention in red: a bag with a 9, and one without"
+    )
     figure.savefig(path, dpi=120)
 
 
