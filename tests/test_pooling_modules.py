@@ -233,6 +233,8 @@ def test_rebuilt_and_copied_predictions_keep_their_attention(double: TensorFacto
 
 def test_what_does_not_fit_is_refused(double: TensorFactory) -> None:
     predictions = double.randn(4, FEATURES)
+    with pytest.raises(TypeError, match=r"Pooling: module must be an instance of torch\.nn\.Module, got <function"):
+        Pooling(vectors)  # type: ignore[arg-type]
     with pytest.raises(
         CombinationError, match=r"Linear\.forward has no argument 'padding' for the mask; it takes input$"
     ):
@@ -268,6 +270,21 @@ def vectors(count: int) -> Tensor:
 class ReturnsPair(nn.Identity):
     def forward(self, bags: Tensor) -> Any:
         return bags, bags
+
+
+def test_other_precisions_and_compiled_modules(double: TensorFactory) -> None:
+    """Predictions are converted to the dtype of the module; a compiled one takes the mask of the module inside."""
+    predictions = double.randn(len(INDEX), FEATURES)
+    eager = Pooling(PaddingMask().to(double.device, double.dtype), result="pooled")
+    compiled = Pooling(torch.compile(eager.module, backend="eager"), result="pooled")
+    assert compiled.mask == "key_padding_mask"
+    expected = pool(eager, predictions).combined
+    close(pool(compiled, predictions).combined, expected)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+        combined = pool(eager.to(dtype), predictions).combined
+        assert combined.dtype == torch.float32
+        torch.testing.assert_close(combined, expected.float(), rtol=0, atol=tolerance)
+    assert len(eager._trials) == 1
 
 
 def test_the_conformance_kit_and_options_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,7 @@ class Pooling(Combination):
             are passed, too; those with a row per pose with an axis for the bags.
 
     Raises:
+        TypeError: `module` is no module.
         CombinationError: The module has no argument for a mask of the given name. In a call: the module returns
             something else than a tensor first, or cannot combine a group without poses.
     """
@@ -63,6 +64,8 @@ class Pooling(Combination):
         self, module: nn.Module, *, mask: str | None = "auto", result: str | int | None = None, **arguments: Any
     ) -> None:
         super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"Pooling: module must be an instance of torch.nn.Module, got {module!r}")
         self.module = module
         self.takes_groups = takes_group_index(module)
         self.mask = None if self.takes_groups else mask_argument(module, mask)
@@ -163,9 +166,7 @@ class Pooling(Combination):
 
     def _run(self, inputs: Tensor, arguments: Mapping[str, Any], *, is_vector: bool) -> ModuleOutput:
         """Call the module; predictions of one number get an axis for features, and lose it afterwards."""
-        dtype = dtype_of(self.module)
-        if dtype in (torch.float16, torch.bfloat16):  # predictions were widened, see `Combination.forward`
-            inputs = inputs.to(dtype)
+        inputs = inputs.to(dtype_of(self.module) or inputs.dtype)  # predictions were widened in a bfloat16 model
         output = self.module(inputs if is_vector else inputs.unsqueeze(-1), **{**self.arguments, **arguments})
         result, others = separate(output, self.result, type(self.module).__name__)
         if not is_vector and result.dim() > 1 and result.shape[-1] == 1:

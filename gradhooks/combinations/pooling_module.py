@@ -90,6 +90,7 @@ def separate(output: Any, result: str | int | None, name: str) -> ModuleOutput:
 
 
 def _argument_names(module: nn.Module) -> set[str]:
+    module = getattr(module, "_orig_mod", module)  # the forward of a compiled module takes anything
     try:
         parameters = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):  # written in C, or TorchScript

@@ -7,12 +7,13 @@ one, and both ways must give the same results and derivatives.
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 
 from gradhooks.combinations.pooling_module import ModuleOutput
 from gradhooks.combined import Combined, Output, join_groups, result_of
@@ -71,7 +72,7 @@ def try_groups(pooling: GroupPooling, predictions: Tensor, arguments: Mapping[st
     """
     device = predictions.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    with _preserved_randomness(device), torch.inference_mode(False), torch.enable_grad():
+    with _plain_settings(device), torch.inference_mode(False), torch.enable_grad():
         rows = torch.randn(len(GROUPS), *predictions.shape[1:], dtype=dtype, generator=torch.Generator().manual_seed(0))
         names = row_arguments(arguments, len(predictions))
         own = {name: _of_trial(value, name in names, dtype) for name, value in arguments.items()}
@@ -156,12 +157,15 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 
 @contextmanager
-def _preserved_randomness(device: torch.device) -> Iterator[None]:
-    devices = {torch.device("cpu"), device}
-    sources = [*map(default_source, sorted(devices, key=str)), *global_sources()]
+def _plain_settings(device: torch.device) -> Iterator[None]:
+    """Run the block without autocast or compilation, and restore the states of the random generators."""
+    sources = [*map(default_source, sorted({torch.device("cpu"), device}, key=str)), *global_sources()]
     states = [source.get() for source in sources]
     try:
-        with torch.autocast(device.type, enabled=False):
+        with ExitStack() as stack:
+            if is_autocast_available(device.type):
+                stack.enter_context(torch.autocast(device.type, enabled=False))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
         for source, state in zip(sources, states, strict=True):
