@@ -6,6 +6,7 @@ one, and both ways must give the same results and derivatives.
 """
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -133,7 +134,8 @@ def _tensors(combined: Tensor | Combined, leaf: Tensor) -> dict[str, Output]:
     """Return all that a combination returned, and the derivatives of its result by the predictions."""
     result = result_of(combined)
     cotangents = torch.linspace(0.5, 2, result.numel(), dtype=result.dtype, device=result.device).view_as(result)
-    (gradient,) = torch.autograd.grad(result, leaf, cotangents, materialize_grads=True)
+    # Without grad_outputs=, for which PyTorch imports sympy.
+    (gradient,) = torch.autograd.grad((result * cotangents).sum(), leaf, materialize_grads=True)
     named: dict[str, Output] = {"result": result, "derivative of the result": gradient}
     outputs = (*combined.per_pose, *combined.per_group) if isinstance(combined, Combined) else ()
     return {**named, **{f"output {number}": output for number, output in enumerate(outputs, 1)}}
@@ -165,7 +167,8 @@ def _plain_settings(device: torch.device) -> Iterator[None]:
         with ExitStack() as stack:
             if is_autocast_available(device.type):
                 stack.enter_context(torch.autocast(device.type, enabled=False))
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if "torch._dynamo" in sys.modules:  # importing the compiler takes seconds
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
         for source, state in zip(sources, states, strict=True):
