@@ -17,9 +17,11 @@ from torch import Tensor, nn
 import gradhooks
 from gradhooks.combination import BoundCombination
 from gradhooks.combinations import Pooling
+from gradhooks.combinations.pooling_module import CallArguments
 from gradhooks.combined import Combined
 from gradhooks.errors import CombinationError
 from gradhooks.group_index import GroupIndex
+from gradhooks.group_reductions import group_softmax, group_sum
 from gradhooks.prediction import MultiPosePrediction, combine
 from gradhooks.testing import check_combination
 
@@ -62,6 +64,17 @@ class IgnoresMask(Attention):
     def forward(self, bags: Tensor, mask: Tensor) -> Any:  # noqa: ARG002
         self.calls.append(bags.shape)
         return bags.mean(1)
+
+
+class AggregationWithWeights(Attention):
+    """Takes all groups; returns the result, a number per group and the weights of the poses."""
+
+    def forward(self, x: Tensor, index: Tensor, dim_size: int, scale: Any, bias: Any) -> Any:
+        self.calls.append(x.shape)
+        assert (index.diff() >= 0).all()
+        weights = group_softmax(self.score(x + bias).squeeze(-1), index, dim_size)
+        result = group_sum(weights[:, None] * x, index, dim_size) * scale
+        return result, self.classes(result)[:, 0], weights
 
 
 class Statistics(Attention):
@@ -140,7 +153,7 @@ def test_a_module_that_fails_raises_its_own_error(double: TensorFactory) -> None
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         pool(pooling, double.randn(len(INDEX), FEATURES))
     with pytest.raises(
-        CombinationError, match=r"Pooling returned shape \(2, 2\) for group 1 .* one shape for every group"
+        CombinationError, match=r"Pooling of Flatten returned shape \(2, 2\) for group 1 .* one shape for every group"
     ):
         pool(Pooling(nn.Flatten(2)), double.randn(len(INDEX), 2, 1))
 
@@ -164,7 +177,7 @@ def test_a_trial_leaves_no_trace(double: TensorFactory) -> None:
     predictions = double.randn(2, FEATURES)
     states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())  # type: ignore[index] # noqa: NPY002
     with torch.autocast("cpu", torch.bfloat16):
-        Pooling(module)._trial(predictions, {})
+        Pooling(module)._trial(predictions, CallArguments({}, set()))
     assert (module.seen.item(), module.calls) == (0, [])
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]  # type: ignore[index] # noqa: NPY002
@@ -178,6 +191,31 @@ def test_predictions_of_one_number(double: TensorFactory) -> None:
         reduce = torch.mean if name == "mean" else lambda rows: rows.median(0).values
         close(combined, torch.stack([reduce(rows) for rows in rows_of(predictions)]))
         close(pool(pooling, predictions, None).combined, reduce(predictions))
+
+
+def test_an_aggregation_that_returns_more_than_its_result(double: TensorFactory) -> None:
+    module = AggregationWithWeights().to(double.device, double.dtype)
+    pooling, (predictions, bias) = Pooling(module), double.randn(2, len(INDEX), FEATURES)
+    arguments = {"bias": bias, "scale": double.randn(1)}
+    module.calls.clear()
+    prediction = pool(pooling, predictions, **arguments)
+    assert module.calls == [predictions.shape]
+    (classes,) = prediction.outputs.per_group
+    for number, (rows, bias_rows) in enumerate(zip(rows_of(predictions), rows_of(bias), strict=True)):
+        alone = pool(pooling, rows, None, bias=bias_rows, scale=arguments["scale"])
+        close(alone.combined, prediction.combined[number])
+        close(alone.attention, prediction.attention[GROUPS.index == number])
+        close(alone.outputs.per_group, (classes[number],))
+    empty = pool(pooling, predictions[:0], GroupIndex(GROUPS.index[:0], 1), bias=bias[:0], scale=arguments["scale"])
+    assert (empty.attention.shape, empty.combined.tolist()) == ((0,), [[0.0] * FEATURES])
+
+
+def test_arguments_that_are_as_long_as_a_group(double: TensorFactory) -> None:
+    """An argument without a row per pose reaches the module as it is, also where each group is a call."""
+    module = TakesTable().to(double.device, double.dtype)
+    table = double.randn(GROUPS.sizes[0], FEATURES)
+    pool(Pooling(module), double.randn(len(INDEX), FEATURES), table=table)
+    assert module.tables == [table.shape] * 3
 
 
 def test_empty_groups(double: TensorFactory) -> None:
@@ -265,6 +303,16 @@ def test_what_does_not_fit_is_refused(double: TensorFactory) -> None:
 
 def vectors(count: int) -> Tensor:
     return torch.randn(count, FEATURES)
+
+
+class TakesTable(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(FEATURES, 2)
+        self.tables: list[torch.Size] = []
+
+    def forward(self, bags: Tensor, table: Any) -> Any:
+        self.tables.append(table.shape)
+        return super().forward(bags + table.sum()).sum(1)
 
 
 class ReturnsPair(nn.Identity):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gradhooks.combination import Combination
 from gradhooks.combinations.padded_groups import PaddedGroups
 from gradhooks.combinations.pooling_module import (
+    CallArguments,
     ModuleOutput,
     dtype_of,
     marks_padding,
@@ -21,7 +22,7 @@ from gradhooks.combinations.pooling_trial import Trial, pose_axes, try_groups
 from gradhooks.combined import Combined
 from gradhooks.errors import CombinationError
 from gradhooks.group_index import GroupIndex
-from gradhooks.group_loop import row_arguments
+from gradhooks.group_loop import loop_over_groups, row_arguments
 from gradhooks.group_reductions import expand_groups
 from gradhooks.numerics import at_least_float32
 
@@ -79,24 +80,29 @@ class Pooling(Combination):
         return self.takes_groups
 
     def forward(self, predictions: Tensor, **arguments: Any) -> Tensor | Combined:
-        output = self.call_for_group(predictions, arguments)
-        axes = self._trial(predictions, arguments).axes if output.others else ()
-        return _of_group(output, axes, len(predictions))
+        own = CallArguments(arguments, row_arguments(arguments, len(predictions)))
+        output = self.call_for_group(predictions, own)
+        axes = self._trial(predictions, own).axes if output.others else ()
+        return self._without_first_axis(output, axes, len(predictions))
 
     def forward_groups(self, predictions: Tensor, groups: Tensor, count: int, **arguments: Any) -> Tensor | Combined:
-        trial = self._trial(predictions, arguments)
+        own = CallArguments(arguments, row_arguments(arguments, len(predictions)))
+        trial = self._trial(predictions, own)
         if trial.together and len(predictions):
-            return self.forward_together(predictions, groups, count, arguments, trial.axes)
-        return super().forward_groups(predictions, groups, count, **arguments)
+            return self.forward_together(predictions, groups, count, own, trial.axes)
 
-    def forward_alone(
-        self, predictions: Tensor, arguments: Mapping[str, Any], axes: Sequence[int]
-    ) -> Tensor | Combined:
+        def combine(rows: Tensor, **arguments: Any) -> Tensor | Combined:
+            return self.forward_alone(rows, CallArguments(arguments, own.names), trial.axes)
+
+        combine.__name__ = f"Pooling of {type(self.module).__name__}"
+        return loop_over_groups(combine, predictions, GroupIndex(groups.cpu(), count), arguments, own.names)
+
+    def forward_alone(self, predictions: Tensor, arguments: CallArguments, axes: Sequence[int]) -> Tensor | Combined:
         """Combine one group, shape `(N, *prediction)`; `axes` as for `forward_together`."""
-        return _of_group(self.call_for_group(predictions, arguments), axes, len(predictions))
+        return self._without_first_axis(self.call_for_group(predictions, arguments), axes, len(predictions))
 
     def forward_together(
-        self, predictions: Tensor, groups: Tensor, count: int, arguments: Mapping[str, Any], axes: Sequence[int]
+        self, predictions: Tensor, groups: Tensor, count: int, arguments: CallArguments, axes: Sequence[int]
     ) -> Tensor | Combined:
         """Combine all groups in one call of the module.
 
@@ -108,29 +114,33 @@ class Pooling(Combination):
             axes: The axis of the poses in each tensor that the module returns beside its result, 0 for none.
         """
         if self.takes_groups:
-            return self._call_with_groups(predictions, groups, count, arguments).result
+            order = groups.argsort(stable=True)  # several aggregations need sorted groups, and none minds them
+            rows = arguments.map_rows(lambda value: value[order.to(value.device)])
+            result, others = self._call_with_groups(expand_groups(predictions, order), groups[order], count, rows)
+            places = order.argsort()
+            pairs = zip(others, axes, strict=True)
+            return _combined(result, [expand_groups(other, places) if axis else other for other, axis in pairs], axes)
         padded = PaddedGroups(GroupIndex(groups.cpu(), count), predictions.device)
-        names = row_arguments(arguments, len(predictions))
-        bags = {name: padded.pad(value) if name in names else value for name, value in arguments.items()}
+        bags = arguments.map_rows(padded.pad)
         result, others = self._call_with_bags(padded.pad(predictions), padded.mask, bags)
-        rows = [
-            padded.unpad(other.movedim(axis, 1)) if axis else other for other, axis in zip(others, axes, strict=True)
-        ]
-        return _combined(result, rows, axes)
+        pairs = zip(others, axes, strict=True)
+        return _combined(
+            result, [padded.unpad(other.movedim(axis, 1)) if axis else other for other, axis in pairs], axes
+        )
 
-    def call_for_group(self, predictions: Tensor, arguments: Mapping[str, Any]) -> ModuleOutput:
-        """Call the module for one group, shape `(N, *prediction)`; its output has an axis of length 1 in front."""
-        if self.takes_groups and len(predictions) == 0:
+    def call_for_group(self, predictions: Tensor, arguments: CallArguments) -> ModuleOutput:
+        """Call the module for one group, shape `(N, *prediction)`; its output gets an axis of length 1 in front."""
+        if not self.takes_groups:
+            valid = torch.ones(1, len(predictions), dtype=torch.bool, device=predictions.device)
+            bag = arguments.map_rows(lambda value: value.unsqueeze(0))
+            return self._call_with_bags(predictions.unsqueeze(0), valid, bag)
+        if len(predictions) == 0:
             return self._call_without_poses(predictions, arguments)
-        if self.takes_groups:
-            index = torch.zeros(len(predictions), dtype=torch.int64, device=predictions.device)
-            return self._call_with_groups(predictions, index, 1, arguments)
-        names = row_arguments(arguments, len(predictions))
-        bag = {name: value.unsqueeze(0) if name in names else value for name, value in arguments.items()}
-        valid = torch.ones(1, len(predictions), dtype=torch.bool, device=predictions.device)
-        return self._call_with_bags(predictions.unsqueeze(0), valid, bag)
+        index = torch.zeros(len(predictions), dtype=torch.int64, device=predictions.device)
+        result, others = self._call_with_groups(predictions, index, 1, arguments)
+        return ModuleOutput(result, [other.unsqueeze(0) for other in others])
 
-    def _call_without_poses(self, predictions: Tensor, arguments: Mapping[str, Any]) -> ModuleOutput:
+    def _call_without_poses(self, predictions: Tensor, arguments: CallArguments) -> ModuleOutput:
         """Combine an empty group beside one with poses: not every aggregation takes no poses at all."""
         trial = self._trial(predictions, arguments)
         if not trial.together:
@@ -138,26 +148,25 @@ class Pooling(Combination):
                 f"Pooling: {type(self.module).__name__} combines one group at a time, because {trial.reason}, and a "
                 "group has no poses; leave out groups without poses"
             )
-        beside = predictions.new_zeros(2, *predictions.shape[1:])  # one is too few for a median
-        index = torch.zeros(2, dtype=torch.int64, device=predictions.device)
-        result, others = self._call_with_groups(beside, index, 2, arguments)
-        return ModuleOutput(result[1:], others)
+        poses = torch.zeros(2, dtype=torch.int64, device=predictions.device)  # one is too few for a median
+        rows = arguments.map_rows(lambda value: value.new_zeros(2, *value.shape[1:]))
+        beside = predictions.new_zeros(2, *predictions.shape[1:])
+        result, others = self._call_with_groups(beside, poses, 2, rows)
+        empty = [other[:0] if axis else other[1:] for other, axis in zip(others, trial.axes, strict=True)]
+        return ModuleOutput(result[1:], [other.unsqueeze(0) for other in empty])
 
     def _call_with_groups(
-        self, predictions: Tensor, groups: Tensor, count: int, arguments: Mapping[str, Any]
+        self, predictions: Tensor, groups: Tensor, count: int, arguments: CallArguments
     ) -> ModuleOutput:
-        names = row_arguments(arguments, len(predictions))
-        order = groups.argsort(stable=True)  # several aggregations need sorted groups, and none minds them
-        rows = {name: value[order] if name in names else value for name, value in arguments.items()}
-        named = {**rows, "index": groups[order], "dim_size": count}
+        named = {**arguments.values, "index": groups, "dim_size": count}
         if predictions.dim() > 2:  # noqa: PLR2004 - their default is the axis before the last one
             named["dim"] = 0
-        return self._run(expand_groups(predictions, order), named, is_vector=predictions.dim() > 1)
+        return self._run(predictions, named, is_vector=predictions.dim() > 1)
 
-    def _call_with_bags(self, bags: Tensor, valid: Tensor, arguments: Mapping[str, Any]) -> ModuleOutput:
-        named = dict(arguments)
+    def _call_with_bags(self, bags: Tensor, valid: Tensor, arguments: CallArguments) -> ModuleOutput:
+        named = dict(arguments.values)
         if self.mask is not None:
-            given = arguments.get(self.mask)
+            given = named.get(self.mask)
             if marks_padding(self.mask):
                 named[self.mask] = ~valid if given is None else ~valid | given.to(valid)
             else:
@@ -173,10 +182,20 @@ class Pooling(Combination):
             result = result.squeeze(-1)
         return ModuleOutput(result.to(at_least_float32(result.dtype)), others)
 
-    def _trial(self, predictions: Tensor, arguments: Mapping[str, Any]) -> Trial:
+    def _without_first_axis(self, output: ModuleOutput, axes: Sequence[int], size: int) -> Tensor | Combined:
+        """Return the output for one group of `size` poses; `axes` are inferred if none are known."""
+        axes = axes or pose_axes([output.others], [size])
+        rows = []
+        for other, axis in zip(output.others, axes, strict=True):
+            row = other.movedim(axis, 1) if axis else other
+            row = row[0] if row.dim() and len(row) == 1 else row
+            rows.append(row[0] if self.takes_groups and not axis else row)
+        return _combined(output.result[0], rows, axes)
+
+    def _trial(self, predictions: Tensor, arguments: CallArguments) -> Trial:
         """Return what the trial has shown: the first one in this mode, for predictions of this shape."""
         flags = tuple([module.training for module in self.module.modules()])
-        key = (flags, predictions.shape[1:], tuple(sorted(arguments)))
+        key = (flags, predictions.shape[1:], tuple(sorted(arguments.values)))
         if key not in self._trials:
             self._trials[key] = trial = try_groups(self, predictions, arguments)
             if not trial.together:
@@ -186,13 +205,6 @@ class Pooling(Combination):
     def extra_repr(self) -> str:
         named = {"mask": self.mask, "result": self.result, **self.arguments}
         return ", ".join(f"{name}={value!r}" for name, value in named.items() if value is not None)
-
-
-def _of_group(output: ModuleOutput, axes: Sequence[int], size: int) -> Tensor | Combined:
-    """Return the output for one group without its first axis."""
-    axes = axes or pose_axes([output.others], [size])
-    rows = [other.movedim(axis, 1) if axis else other for other, axis in zip(output.others, axes, strict=True)]
-    return _combined(output.result[0], [row[0] if row.dim() and len(row) == 1 else row for row in rows], axes)
 
 
 def _combined(result: Tensor, others: Sequence[Tensor], axes: Sequence[int]) -> Tensor | Combined:

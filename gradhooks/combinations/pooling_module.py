@@ -1,7 +1,7 @@
 """How a pooling module from elsewhere is called: what its signature says, and what its output contains."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,23 @@ class ModuleOutput(NamedTuple):
 
     result: Tensor
     others: list[Tensor]
+
+
+class CallArguments(NamedTuple):
+    """The keyword arguments of the user's call.
+
+    Attributes:
+        values: The arguments.
+        names: Which of them have a row per pose.
+    """
+
+    values: Mapping[str, Any]
+    names: Collection[str]
+
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> "CallArguments":
+        """Apply a function to the arguments that have a row per pose."""
+        values = {name: function(value) if name in self.names else value for name, value in self.values.items()}
+        return CallArguments(values, self.names)
 
 
 def takes_group_index(module: nn.Module) -> bool:

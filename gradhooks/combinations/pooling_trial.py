@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
 
-from gradhooks.combinations.pooling_module import ModuleOutput
+from gradhooks.combinations.pooling_module import CallArguments, ModuleOutput
 from gradhooks.combined import Combined, Output, join_groups, result_of
 from gradhooks.group_index import GroupIndex
-from gradhooks.group_loop import row_arguments
 from gradhooks.random_state import default_source, global_sources
 
 GROUPS = (2, 0, 1, 2, 1, 0, 2, 1, 2)
@@ -49,21 +48,19 @@ class GroupPooling(Protocol):
     takes_groups: bool
     mask: str | None
 
-    def call_for_group(self, predictions: Tensor, arguments: Mapping[str, Any]) -> ModuleOutput:
+    def call_for_group(self, predictions: Tensor, arguments: CallArguments) -> ModuleOutput:
         """Call the module for one group."""
 
-    def forward_alone(
-        self, predictions: Tensor, arguments: Mapping[str, Any], axes: Sequence[int]
-    ) -> Tensor | Combined:
+    def forward_alone(self, predictions: Tensor, arguments: CallArguments, axes: Sequence[int]) -> Tensor | Combined:
         """Combine one group."""
 
     def forward_together(
-        self, predictions: Tensor, groups: Tensor, count: int, arguments: Mapping[str, Any], axes: Sequence[int]
+        self, predictions: Tensor, groups: Tensor, count: int, arguments: CallArguments, axes: Sequence[int]
     ) -> Tensor | Combined:
         """Combine all groups in one call of the module."""
 
 
-def try_groups(pooling: GroupPooling, predictions: Tensor, arguments: Mapping[str, Any]) -> Trial:
+def try_groups(pooling: GroupPooling, predictions: Tensor, arguments: CallArguments) -> Trial:
     """Try both ways on a copy of `pooling`; neither its state nor that of a random generator changes.
 
     Args:
@@ -75,11 +72,10 @@ def try_groups(pooling: GroupPooling, predictions: Tensor, arguments: Mapping[st
     dtype = torch.float32 if device.type == "mps" else torch.float64
     with _plain_settings(device), torch.inference_mode(False), torch.enable_grad():
         rows = torch.randn(len(GROUPS), *predictions.shape[1:], dtype=dtype, generator=torch.Generator().manual_seed(0))
-        names = row_arguments(arguments, len(predictions))
-        own = {name: _of_trial(value, name in names, dtype) for name, value in arguments.items()}
+        values = {name: _of_trial(value, name in arguments.names, dtype) for name, value in arguments.values.items()}
         try:
             twin: Any = copy.deepcopy(pooling)
-            return _compare(twin.to(dtype), rows.to(device), own, names)
+            return _compare(twin.to(dtype), rows.to(device), CallArguments(values, arguments.names))
         except Exception as error:  # whatever it is, one call for each group is right, or raises it again
             return Trial(together=False, reason=f"{type(error).__name__}: {error}")
 
@@ -113,18 +109,20 @@ def pose_axes(outputs: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> tupl
     return tuple(axes)
 
 
-def _compare(pooling: GroupPooling, rows: Tensor, arguments: Mapping[str, Any], names: set[str]) -> Trial:
+def _compare(pooling: GroupPooling, rows: Tensor, arguments: CallArguments) -> Trial:
     groups = GroupIndex(torch.tensor(GROUPS), COUNT)
-    each = [
-        (part, {**arguments, **{name: groups.split(arguments[name])[number] for name in names}})
-        for number, part in enumerate(groups.split(rows))
-    ]
-    axes = pose_axes([pooling.call_for_group(*group).others for group in each], groups.sizes)
+
+    def each(predictions: Tensor) -> list[tuple[Tensor, CallArguments]]:
+        return [
+            (part, arguments.map_rows(lambda value, number=number: groups.split(value)[number]))  # type: ignore[misc]
+            for number, part in enumerate(groups.split(predictions))
+        ]
+
+    axes = pose_axes([pooling.call_for_group(*group).others for group in each(rows)], groups.sizes)
     if not (pooling.takes_groups or pooling.mask):
         return Trial(together=False, axes=axes, reason="its module takes neither groups nor a mask")
     leaf = rows.requires_grad_()
-    each = [(part, own) for part, (_, own) in zip(groups.split(leaf), each, strict=True)]
-    alone = join_groups([pooling.forward_alone(*group, axes) for group in each], groups)
+    alone = join_groups([pooling.forward_alone(*group, axes) for group in each(leaf)], groups)
     together = pooling.forward_together(leaf, groups.to(rows.device), COUNT, arguments, axes)
     difference = _first_difference(_tensors(alone, leaf), _tensors(together, leaf))
     return Trial(together=not difference, axes=axes, reason=difference)
