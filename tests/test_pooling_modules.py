@@ -107,7 +107,10 @@ def test_outputs_of_every_shape(double: TensorFactory) -> None:
     module = Attention().to(double.device, double.dtype)
     pooling, predictions = Pooling(module), double.randn(len(INDEX), FEATURES)
     prediction = pool(pooling, predictions)
-    alone = [module(rows[None], torch.ones(1, len(rows), dtype=torch.bool)) for rows in rows_of(predictions)]
+    alone = [
+        module(rows[None], torch.ones(1, len(rows), dtype=torch.bool, device=rows.device))
+        for rows in rows_of(predictions)
+    ]
     (weights, pairs), (classes,) = prediction.outputs.per_pose, prediction.outputs.per_group
     close(classes, torch.cat([part[1] for part in alone]))
     close(rows_of(prediction.attention), [part[2][0][0].mT for part in alone])
@@ -132,7 +135,9 @@ def test_a_mask_of_padding_and_arguments_of_a_call(double: TensorFactory) -> Non
     for rows, bias_rows, kept, combined, attention in zip(
         *map(rows_of, (predictions, bias, keep)), prediction.combined, rows_of(prediction.attention), strict=True
     ):
-        weights = module.weights((rows + bias_rows)[kept][None], torch.zeros(1, dtype=torch.bool))[0]
+        weights = module.weights((rows + bias_rows)[kept][None], torch.zeros(1, dtype=torch.bool, device=rows.device))[
+            0
+        ]
         close(combined, 3 * weights @ rows[kept])
         close(attention[kept], weights)
         assert not attention[~kept].any()
