@@ -1,12 +1,13 @@
 """Does the bag hold a 9? Multiple-instance learning on scikit-learn's handwritten digits.
 
     python examples/digit_bags.py                          # about a minute on two cores
-    python examples/digit_bags.py --combinations noisy_or top_k_mean
+    python examples/digit_bags.py --combinations noisy_or DSMIL CLAM_SB
 
 A bag is a group of images with one label: whether any of them is a 9. The labels of the images are not used to train.
-All images of a batch of bags are one call of `MultiPose`.
-Every combination is trained on the same bags; the plot shows which digits determined the prediction. The images come
-with scikit-learn; nothing is downloaded. On a CPU, repeated runs of a command print the same numbers, except for times.
+All images of a batch of bags are one call of `MultiPose`. A combination is a name of gradhooks, or a head of torchmil.
+Every combination is trained on the same bags; the plot shows which digits determined the prediction, and the attention
+of the head to each. The images come with scikit-learn; nothing is downloaded. On a CPU, repeated runs of a command
+print the same numbers, except for times.
 """
 
 import argparse
@@ -15,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import gradhooks_mil
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -27,9 +27,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import gradhooks
+from gradhooks.combinations import Pooling
 
 TARGET_DIGIT = 9
 EMBEDDING = 16
+HEADS = ("ABMIL", "CLAM_SB", "DSMIL", "TransMIL")  # of torchmil
 BATCH_SIZE = 4  # bags per optimizer step
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 1e-4
@@ -55,9 +57,12 @@ class Result(NamedTuple):
     Attributes:
         name: The name of the combination.
         accuracy: Fraction of the held-out bags whose label is predicted correctly.
-        found: Fraction of the held-out bags with a 9 in which the image with the largest coefficient is a 9.
+        found: Fraction of the held-out bags with a 9 in which the image with the largest coefficient, or attention, is
+            a 9.
         seconds: Duration of the training.
         shares: For each held-out bag, the relative size of each image's coefficient, shape `(N,)`, with sum 1.
+        heat: For each held-out bag, the attention of the head to each image, shape `(N,)`, scaled to [0, 1]; empty
+            for a combination that is no head.
     """
 
     name: str
@@ -65,25 +70,7 @@ class Result(NamedTuple):
     found: float
     seconds: float
     shares: list[Tensor]
-
-
-class AttentionClassifier(gradhooks.Combination):
-    """Pool embeddings by gated attention and classify the result: a combination may contain another."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.attention = gradhooks_mil.GatedAttention(features, hidden=32)
-        self.classifier = nn.Linear(features, 1)
-
-    def forward(self, predictions: Tensor) -> Tensor:
-        """Return the logit, shape `(1,)`, of embeddings of shape `(N, features)`."""
-        logit: Tensor = self.classifier(self.attention(predictions))
-        return logit
-
-    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor:
-        """Return the logits of all bags, shape `(count, 1)`, in a few kernels."""
-        logits: Tensor = self.classifier(self.attention.forward_groups(predictions, groups, count))
-        return logits
+    heat: list[Tensor]
 
 
 def network(outputs: int) -> nn.Module:
@@ -103,11 +90,14 @@ def network(outputs: int) -> nn.Module:
 def scorer_of(name: str, memory: str) -> gradhooks.MultiPose:
     """Return a model of bags: the network predicts a logit for each image, the combination one for the bag.
 
-    With attention the network predicts embeddings; the attention over them is trained with it.
+    For a head of torchmil the network predicts embeddings; the head is trained with it.
     """
-    if name == "gated_attention":
-        return gradhooks.MultiPose(network(EMBEDDING), AttentionClassifier(EMBEDDING), memory=memory)
-    return gradhooks.MultiPose(network(1), name, memory=memory)
+    if name not in HEADS:
+        return gradhooks.MultiPose(network(1), name, memory=memory)
+    import torchmil.models  # noqa: PLC0415 - takes seconds, and the other examples need only the data of this one
+
+    head = getattr(torchmil.models, name)((EMBEDDING,), att_dim=32)
+    return gradhooks.MultiPose(network(EMBEDDING), Pooling(head, return_att=True), memory=memory)
 
 
 def collate(bags: Sequence[Bag]) -> tuple[gradhooks.Groups, Tensor]:
@@ -155,7 +145,7 @@ def train(scorer: gradhooks.MultiPose, bags: Sequence[Bag], epochs: int, title: 
     for _ in tqdm(range(epochs), desc=title, leave=False, disable=None):
         for groups, labels in loader:
             optimizer.zero_grad()
-            binary_cross_entropy_with_logits(scorer(groups).combined, labels).backward()
+            binary_cross_entropy_with_logits(scorer(groups).combined.view_as(labels), labels).backward()
             optimizer.step()
     return time.perf_counter() - started
 
@@ -165,27 +155,40 @@ def evaluate(name: str, scorer: gradhooks.MultiPose, bags: Sequence[Bag], second
     """Measure the accuracy, and which images determined each prediction."""
     groups, labels = collate(bags)
     prediction = scorer(groups)
-    accuracy = ((prediction.combined > 0) == (labels > 0)).float().mean().item()
+    accuracy = ((prediction.combined.view_as(labels) > 0) == (labels > 0)).float().mean().item()
+    counts = [len(bag.digits) for bag in bags]
     # d logit / d prediction of an image: a number, or a vector if the prediction is an embedding.
-    sizes = prediction.coefficients().flatten(1).norm(dim=1).split([len(bag.digits) for bag in bags])
-    found = [
-        bool(bag.digits[size.argmax()] == TARGET_DIGIT) for bag, size in zip(bags, sizes, strict=True) if bag.label > 0
-    ]
+    sizes = prediction.coefficients().flatten(1).norm(dim=1).split(counts)
     shares = [size / size.sum().clamp_min(1e-30) for size in sizes]
-    return Result(name, accuracy, sum(found) / max(1, len(found)), seconds, shares)
+    heat = [scaled(scores) for scores in prediction.attention.flatten().split(counts)] if name in HEADS else []
+    found = [
+        bool(bag.digits[scores.argmax()] == TARGET_DIGIT)
+        for bag, scores in zip(bags, heat or shares, strict=True)
+        if bag.label > 0
+    ]
+    return Result(name, accuracy, sum(found) / max(1, len(found)), seconds, shares, heat)
+
+
+def scaled(scores: Tensor) -> Tensor:
+    """Scale the attention scores of a bag to [0, 1]; heads return them before or after their softmax."""
+    return (scores - scores.min()) / (scores.max() - scores.min()).clamp_min(1e-30)
 
 
 def plot(results: Sequence[Result], bags: Sequence[Bag], path: Path) -> None:
-    """Draw two bags, with a 9 and without: the digits, and below each its share in every combination."""
+    """Draw two bags, with a 9 and without: the digits in the heat of the last head, and their shares below."""
     shown = [next(i for i, bag in enumerate(bags) if (bag.label > 0) == label) for label in (True, False)]
     columns = max(len(bags[index].digits) for index in shown)
     figure = Figure(figsize=(columns, 2.2 * len(shown)), layout="constrained")
+    heat = next((result.heat for result in reversed(results) if result.heat), None)
     axes = figure.subplots(2 * len(shown), columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for row, index in enumerate(shown):
         for column, image in enumerate(bags[index].images):
             axes[2 * row, column].imshow(image[0].numpy(), cmap="gray_r")
+            if heat is not None:
+                red = heat[index][column].expand(image[0].shape).numpy()
+                axes[2 * row, column].imshow(red, cmap="Reds", vmin=0, vmax=1, alpha=0.5)
             axes[2 * row, column].set_title(f"{bags[index].digits[column]}")
             heights = [result.shares[index][column].item() for result in results]
             bars = axes[2 * row + 1, column]
@@ -196,7 +199,9 @@ def plot(results: Sequence[Result], bags: Sequence[Bag], path: Path) -> None:
             bars.set_yticks([0, 1] if column == 0 else [])
     handles = [Patch(color=f"C{number}", label=result.name) for number, result in enumerate(results)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(results))
-    figure.suptitle("Share of each image in the prediction: a bag with a 9, and one without")
+    figure.suptitle(
+        "Share of each image in the prediction, and the head's attention in red: a bag with a 9, and one without"
+    )
     figure.savefig(path, dpi=120)
 
 
@@ -212,7 +217,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Bags of digits.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--combinations", nargs="+", default=["max", "noisy_or", "gated_attention"], metavar="NAME")
+    parser.add_argument("--combinations", nargs="+", default=["max", "noisy_or", "ABMIL"], metavar="NAME")
     parser.add_argument("--bags", type=int, default=300, help="training bags")
     parser.add_argument("--held-out", type=int, default=300, help="held-out bags")
     parser.add_argument("--size", type=int, default=10, help="images per bag, plus or minus two")

@@ -12,18 +12,38 @@ nothing is downloaded.
 import argparse
 from collections.abc import Sequence
 
+import gradhooks_mil
 import torch
 from accelerate import Accelerator
-from digit_bags import EMBEDDING, LEARNING_RATE, WEIGHT_DECAY, AttentionClassifier, Bag, collate, load_bags, network
+from digit_bags import EMBEDDING, LEARNING_RATE, WEIGHT_DECAY, Bag, collate, load_bags, network
 from digit_bags import parse_arguments as data_options
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader
 
 import gradhooks
 
 BATCH_SIZE = 2
+
+
+class AttentionClassifier(gradhooks.Combination):
+    """Pool embeddings by gated attention and classify the result: a combination may contain another."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.attention = gradhooks_mil.GatedAttention(features, hidden=32)
+        self.classifier = nn.Linear(features, 1)
+
+    def forward(self, predictions: Tensor) -> Tensor:
+        """Return the logit, shape `(1,)`, of embeddings of shape `(N, features)`."""
+        logit: Tensor = self.classifier(self.attention(predictions))
+        return logit
+
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor:
+        """Return the logits of all bags, shape `(count, 1)`, in a few kernels."""
+        logits: Tensor = self.classifier(self.attention.forward_groups(predictions, groups, count))
+        return logits
 
 
 def train(

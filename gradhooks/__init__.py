@@ -14,6 +14,7 @@ from gradhooks import accumulators, combinations, errors, group_reductions, regi
 from gradhooks.accumulators import Accumulator
 from gradhooks.collation import collate_groups
 from gradhooks.combination import Combination, GradientCombination, StreamWeights
+from gradhooks.combined import Combined
 from gradhooks.decorator import multipose
 from gradhooks.engine.report import Report
 from gradhooks.groups import Groups
@@ -26,6 +27,7 @@ from gradhooks.wrapper import MultiPose
 __all__ = [
     "Accumulator",
     "Combination",
+    "Combined",
     "GradientCombination",
     "Groups",
     "MultiPose",

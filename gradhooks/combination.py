@@ -7,9 +7,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from gradhooks.errors import CombinationError, PredictionError
+from gradhooks.combined import Combined, result_of
+from gradhooks.errors import PredictionError
 from gradhooks.group_index import GroupIndex
-from gradhooks.group_loop import loop_over_groups, name_of, own_forward_groups, row_arguments
+from gradhooks.group_loop import combine_groups, loop_over_groups, name_of, row_arguments
 from gradhooks.numerics import at_least_float32
 
 
@@ -59,7 +60,7 @@ class Combination(torch.nn.Module):
 
     accepts_empty_groups: ClassVar[bool] = False
 
-    def forward(self, predictions: Tensor, *_: Any, **arguments: Any) -> Tensor:
+    def forward(self, predictions: Tensor, *_: Any, **arguments: Any) -> Tensor | Combined:
         """Combine the predictions of a group.
 
         Args:
@@ -68,11 +69,13 @@ class Combination(torch.nn.Module):
 
         Returns:
             Shape `(*prediction)` by convention, so that a loss written for one pose applies to a group. Other shapes
-            are allowed.
+            are allowed. A `Combined` with it and further tensors, where the combination computes some.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(predictions)")
 
-    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int, *_: Any, **arguments: Any) -> Tensor:
+    def forward_groups(
+        self, predictions: Tensor, groups: Tensor, count: int, *_: Any, **arguments: Any
+    ) -> Tensor | Combined:
         """Combine all groups of a batch; override it to do so in a few kernels.
 
         It must return what `forward` returns for each group, which is also the default. It is called for a batch of
@@ -142,7 +145,7 @@ class BoundCombination:
         groups: The group of each pose, or None for one group, whose result has no axis for groups.
     """
 
-    combination: Callable[..., Tensor] | None
+    combination: Callable[..., Any] | None
     count: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
     groups: GroupIndex | None = None
@@ -163,6 +166,10 @@ class BoundCombination:
         return getattr(self.combination, "combine_gradients", None)
 
     def __call__(self, predictions: Tensor, selected: Tensor | None = None) -> Tensor:
+        """Combine the predictions, and return the result alone; see `combine`."""
+        return result_of(self._combine(predictions, selected))
+
+    def combine(self, predictions: Tensor, selected: Tensor | None = None) -> Tensor | Combined:
         """Combine the predictions.
 
         Args:
@@ -170,42 +177,35 @@ class BoundCombination:
             selected: Which poses to combine, boolean, shape `(M,)`; all by default.
 
         Returns:
-            Shape `(B, *prediction)` with groups, `(*prediction)` without, and `predictions` without a combination.
+            Shape `(B, *prediction)` with groups, `(*prediction)` without, and `predictions` without a combination; in a
+            `Combined` if the combination returns one.
 
         Raises:
             PredictionError: No pose of a group is selected, and the combination does not accept empty groups.
             CombinationError: The result does not have one row per group.
         """
+        combined = self._combine(predictions, selected)
+        if selected is None or isinstance(combined, Tensor):
+            return combined
+        return combined.with_all_poses(selected)
+
+    def _combine(self, predictions: Tensor, selected: Tensor | None) -> Tensor | Combined:
         if self.combination is None:
             return predictions
         predictions = predictions.to(at_least_float32(predictions.dtype))
-        if self.groups is not None:
-            return self._combine_groups(self.combination, self.groups, predictions, selected)
-        if selected is None:
-            return self.combination(predictions, **self.arguments)
-        return self.combination(predictions[selected], **self._arguments_of(selected))
-
-    def _combine_groups(
-        self, combination: Callable[..., Tensor], groups: GroupIndex, predictions: Tensor, selected: Tensor | None
-    ) -> Tensor:
-        arguments = dict(self.arguments)
+        groups, arguments = self.groups, dict(self.arguments)
+        names = row_arguments(arguments, self.count)
         if selected is not None:
-            rows = selected.cpu().nonzero().squeeze(1)
-            self._refuse_lost_groups(groups, groups.select(rows))
-            groups, arguments = groups.select(rows), self._arguments_of(rows)
-            predictions = predictions[rows.to(predictions.device)]
-        forward_groups = own_forward_groups(combination)
-        if forward_groups is None:
-            names = row_arguments(self.arguments, self.count)
-            return loop_over_groups(combination, predictions, groups, arguments, names)
-        combined = forward_groups(predictions, groups.to(predictions.device), groups.count, **arguments)
-        if not isinstance(combined, Tensor) or combined.dim() == 0 or len(combined) != groups.count:
-            found = f"shape {tuple(combined.shape)}" if isinstance(combined, Tensor) else f"{combined!r}"
-            raise CombinationError(
-                f"{self.name}.forward_groups returned {found} for {groups.count} groups; it must return one row for "
-                f"each, shape ({groups.count}, *prediction)"
-            )
-        return combined
+            rows = selected
+            if groups is not None:
+                rows = selected.cpu().nonzero().squeeze(1)
+                self._refuse_lost_groups(groups, groups.select(rows))
+                groups = groups.select(rows)
+            predictions, arguments = predictions[rows.to(predictions.device)], self._arguments_of(rows)
+        if groups is None:
+            combined: Tensor | Combined = self.combination(predictions, **arguments)
+            return combined
+        return combine_groups(self.combination, predictions, groups, arguments, names)
 
     def _refuse_lost_groups(self, groups: GroupIndex, left: GroupIndex) -> None:
         if self.accepts_empty_groups:

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
@@ -37,8 +37,9 @@ class Decorator(Protocol):
 
 
 def multipose(
-    combination: str | Callable[[Tensor], Tensor] = "mean",
+    combination: str | Callable[[Tensor], Tensor] | None = "mean",
     *,
+    combination_options: Mapping[str, Any] | None = None,
     accumulator: str | Accumulator = "auto",
     **options: Unpack[OptionTypes],
 ) -> Decorator:
@@ -49,6 +50,7 @@ def multipose(
 
     Args:
         combination: As for `MultiPose`.
+        combination_options: As for `MultiPose`.
         accumulator: As for `MultiPose`.
         **options: As for `MultiPose`.
 
@@ -65,16 +67,15 @@ def multipose(
             f"multipose got the class {given.__name__} as its combination: write @multipose() above a model "
             "class, and pass a combination by name or as an instance"
         )
-    refuse_unknown_options(options, ["accumulator", *OPTION_NAMES])
+    refuse_unknown_options(options, ["accumulator", "combination_options", *OPTION_NAMES])
+    of_plugins: dict[str, Any] = {"combination_options": combination_options, "accumulator": accumulator}
 
     def wrap(model: Any) -> Any:
         if isinstance(model, nn.Module):
-            return MultiPose(model, combination, accumulator=accumulator, **options)
+            return MultiPose(model, combination, **of_plugins, **options)
         if isinstance(model, type) and issubclass(model, nn.Module):
             _refuse_lightning_module(model)
-            return _decorated(
-                model, functools.partial(MultiPose, combination=combination, accumulator=accumulator, **options)
-            )
+            return _decorated(model, functools.partial(MultiPose, combination=combination, **of_plugins, **options))
         raise TypeError(f"multipose wraps a torch.nn.Module or a class of them, got {model!r}")
 
     return wrap

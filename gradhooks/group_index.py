@@ -1,5 +1,6 @@
 """GroupIndex: the group of each pose of a batch, validated, in the forms that the steps of a batch need."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,6 +57,13 @@ class GroupIndex:
             tensor = tensor.index_select(0, self._copied("order", self._order, tensor.device))
         parts: tuple[Tensor, ...] = tensor.split(self.sizes)
         return parts
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Put the rows of each group together, in the order of the poses: the inverse of `split`."""
+        joined = torch.cat(list(parts))
+        if self._is_sorted:
+            return joined
+        return joined.index_select(0, self._copied("places", self._order.argsort(), joined.device))
 
     def select(self, rows: Tensor | slice) -> "GroupIndex":
         """Return the index of some poses; the number of groups stays."""

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from gradhooks.combined import Combined, join_groups, result_of
 from gradhooks.errors import CombinationError
 from gradhooks.group_index import GroupIndex
 
@@ -18,13 +18,49 @@ def name_of(combination: Any) -> str:
     return name
 
 
-def own_forward_groups(combination: Any) -> Callable[..., Tensor] | None:
+def combine_groups(
+    combination: Callable[..., Tensor | Combined],
+    predictions: Tensor,
+    groups: GroupIndex,
+    arguments: Mapping[str, Any],
+    names: Collection[str],
+) -> Tensor | Combined:
+    """Combine all groups of a batch, by `forward_groups` where the combination has one.
+
+    Args:
+        combination: A `Combination` or any callable.
+        predictions: Shape `(M, *prediction)`.
+        groups: The group of each pose.
+        arguments: Keyword arguments of the user's call.
+        names: Which arguments have a row per pose.
+
+    Returns:
+        Shape `(B, *prediction)`.
+
+    Raises:
+        CombinationError: The result does not have one row per group.
+    """
+    forward_groups = own_forward_groups(combination)
+    if forward_groups is None:
+        return loop_over_groups(combination, predictions, groups, arguments, names)
+    combined = forward_groups(predictions, groups.to(predictions.device), groups.count, **arguments)
+    result = result_of(combined)
+    if not isinstance(result, Tensor) or result.dim() == 0 or len(result) != groups.count:
+        found = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"{result!r}"
+        raise CombinationError(
+            f"{name_of(combination)}.forward_groups returned {found} for {groups.count} groups; it must return one row "
+            f"for each, shape ({groups.count}, *prediction)"
+        )
+    return combined
+
+
+def own_forward_groups(combination: Any) -> Callable[..., Tensor | Combined] | None:
     """Return the method `forward_groups` of a combination if it belongs to its `forward`, or None.
 
     It does not if a subclass, or the object itself, has replaced `forward` and inherits `forward_groups`. A module with
     hooks has none either, because hooks run in a call of the module only.
     """
-    method: Callable[..., Tensor] | None = getattr(combination, "forward_groups", None)
+    method: Callable[..., Tensor | Combined] | None = getattr(combination, "forward_groups", None)
     if method is None or "forward" in getattr(combination, "__dict__", {}) or _has_hooks(combination):
         return None
     for base in type(combination).__mro__:
@@ -45,12 +81,12 @@ def row_arguments(arguments: Mapping[str, Any], count: int) -> set[str]:
 
 
 def loop_over_groups(
-    combination: Callable[..., Tensor],
+    combination: Callable[..., Tensor | Combined],
     predictions: Tensor,
     groups: GroupIndex,
     arguments: Mapping[str, Any],
     names: Collection[str],
-) -> Tensor:
+) -> Tensor | Combined:
     """Combine one group after the other.
 
     Args:
@@ -67,18 +103,18 @@ def loop_over_groups(
         CombinationError: The result for a group is not a tensor, or differs in shape from that for the first one.
     """
     columns = {name: groups.split(arguments[name]) for name in names}
-    results: list[Tensor] = []
+    parts: list[Tensor | Combined] = []
     for number, rows in enumerate(groups.split(predictions)):
         own = {name: column[number] for name, column in columns.items()}
-        result = combination(rows, **{**arguments, **own})
-        if not isinstance(result, Tensor) or (results and result.shape != results[0].shape):
+        parts.append(combination(rows, **{**arguments, **own}))
+        result, first = result_of(parts[-1]), result_of(parts[0])
+        if not isinstance(result, Tensor) or result.shape != first.shape:
             found = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"{result!r}"
             raise CombinationError(
                 f"{name_of(combination)} returned {found} for group {number} of {len(rows)} poses; it must return a "
-                f"tensor of one shape for every group{f', as {tuple(results[0].shape)} for group 0' if results else ''}"
+                f"tensor of one shape for every group{f', as {tuple(first.shape)} for group 0' if number else ''}"
             )
-        results.append(result)
-    return torch.stack(results)
+    return join_groups(parts, groups)
 
 
 def _has_hooks(combination: Any) -> bool:

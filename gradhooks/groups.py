@@ -1,15 +1,17 @@
 """Groups: the poses of a batch together with the groups that they belong to."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_map
 
 from gradhooks.engine.nested import map_tensors
 from gradhooks.group_validation import as_integers
+from gradhooks.padded_batch import unpad
 
 
 @dataclass(eq=False)  # not frozen: Lightning converts the dtype of a batch by assigning to the fields of a copy
@@ -31,6 +33,27 @@ class Groups:
     poses: Any
     index: Any
     count: int | None = None
+
+    @classmethod
+    def from_padded(cls, poses: Tensor | Mapping[str, Any], mask: Tensor) -> "Groups":
+        """Take the poses out of a padded batch.
+
+        >>> groups = Groups.from_padded(patches, mask)  # (B, L, features) and (B, L)
+        >>> prediction = scorer(groups)
+        >>> padded = torch.zeros_like(mask, dtype=torch.float).masked_scatter(mask, prediction.per_pose)  # (B, L)
+
+        Args:
+            poses: Shape `(B, L, ...)`, or a mapping of such tensors. Gradients flow back to them.
+            mask: Which of the L places of each group hold a pose: boolean, shape `(B, L)`.
+
+        Returns:
+            The poses in the order of the mask, group by group, copied into stacks of shape `(M, ...)`. `count` is B, so
+            that a group without poses is empty.
+
+        Raises:
+            PosesError: The mask is not boolean or has another shape than the first two axes of the poses.
+        """
+        return cls(*unpad(poses, mask))
 
     def __post_init__(self) -> None:
         self.index = as_integers(self.index)

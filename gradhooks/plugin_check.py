@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from gradhooks import registry
 from gradhooks.errors import GradhooksError
-from gradhooks.registry import Registry, describe_error, required_options
+from gradhooks.plugin_options import required_options
+from gradhooks.registry import Registry, describe_error
 from gradhooks.testing.check_derivatives import declares_stream
 from gradhooks.testing.runner import create_example
 

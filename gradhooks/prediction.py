@@ -1,5 +1,6 @@
 """MultiPosePrediction: what a call of `MultiPose` returns."""
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -10,13 +11,15 @@ from torch.utils._pytree import register_pytree_node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradhooks.combination import BoundCombination
+from gradhooks.combined import Combined, Output, result_of
 from gradhooks.engine.model_output import finite_rows
 from gradhooks.engine.nested import map_tensors
 from gradhooks.errors import CombinationError, PredictionError
 from gradhooks.options import Nonfinite
 
-# The combination behind a prediction, by its tensors. Trainers rebuild named tuples from their fields (Accelerate to
-# cast them, Lightning to move them), mostly with the same tensors.
+# The combination behind a prediction, and a weak reference to its outputs, by its tensors. Trainers rebuild named
+# tuples from their fields (Accelerate to cast them, Lightning to move them), mostly with the same tensors. The outputs
+# have graphs, which may hold these tensors: a strong reference would keep both forever.
 _combination_of: Any = WeakTensorKeyDictionary()
 
 
@@ -60,33 +63,46 @@ class MultiPosePrediction(_Fields):
 
     _combination: BoundCombination | None
     _selected: Tensor | None
+    _outputs: Combined | None
     side: Tensor | None
 
-    def __new__(  # noqa: PYI034 - typing.Self needs Python 3.11
+    def __new__(  # noqa: PLR0917, PYI034 - optional parts; typing.Self needs Python 3.11
         cls,
         combined: Tensor,
         per_pose: Tensor,
         combination: BoundCombination | None = None,
         selected: Tensor | None = None,
         side: Tensor | None = None,
+        outputs: Combined | None = None,
     ) -> "MultiPosePrediction":
         self = super().__new__(cls, (combined, per_pose))
         tensors = [tensor for tensor in (per_pose, combined) if isinstance(tensor, Tensor)]
         if combination is None:
             known = (_combination_of[tensor] for tensor in tensors if tensor in _combination_of)
-            combination, selected, known_side = next(known, (None, None, None))
+            combination, selected, known_side, reference = next(known, (None, None, None, None))
             side = known_side if side is None else side
+            outputs = None if reference is None else reference()
         else:
-            _combination_of.update((tensor, (combination, selected, side)) for tensor in tensors)
-        self._combination, self._selected, self.side = combination, selected, side
+            reference = None if outputs is None else weakref.ref(outputs)
+            _combination_of.update((tensor, (combination, selected, side, reference)) for tensor in tensors)
+        self._combination, self._selected, self.side, self._outputs = combination, selected, side, outputs
         return self
 
     def __getnewargs__(self) -> tuple[Tensor, Tensor]:
         return self.combined, self.per_pose
 
     def _replace(self, **tensors: Tensor) -> "MultiPosePrediction":
-        fields = {**self._asdict(), **tensors}
-        return MultiPosePrediction(**fields, combination=self._combination, selected=self._selected, side=self.side)
+        fields: dict[str, Any] = {**self._asdict(), **tensors, **self._details()}
+        return MultiPosePrediction(**fields)
+
+    def _details(self) -> dict[str, Any]:
+        """Return what the prediction holds beside its fields."""
+        return {
+            "combination": self._combination,
+            "selected": self._selected,
+            "side": self.side,
+            "outputs": self._outputs,
+        }
 
     @property
     def groups(self) -> Tensor | None:
@@ -97,6 +113,38 @@ class MultiPosePrediction(_Fields):
         """
         index = self._bound("groups").groups
         return None if index is None else index.to(self.per_pose.device)
+
+    @property
+    def outputs(self) -> Combined:
+        """What the combination computed beside its result, with graph.
+
+        Raises:
+            AttributeError: As for `coefficients`; or the combination returned its result alone.
+        """
+        bound = self._bound("outputs")
+        if self._outputs is None:
+            raise AttributeError(
+                f"the combination {bound.name} returned its result alone; let it return a gradhooks.Combined, or let "
+                "the module of a Pooling return more, as in Pooling(head, return_att=True)"
+            )
+        return self._outputs
+
+    @property
+    def attention(self) -> Tensor:
+        """The attention of the combination to each pose, shape `(M, ...)`, with graph: the first of `outputs.per_pose`.
+
+        What the numbers mean is up to the combination: weights, or scores before a softmax.
+
+        Raises:
+            AttributeError: As for `outputs`; or none of the outputs has a row per pose.
+        """
+        per_pose: tuple[Output, ...] = self.outputs.per_pose
+        if not per_pose or isinstance(per_pose[0], tuple):
+            raise AttributeError(
+                f"the combination {self._bound('attention').name} returned no tensor with a row per pose; what it "
+                "returned is in outputs"
+            )
+        return per_pose[0]
 
     def split(self) -> tuple[Tensor, ...]:
         """Return the predictions of each group, in the order of its poses, with graph: B tensors, one without groups.
@@ -168,7 +216,9 @@ def combine(
         finite = finite_rows(predictions)
         if combination.groups is None and not finite.any():
             raise PredictionError(f"none of the {len(finite)} predictions of the group is finite, so none is left")
-    return MultiPosePrediction(combination(predictions, finite), per_pose, combination, finite, side)
+    combined = combination.combine(predictions, finite)
+    outputs = combined if isinstance(combined, Combined) else None
+    return MultiPosePrediction(result_of(combined), per_pose, combination, finite, side, outputs)
 
 
 def _outside_inference(tensor: Tensor) -> Tensor:
@@ -177,13 +227,13 @@ def _outside_inference(tensor: Tensor) -> Tensor:
 
 
 def _flatten(prediction: MultiPosePrediction) -> tuple[list[Any], Any]:
-    return [*prediction, prediction.side], (prediction._combination, prediction._selected)
+    details = prediction._details()
+    return [*prediction, details.pop("side")], details
 
 
-def _unflatten(tensors: Iterable[Any], context: Any) -> MultiPosePrediction:
+def _unflatten(tensors: Iterable[Any], details: Any) -> MultiPosePrediction:
     combined, per_pose, side = tensors
-    combination, selected = context
-    return MultiPosePrediction(combined, per_pose, combination, selected, side)
+    return MultiPosePrediction(combined, per_pose, **details, side=side)
 
 
 # DistributedDataParallel flattens and rebuilds outputs.

@@ -5,8 +5,7 @@ name. Failures are not cached: after a repair the same call works.
 """
 
 import difflib
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 from loguru import logger
@@ -23,6 +22,7 @@ from gradhooks.entry_points import (
 )
 from gradhooks.errors import PluginError
 from gradhooks.first_party import first_party_provider
+from gradhooks.plugin_options import check_options, describe_options, required_options, usage_example
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 Plugin = TypeVar("Plugin")
@@ -107,33 +107,46 @@ class Registry(Generic[Plugin]):
             PluginError: As for `load`; or the options do not fit.
         """
         factory = self.load(name)
-        missing = [option for option in required_options(factory) if option not in options]
-        if missing:
-            raise PluginError(
-                f"{self.kind} {name!r} needs options: {', '.join(missing)}. Pass an object instead of the name: "
-                f"{self._example(name, factory, missing)}"
+        if options or required_options(factory):
+            check_options(
+                self._origin(name),
+                factory,
+                options,
+                usage_example(self.kind, name, factory, [entry.point for entry in self.find(name)]),
             )
         try:
             plugin = factory(**options)
         except TypeError as error:
-            raise PluginError(f"{self.kind} {name!r} cannot be created with options {options}: {error}") from error
+            raise PluginError(
+                f"{self._origin(name)} cannot be created with options {options}: {error}. It takes "
+                f"{describe_options(factory)}"
+            ) from error
         if not isinstance(plugin, self.contract):
             raise PluginError(
                 f"{self.kind} {name!r} must create a gradhooks {self.contract.__name__}, but created {plugin!r}"
             )
         return plugin
 
-    def resolve(self, plugin: str | Object) -> Plugin | Object:
+    def resolve(self, plugin: str | Object, options: Mapping[str, Any] | None = None) -> Plugin | Object:
         """Return the object for a name; return any other callable, or object of this kind, unchanged.
+
+        Args:
+            plugin: A name or an object.
+            options: The options with which the object for a name is created.
 
         Raises:
             PluginError: As for `create`.
-            TypeError: It is neither a name nor such an object.
+            TypeError: It is neither a name nor such an object; or options are given for an object.
         """
         if isinstance(plugin, str):
-            return self.create(plugin)
+            return self.create(plugin, **(options or {}))
         if isinstance(plugin, type) or not (callable(plugin) or isinstance(plugin, self.contract)):
             raise TypeError(f"{self.kind} must be a name or an object (an instance, not a class), got {plugin!r}")
+        if options:
+            raise TypeError(
+                f"{self.kind}_options are for a {self.kind} that is given by its name; pass "
+                f"{', '.join(options)} to the constructor of {plugin!r}"
+            )
         return plugin
 
     def find(self, name: str) -> list[PluginEntry]:
@@ -189,24 +202,10 @@ class Registry(Generic[Plugin]):
                 f"{API_VERSION}; install matching versions of the two"
             )
 
-    def _example(self, name: str, factory: Callable[..., Any], options: list[str]) -> str:
-        """Return code that passes an object with its options to `MultiPose`."""
-        class_name = getattr(factory, "__name__", name)
-        created = f"{class_name}({', '.join(f'{option}=...' for option in options)})"
-        keyword = "" if self.kind == "combination" else f"{self.kind}="
+    def _origin(self, name: str) -> str:
+        """Return the kind, the name and the distribution of a plugin, for messages."""
         entries = self.find(name)
-        imported = f"from {entries[0].point.module} import {entries[0].point.attr}; " if entries else ""
-        return f"{imported}MultiPose(model, {keyword}{created})"
-
-
-def required_options(factory: Callable[..., Any]) -> list[str]:
-    """Return the names of the parameters without a default."""
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):  # some callables written in C have no signature
-        return []
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [each.name for each in parameters if each.kind in named and each.default is each.empty]
+        return f"{self.kind} {name!r} {f'of {entries[0]}' if entries else 'registered in this process'}"
 
 
 def unknown_name(name: str, *registries: Registry[Any]) -> str:
@@ -243,3 +242,8 @@ def _joined(entries: list[PluginEntry]) -> str:
 
 combinations = Registry("combination", "gradhooks.combinations", Combination)
 accumulators = Registry("accumulator", "gradhooks.accumulators", Accumulator)  # type: ignore[type-abstract]
+
+
+def resolve_combination(combination: Any, options: Mapping[str, Any] | None = None) -> Any:
+    """Return what `combinations.resolve` returns; None stands for no combination and has no options."""
+    return None if combination is None and not options else combinations.resolve(combination, options)

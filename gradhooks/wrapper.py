@@ -1,7 +1,7 @@
 """MultiPose: the module that a user wraps around a model. It sequences the steps; the engine does them."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -38,31 +38,30 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
         model: Any module. It is neither copied nor changed.
         combination: A registered name, or an object: a `Combination`, or any callable from predictions of shape
             `(N, *prediction)` to a tensor. With None, `combined` is `per_pose`, for losses on the predictions.
+        combination_options: The options of a combination that is given by its name: `{"features": 64}`.
         accumulator: A registered name or an `Accumulator`.
         memory: What a step may need beyond the model, its `.grad` and the step of one pose: bytes, a string such as
             `"2GiB"`, or a fraction of what is free on the model's device when the first batch comes. Poses whose graphs
             fit run as in plain PyTorch, and only the rest is intercepted. 0 is the least.
-        chunk_size: How many poses go through the model at once. By default as many as fit in `memory`, and one at a
-            time where a prediction depends on the other poses of its chunk (batch normalization in training).
+        chunk_size: How many poses go through the model at once. By default as many as fit in `memory`, and one where a
+            prediction depends on the other poses of its chunk (batch normalization in training).
         collate: Makes the model's input from a list of poses, with one row per pose; needed to run several poses of a
             list at once.
         call: `call(model, pose)` returns the prediction of a pose, or `(prediction, side)`: side losses, router logits,
             anything of one shape for all poses, which comes back as `prediction.side`. By default a tuple is passed as
             `model(*pose)`, a mapping as `model(**pose)`, anything else as `model(pose)`.
-        tolerance: Poses with a coefficient of at most this size relative to the largest get no backward. None is the
-            largest tolerance that changes the result by less than half a rounding error; 0 skips exact zeros only.
-        nonfinite: What to do with a prediction that is NaN or infinite: "propagate" it as the full graph does, "raise",
-            or "drop" the pose from the combination.
-        generators: Random sources of the model in addition to PyTorch's default generators, restored for a second run:
-            a `torch.Generator`, one of numpy, the modules `random` and `numpy.random`.
-        process_group: Ranks that share each group, or a `DeviceMesh` of one axis. Each rank passes poses of its own,
-            any number or none, and gets the predictions of all, in the order of the ranks. Combination and loss must be
-            computed equally on all ranks; `.grad` is then on each what one process with all poses would have.
-        audit: Whether to run a pose twice before poses are intercepted for the first time, and in each new mode of the
-            model: models whose gradients would be wrong are found and refused. It leaves no trace.
+        tolerance: Poses with a coefficient of at most this size relative to the largest get no backward. None changes
+            the result by less than half a rounding error; 0 skips exact zeros only.
+        nonfinite: What to do with NaN and infinite predictions: "propagate" as the full graph does, "raise", or "drop".
+        generators: Random sources of the model that are not found by themselves, restored for a second run.
+        process_group: Ranks that share each group, or a `DeviceMesh` of one axis. Each rank passes poses of its own, or
+            none, and gets the predictions of all, in the order of the ranks. Combination and loss must be the same on
+            all ranks; `.grad` is then on each what one process with all poses would have.
+        audit: Whether to run a pose twice, without a trace, before poses are intercepted for the first time in a mode of
+            the model, so that models whose gradients would be wrong are refused.
         progress: True for a bar (needs tqdm), or a function of `(done, total)`, called after each chunk.
 
-    All options are attributes, and are validated when they are set.
+    All options are attributes, validated when they are set.
 
     Attributes:
         model: The bare model.
@@ -72,6 +71,7 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
     Raises:
         TypeError: An option does not exist, or has the wrong type.
         ValueError: An option is out of range, or the accumulator does not use it.
+        PluginError: A name is unknown, its plugin cannot be imported, or `combination_options` do not fit it.
     """
 
     # Read by the Trainer of transformers: keyword arguments of forward go to the combination, not to a loss.
@@ -88,15 +88,16 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
         model: ModelT,
         combination: str | Callable[[Tensor], Tensor] | None = "mean",
         *,
+        combination_options: Mapping[str, Any] | None = None,
         accumulator: str | Accumulator = "auto",
         **options: Unpack[OptionTypes],
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an instance of torch.nn.Module, got {model!r}")
-        refuse_unknown_options(options, ["accumulator", *OPTION_NAMES])
+        refuse_unknown_options(options, ["accumulator", "combination_options", *OPTION_NAMES])
         self.model = model
-        self.combination = combination
+        self.combination = registry.resolve_combination(combination, combination_options)
         self._agreement = Agreement()
         self._set_options(Options(**options), registry.accumulators.resolve(accumulator))  # type: ignore[arg-type]
         self._learned = Learned()
@@ -152,7 +153,7 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
         if name in OPTION_NAMES or name == "accumulator":
             object.__setattr__(self, name, value)
         elif name == "combination":
-            combination: Any = None if value is None else registry.combinations.resolve(value)
+            combination = registry.resolve_combination(value)
             self.__dict__.pop(name, None)  # a callable that is not a module is a plain attribute, a module a child
             self._modules.pop(name, None)
             super().__setattr__(name, combination)
@@ -204,12 +205,12 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
             PosesError: There are no poses, they have no usable form, or the group numbers do not fit them.
             PredictionError: The model's output is not a floating-point tensor of one shape for all poses, is not finite
                 although it must be, or does not require grad although the model has trainable parameters.
-            UnregisteredTensorError: A prediction depends on a leaf whose gradient cannot be intercepted.
-            DistributedError: The model contains a data-parallel wrapper, or is sharded in a way that cannot be served,
-                or another rank of the `process_group` failed.
+            CombinationError: The combination does not take an argument, or returns something unusable.
+            UnregisteredTensorError, OutlivingGraphError, NonlinearBackwardError, ReplayError: The gradient of
+                intercepted poses would be wrong; the message says why, and names the way out.
+            DistributedError: Ranks differ, another one failed, or the model is sharded in a way that is not served.
             ConcurrentUseError: Another thread runs poses through the model.
         """
-        # A compiler could only break the graph at every step of what follows. A compiled model inside stays compiled.
         run = _run_outside_compiler if torch.compiler.is_compiling() else MultiPose._run
         return run(self, poses, groups, arguments)
 
@@ -218,10 +219,9 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
         accumulator, options = self.accumulator, self.options
         parts = self._parts.get(self.model, options.generators)
         refuse_synchronized_modules(self.model, parts.synchronizing)
-        sharded = parts.sharded
-        if sharded:
-            ranks, supported = Collectives(options.process_group), accumulator.supports_sharded
-            refuse_sharded_parameters(sharded, ranks, accumulator.name, supports_sharded=supported)
+        if sharded := parts.sharded:
+            ranks = Collectives(options.process_group)
+            refuse_sharded_parameters(sharded, ranks, accumulator.name, supports_sharded=accumulator.supports_sharded)
         batch = read_batch(
             self.model,
             options,
@@ -246,8 +246,5 @@ _parameters += list(inspect.signature(Options).parameters.values())
 MultiPose.__init__.__signature__ = inspect.Signature(_parameters)  # type: ignore[attr-defined]
 
 
-@torch._disable_dynamo  # type: ignore[attr-defined]
-def _run_outside_compiler(
-    scorer: MultiPose[Any], poses: Any, groups: Any, arguments: dict[str, Any]
-) -> MultiPosePrediction:
-    return scorer._run(poses, groups, arguments)
+# A compiler could only break the graph at every step. A compiled model inside stays compiled.
+_run_outside_compiler = torch._disable_dynamo(MultiPose._run)  # type: ignore[attr-defined]

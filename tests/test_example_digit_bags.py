@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-for _extra in ("matplotlib", "sklearn", "tqdm", "gradhooks_mil"):
+for _extra in ("matplotlib", "sklearn", "tqdm", "gradhooks_mil", "torchmil"):
     pytest.importorskip(_extra)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -29,11 +29,14 @@ def test_a_second_run_gives_the_same_results_and_a_plot(
     first = example.main([*TINY, "--output", str(plot)])
     assert plot.read_bytes().startswith(b"\x89PNG")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["combination", "max", "noisy_or", "gated_attention"]
+    assert [line.split()[0] for line in lines] == ["combination", "max", "noisy_or", "ABMIL"]
     again = example.main([*TINY, "--output", str(plot)])
     for result, repeated in zip(first, again, strict=True):
         assert result[:3] == repeated[:3]  # all but the duration
         assert all(torch.equal(*shares) for shares in zip(result.shares, repeated.shares, strict=True))
+        assert all(torch.equal(*heat) for heat in zip(result.heat, repeated.heat, strict=True))
+    assert [len(result.heat) for result in first] == [0, 0, 8]
+    assert all(heat.min() == 0 and heat.max() == 1 for heat in first[-1].heat if len(heat) > 1)
 
 
 def test_held_out_bags_are_predicted_after_training(example: ModuleType, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_an_option_is_an_attribute(name: str) -> None:
 def test_every_option_has_a_type() -> None:
     assert set(OptionTypes.__annotations__) == set(OPTION_NAMES) == set(VALID)
     parameters = inspect.signature(gradhooks.MultiPose).parameters
-    assert list(parameters) == ["model", "combination", "accumulator", *OPTION_NAMES]
+    assert list(parameters) == ["model", "combination", "combination_options", "accumulator", *OPTION_NAMES]
     assert all(parameters[name].default == getattr(Options(), name) for name in OPTION_NAMES)
 
 
@@ -100,7 +100,10 @@ def test_an_unknown_option_is_refused_with_the_closest_one() -> None:
     ):
         with pytest.raises(TypeError, match="no option 'chunk_sise'; did you mean 'chunk_size'"):
             create()
-    with pytest.raises(TypeError, match=r"no option 'zzz'\. The options are accumulator, audit, call"):
+    with pytest.raises(
+        TypeError,
+        match=r"no option 'zzz'\. The options are accumulator, audit, call, chunk_size, collate, combination_options",
+    ):
         gradhooks.MultiPose(nn.Linear(4, 1), zzz=3)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="MultiPose has no option 'chunks'"):
         gradhooks.MultiPose(nn.Linear(4, 1), chunks=2)  # type: ignore[call-arg]

@@ -32,7 +32,7 @@ LANGUAGES = {"python", "bash", "toml", "text"}
 
 # Packages that are not requirements of the tests and that the blocks of a README import.
 PACKAGES = {
-    "examples/README.md": ("lightning", "transformers", "accelerate"),
+    "examples/README.md": ("lightning", "transformers", "accelerate", "torchmil"),
     "plugins/README.md": ("gradhooks_mil", "gradhooks_robust"),
     "plugins/gradhooks-mil/README.md": ("gradhooks_mil",),
     "plugins/gradhooks-robust/README.md": ("gradhooks_robust",),

@@ -215,8 +215,10 @@ def test_required_options_are_named(install: Install) -> None:
     install("optional", "optional = optional:Total", NEEDS_OPTIONS)
     with pytest.raises(
         PluginError,
-        match=r"'optional' needs options: width, depth\. .*: from optional import Total; "
-        r"MultiPose\(model, Total\(width=\.\.\., depth=\.\.\.\)\)",
+        match=r"^combination 'optional' of optional [\d.]+ needs options: width, depth\. It takes "
+        r"width, depth, height=2, any other option\. Pass combination_options=\{'width': \.\.\., 'depth': \.\.\.\}, "
+        r"or an object: from optional import Total; "
+        r"MultiPose\(model, Total\(width=\.\.\., depth=\.\.\.\)\)$",
     ):
         gradhooks.MultiPose(torch.nn.Linear(1, 1), "optional")
     with pytest.raises(PluginError, match=r"needs options: depth\."):
@@ -247,9 +249,58 @@ def test_registering_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
         combinations.register("mean")(gradhooks.combinations.Mean)
 
 
-def test_unknown_options_are_refused() -> None:
-    with pytest.raises(PluginError, match=r"'mean' cannot be created with options \{'scale': 3\}"):
-        combinations.create("mean", scale=3)
+def test_options_by_name() -> None:
+    model, options = torch.nn.Linear(2, 3), {"scale": 5.0, "normalize": True}
+    for scorer in (
+        gradhooks.MultiPose(model, "max", combination_options=options),
+        gradhooks.multipose("max", combination_options=options)(model),
+    ):
+        assert (scorer.combination.scale, scorer.combination.normalize) == (5.0, True)
+        scorer.combination = "max"
+        assert scorer.combination.scale == 1000
+
+    @gradhooks.multipose("max", combination_options=options)
+    class Model(torch.nn.Linear):
+        pass
+
+    assert Model(2, 3).combination.scale == 5
+    assert Model(2, 3).combination is not Model(2, 3).combination
+
+
+def test_options_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(combination: object, **options: object) -> None:
+        gradhooks.MultiPose(torch.nn.Linear(1, 1), combination, combination_options=options)  # type: ignore[arg-type]
+
+    with pytest.raises(
+        PluginError,
+        match=r"^combination 'max' of gradhooks [\d.]+ has no option 'sclae'; did you mean 'scale'\? It takes "
+        r"scale=1000\.0, normalize=False$",
+    ):
+        create("max", sclae=3)
+    with pytest.raises(PluginError, match=r"'mean' of gradhooks [\d.]+ has no option 'scale'\. It takes no options$"):
+        create("mean", scale=3)
+    with pytest.raises(
+        PluginError, match=r"'max' of .* cannot be created with options .*'<' not supp.* It takes scale=1000"
+    ):
+        create("max", scale="wide")
+    with pytest.raises(gradhooks.errors.CombinationError, match="scale must be positive and finite, got -1"):
+        create("max", scale=-1)
+    with pytest.raises(TypeError, match=r"options are for a combination that is given by its name; pass scale to the"):
+        create(gradhooks.combinations.Max(), scale=3)
+    with pytest.raises(TypeError, match=r"combination must be a name or an object .*, got None"):
+        create(None, scale=3)
+    with pytest.raises(TypeError, match="no option 'combination_option'; did you mean 'combination_options'"):
+        gradhooks.multipose("max", combination_option={})  # type: ignore[call-arg]
+
+    def forwards(**options: Any) -> gradhooks.combinations.Max:
+        return gradhooks.combinations.Max(**options)
+
+    monkeypatch.setattr(combinations, "_registered", {"any": forwards})
+    create("any", scale=3)
+    with pytest.raises(PluginError, match=r"'any' registered in this process cannot be .* It takes any other option$"):
+        create("any", scal=3)
+    with pytest.raises(PluginError, match=r"'recompute' of gradhooks [\d.]+ has no option 'retain'"):
+        gradhooks.registry.accumulators.create("recompute", retain="1GiB")
 
 
 def test_broken_plugins_affect_neither_the_others_nor_the_listing(install: Install, site: Path) -> None:

@@ -27,7 +27,7 @@ class Network(nn.Module):
         return prediction
 
 
-@gradhooks.multipose("min", chunk_size=2)
+@gradhooks.multipose("min", combination_options={"scale": 3.0}, chunk_size=2)
 class Decorated(nn.Module):
     def __init__(self, width: int = 4) -> None:
         super().__init__()
@@ -50,6 +50,9 @@ reveal_type(scorer.tolerance)  # R7
 scorer.tolerance = 0.5
 scorer.accumulator = "stream"
 optimizer = torch.optim.Adam(scorer.parameters())
+pooling = gradhooks.combinations.Pooling(nn.Identity(), return_att=True)
+pooled = gradhooks.MultiPose(Network(), pooling)(torch.zeros(3, 4))
+reveal_type(pooled.attention)  # R12
 decorated = Decorated(width=3)
 reveal_type(decorated.report)  # R8
 reveal_type(decorated(torch.zeros(3, 3)).combined)  # R9
@@ -74,6 +77,8 @@ class Misspelt(nn.Module):
 
 
 scorer([torch.zeros(4)]).poses  # E8
+gradhooks.MultiPose(Network(), "min", combination_options=["scale"])  # E9
+scorer(torch.zeros(3, 4)).attention.atention  # E10
 """
 REVEALED = {
     "R1": "MultiPose[Network]",
@@ -87,8 +92,9 @@ REVEALED = {
     "R9": "Tensor",
     "R10": "MultiPose[Network]",
     "R11": "Report",
+    "R12": "Tensor",
 }
-ERRORS = {f"E{number}" for number in range(1, 9)}
+ERRORS = {f"E{number}" for number in range(1, 11)}
 MARKED = {
     number: found[1]
     for number, line in enumerate(USER_FILE.splitlines(), 1)

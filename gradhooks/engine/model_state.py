@@ -59,7 +59,7 @@ class Snapshot(NamedTuple):
 class ModelState:
     """Takes and restores snapshots of all that a forward may change besides gradients.
 
-    It can be kept while the model has the same modules and parameters (or shadows in their places).
+    Kept while the model has the same modules and parameters, or shadows in their places.
 
     Args:
         model: The model.
@@ -142,8 +142,7 @@ class ModelState:
         finally:
             self._depth -= 1
             if succeeded and only_on_error:
-                if self._is_first_in_mode:
-                    self.snapshot()  # finds out what the last forward changed
+                self._note_last_forward()
             else:
                 self._restore(before, every_generator=True, may_raise=succeeded)
             if self._depth == 0 and succeeded:
@@ -162,8 +161,12 @@ class ModelState:
 
     @property
     def found_generators(self) -> list[RandomSource]:
-        """The generators that were added."""
+        """Those that were added."""
         return self._random.found
+
+    def _note_last_forward(self) -> None:
+        if self._is_first_in_mode:
+            self.snapshot()  # finds out what it changed
 
     @property
     def _thoroughness(self) -> Thoroughness:
@@ -235,11 +238,7 @@ class ModelState:
         return self._parameters.changing
 
     def refuse_lost_values(self) -> None:
-        """Refuse to go on if the last restoration was not complete.
-
-        Raises:
-            ReplayError: A forward changed a parameter of which there was no copy (`parameter_values.py`, Rule 4).
-        """
+        """Raise a `ReplayError` if the last restoration was not complete (`parameter_values.py`, Rule 4)."""
         if self._lost:
             raise ReplayError(
                 f"a forward changed {', '.join(self._lost)}, which no forward changed before, so no copy was made and "

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradhooks.combination import BoundCombination
+from gradhooks.combined import result_of
 from gradhooks.group_index import GroupIndex
 from gradhooks.group_loop import loop_over_groups, row_arguments
 from gradhooks.numerics import per_row
@@ -67,7 +68,7 @@ def _combine(sample: Sample, predictions: Tensor, count: int = COUNT) -> Tensor:
 def _combine_one_by_one(sample: Sample, predictions: Tensor) -> Tensor:
     arguments = sample.bound.arguments
     names = row_arguments(arguments, len(GROUPS))
-    return loop_over_groups(sample.combination, predictions, GroupIndex(GROUPS, COUNT), arguments, names)
+    return result_of(loop_over_groups(sample.combination, predictions, GroupIndex(GROUPS, COUNT), arguments, names))
 
 
 @conformance_check
@@ -104,7 +105,7 @@ def check_empty_groups(combination: Any) -> None:
     combined, without = _combine(sample, sample.predictions, COUNT + 1), _combine(sample, sample.predictions)
     names = row_arguments(sample.bound.arguments, len(GROUPS))
     no_rows = {name: value[:0] if name in names else value for name, value in sample.bound.arguments.items()}
-    expected = sample.combination(sample.predictions[:0], **no_rows)
+    expected = result_of(sample.combination(sample.predictions[:0], **no_rows))
     if combined[COUNT].isnan().any() or not torch.equal(combined[COUNT], expected):
         raise CheckFailed(
             f"has the result {combined[COUNT].tolist()} for an empty group, and forward returns {expected.tolist()} "

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradhooks.combined import result_of
 from gradhooks.numerics import at_least_float32
 from gradhooks.options import Call, call_model
 from gradhooks.prediction import MultiPosePrediction
@@ -34,7 +35,7 @@ def full_graph(
     predictions = torch.stack([call(model, pose) for pose in poses])
     wide = predictions.to(at_least_float32(predictions.dtype))
     if groups is None:
-        return MultiPosePrediction(combination(wide), predictions)
+        return MultiPosePrediction(result_of(combination(wide)), predictions)
     index = torch.as_tensor(groups, device=wide.device)
-    combined = [combination(wide[index == number]) for number in range(int(index.max()) + 1)]
+    combined = [result_of(combination(wide[index == number])) for number in range(int(index.max()) + 1)]
     return MultiPosePrediction(torch.stack(combined), predictions)

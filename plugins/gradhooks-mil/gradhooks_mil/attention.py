@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from gradhooks import Combination
+from gradhooks import Combination, Combined
 from gradhooks.errors import CombinationError
 from gradhooks.group_reductions import group_softmax, group_sum
 
@@ -20,13 +20,15 @@ class Attention(Combination):
     Args:
         features: Length of an embedding `h_i`; 1 for predictions of one number.
         hidden: Number of rows of `V`.
+        return_attention: Return the `a_i`, too, shape `(N,)`; they are then `prediction.attention`.
     """
 
     example_options: ClassVar[dict[str, Any]] = {"features": 3}
 
-    def __init__(self, features: int, hidden: int = 128) -> None:
+    def __init__(self, features: int, hidden: int = 128, return_attention: bool = False) -> None:
         super().__init__()
         self.features = features
+        self.return_attention = return_attention
         self.hidden = nn.Linear(features, hidden)
         self.score = nn.Linear(hidden, 1, bias=False)  # a bias would cancel in the softmax
 
@@ -35,15 +37,19 @@ class Attention(Combination):
         activation: Tensor = self.hidden(embeddings)
         return activation.tanh()
 
-    def forward(self, predictions: Tensor) -> Tensor:
+    def forward(self, predictions: Tensor) -> Tensor | Combined:
         embeddings, scores = self._embeddings_and_scores(predictions)
         attention = torch.softmax(scores, dim=0).to(predictions.dtype)
-        return (attention * embeddings).sum(0).view(predictions.shape[1:])
+        return self._with_attention((attention * embeddings).sum(0).view(predictions.shape[1:]), attention)
 
-    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor:
+    def forward_groups(self, predictions: Tensor, groups: Tensor, count: int) -> Tensor | Combined:
         embeddings, scores = self._embeddings_and_scores(predictions)
         attention = group_softmax(scores, groups, count).to(predictions.dtype)
-        return group_sum(attention * embeddings, groups, count).view(count, *predictions.shape[1:])
+        result = group_sum(attention * embeddings, groups, count).view(count, *predictions.shape[1:])
+        return self._with_attention(result, attention)
+
+    def _with_attention(self, result: Tensor, attention: Tensor) -> Tensor | Combined:
+        return Combined(result, (attention.squeeze(1),)) if self.return_attention else result
 
     def _embeddings_and_scores(self, predictions: Tensor) -> tuple[Tensor, Tensor]:
         """Return the embeddings, shape `(N, features)`, and a score for each, shape `(N, 1)`."""
@@ -71,10 +77,11 @@ class GatedAttention(Attention):
     Args:
         features: Length of an embedding `h_i`; 1 for predictions of one number.
         hidden: Number of rows of `V` and of `U`.
+        return_attention: Return the `a_i`, too, shape `(N,)`; they are then `prediction.attention`.
     """
 
-    def __init__(self, features: int, hidden: int = 128) -> None:
-        super().__init__(features, hidden)
+    def __init__(self, features: int, hidden: int = 128, return_attention: bool = False) -> None:
+        super().__init__(features, hidden, return_attention)
         self.gate = nn.Linear(features, hidden)
 
     def activation(self, embeddings: Tensor) -> Tensor:

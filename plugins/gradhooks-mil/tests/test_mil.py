@@ -27,7 +27,7 @@ P = Y.sigmoid()
         "gated_attention",
         gradhooks_mil.Attention(features=1),
         gradhooks_mil.GatedAttention(features=1),
-        gradhooks_mil.GatedAttention(features=3, hidden=5),
+        gradhooks_mil.GatedAttention(features=3, hidden=5, return_attention=True),
         gradhooks_mil.GeneralizedMean(0.5),
         gradhooks_mil.LogMeanExp(-20.0),
     ]
@@ -74,6 +74,18 @@ def test_attention_with_equal_scores_is_the_mean() -> None:
 def test_attention_refuses_embeddings_of_another_length() -> None:
     with pytest.raises(CombinationError, match=r"of 3 features, got 4; create it with Attention\(features=4\)"):
         gradhooks_mil.Attention(features=3)(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("name", ["attention", "gated_attention"])
+def test_attention_to_each_pose(name: str) -> None:
+    options = {"features": 3, "return_attention": True}
+    scorer = MultiPose(torch.nn.Linear(2, 3), name, combination_options=options)
+    groups = torch.tensor([1, 0, 1, 1, 0])
+    prediction = scorer(torch.randn(5, 2), groups=groups)
+    for group in range(2):
+        attention = prediction.attention[groups == group]
+        torch.testing.assert_close(attention.sum(), torch.tensor(1.0))
+        torch.testing.assert_close(attention @ prediction.per_pose[groups == group], prediction.combined[group])
 
 
 def test_attention_of_single_numbers() -> None:
