@@ -16,7 +16,7 @@ class PosePredictions(torch.autograd.Function):
     """Attaches the predictions of intercepted poses to the real leaves, and delivers their gradient in the backward.
 
     The predictions are returned twice: one tensor goes to the combination, the other to the user, so that the two parts
-    of each coefficient arrive separately.
+    of each coefficient arrive separately. Without a combination only the user's is returned.
 
     The leaves are saved although no formula needs them: autograd then raises its usual error if they are changed in
     place between forward and backward.
@@ -25,27 +25,27 @@ class PosePredictions(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, context: ForwardContext, accumulation: Accumulation, predictions: Tensor, *leaves: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.context, ctx.accumulation, ctx.leaf_count = context, accumulation, len(leaves)
         kept = accumulation.close(predictions[context.partition.rows])
         ctx.held = context.batch.open_graphs.hold(sum(tensor.nbytes for tensor in kept if not tensor.is_sparse))
         ctx.save_for_backward(*leaves, *kept)
+        if context.batch.combination.combination is None:
+            return (predictions.clone(),)
         return predictions.to(at_least_float32(predictions.dtype), copy=True), predictions.clone()
 
     @staticmethod
-    def backward(ctx: Any, through_combination: Tensor | None, direct: Tensor | None) -> Any:
+    def backward(ctx: Any, *received: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             raise HigherOrderError(
                 "create_graph=True asks for derivatives of a gradient that gradhooks has accumulated, and whose graph "
                 "is gone; use the full graph for this step (call the bare model on each pose), or drop create_graph"
             )
         saved = ctx.saved_tensors[ctx.leaf_count :]  # raises if they are freed, or changed in place
-        if through_combination is None:
-            if direct is None:
-                return (None,) * (3 + ctx.leaf_count)
-            through_combination = torch.zeros_like(direct)
-        coefficients = Coefficients(through_combination, None if direct is None else direct.to(through_combination))
+        coefficients = _coefficients(*received)
+        if coefficients is None:
+            return (None,) * (3 + ctx.leaf_count)
         context, last = ctx.context, not _keeps_graph()
         gradients = _total_gradients(context, ctx.accumulation, saved, coefficients, last=last)
         if last:
@@ -56,6 +56,16 @@ class PosePredictions(torch.autograd.Function):
             for gradient, leaf in zip(gradients, context.leaves.real, strict=True)
         )
         return (None, None, None, *typed)
+
+
+def _coefficients(through_combination: Tensor | None, direct: Tensor | None = None) -> Coefficients | None:
+    """Return what arrived, in float32 or wider; None if nothing did."""
+    if through_combination is None:
+        if direct is None:
+            return None
+        through_combination = torch.zeros_like(direct, dtype=at_least_float32(direct.dtype))
+    through_combination = through_combination.to(at_least_float32(through_combination.dtype))
+    return Coefficients(through_combination, None if direct is None else direct.to(through_combination))
 
 
 def _total_gradients(
@@ -74,8 +84,7 @@ def _total_gradients(
 def attach_to_graph(context: ForwardContext, accumulation: Accumulation, predictions: Tensor) -> tuple[Tensor, Tensor]:
     """Return the predictions as part of autograd's graph: in float32 or wider for the combination, and for the user."""
     attached = PosePredictions.apply(context, accumulation, predictions, *context.leaves.real)
-    for_combination, for_user = attached
-    return for_combination, for_user
+    return attached[0], attached[-1]
 
 
 def _keeps_graph() -> bool:

@@ -110,7 +110,10 @@ def _run(batch: Batch, accumulator: Accumulator, *, plainly: bool) -> Prediction
         run_plainly(max(start, stop), count)
     if len(parts) == 1:
         return parts[0]
-    return Predictions(*(torch.cat(rows) for rows in zip(*parts, strict=True)))
+    for_user = torch.cat([part.for_user for part in parts])
+    if all(part.for_combination is part.for_user for part in parts):
+        return Predictions(for_user, for_user)
+    return Predictions(torch.cat([part.for_combination for part in parts]), for_user)
 
 
 def _run_intercepted(batch: Batch, accumulator: Accumulator, start: int, stop: int) -> Predictions:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from gradhooks.distributed.pose_parallel import METADATA_LENGTH
-from gradhooks.engine.accumulation import Accumulation, Chunk, NoPoses
+from gradhooks.engine.accumulation import Accumulation, NoPoses
 from gradhooks.engine.batch import Batch
+from gradhooks.engine.chunk_fitting import next_chunk
 from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.model_output import check_shape, refuse_detached
 from gradhooks.engine.model_state import Snapshot
@@ -83,8 +84,7 @@ def _run_local_poses(context: ForwardContext, begin: Begin, before: Snapshot) ->
         return NoPoses(len(context.leaves.shadows)), torch.empty(0), False
     engine = PoseEngine(context)
     with progress_of(batch.options.progress, count, "poses") as report_progress:
-        size = 0
-        chunk = Chunk(0, schedule.chunk_size(count), before)
+        chunk = next_chunk(poses, schedule, None, before)
         live = context.run(poses, chunk)
         accumulation = begin(engine, live)
         rows = [live.detach()]
@@ -97,8 +97,7 @@ def _run_local_poses(context: ForwardContext, begin: Begin, before: Snapshot) ->
             report_progress(chunk.stop)
             if chunk.stop == count:
                 break
-            size = size or schedule.chunk_size(count - chunk.stop)  # what the first chunk needs is known by now
-            chunk = Chunk(chunk.stop, min(count, chunk.stop + size), state.snapshot())
+            chunk = next_chunk(poses, schedule, chunk, state.snapshot())
             # While no prediction requires grad, a graph shows whether this one does.
             if accumulation.keeps_graph or not differentiable:
                 live = context.run(poses, chunk)

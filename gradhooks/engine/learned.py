@@ -1,14 +1,14 @@
 """Learned: what earlier batches have shown, kept by `MultiPose` from batch to batch."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 Mode = str
 """Whether the model trains, to what autocast casts, whether graphs are kept: what a pose needs may differ."""
 
 
-@dataclass
-class PoseNeed:
-    """The memory of a pose, as far as it was measured: the largest per pose of the chunks that were.
+class PoseNeed(NamedTuple):
+    """The memory of a pose of a chunk that was measured.
 
     Attributes:
         graph_bytes: What the graph keeps until its backward.
@@ -16,9 +16,21 @@ class PoseNeed:
         input_bytes: The input.
     """
 
-    graph_bytes: int = 0
-    temporary_bytes: int = 0
-    input_bytes: int = 0
+    graph_bytes: int
+    temporary_bytes: int
+    input_bytes: int
+
+    @property
+    def step_bytes(self) -> int:
+        """What the step of the pose needs."""
+        return self.graph_bytes + self.temporary_bytes
+
+
+class NeedRange(NamedTuple):
+    """What poses with the smallest and with the largest input need, as far as they were measured."""
+
+    smallest: PoseNeed
+    largest: PoseNeed
 
 
 @dataclass
@@ -38,7 +50,7 @@ class Learned:
             all were inspected. Written by `unused_parameters.py`.
     """
 
-    pose_needs: dict[Mode, PoseNeed] = field(default_factory=dict)
+    pose_needs: dict[Mode, NeedRange] = field(default_factory=dict)
     hooks_refused: bool = False
     memory_limit: tuple[str | float, int] | None = None
     largest_chunk: int | None = None

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from gradhooks import registry
 from gradhooks.combination import BoundCombination
 from gradhooks.engine.model_output import prediction_rows
-from gradhooks.engine.pose_inputs import Poses, as_poses
+from gradhooks.engine.pose_forms import as_poses
+from gradhooks.engine.pose_inputs import Poses
 from gradhooks.group_validation import group_index, read_index
 from gradhooks.groups import Groups
 from gradhooks.numerics import at_least_float32
