@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-from einops import reduce
 from loguru import logger
 from torch import Tensor
 
 from gradhooks.accumulators.base import Accumulator, Engine, refuse_gradient_combination, set_accumulator
 from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
 from gradhooks.engine.gradient_sums import Gradients
+from gradhooks.numerics import largest_per_row
 
 
 class Recompute(Accumulator):
@@ -66,7 +66,7 @@ def significant_poses(coefficients: Coefficients, threshold: float) -> Tensor:
         coefficients: The coefficients.
         threshold: Size relative to the largest coefficient; smaller ones are skipped.
     """
-    size = reduce(coefficients.total.detach().abs(), "n ... -> n", "max").to("cpu", torch.float64)
+    size = largest_per_row(coefficients.total.detach()).to("cpu", torch.float64)
     largest = coefficients.largest
     largest = torch.where(size.isfinite(), size, 0).max() if largest is None else largest.to("cpu", torch.float64)
     return ~(size <= largest * threshold) & (size != 0)

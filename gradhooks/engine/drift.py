@@ -15,7 +15,7 @@ from torch import Tensor
 from gradhooks.engine.context import ForwardContext
 from gradhooks.errors import ReplayError
 
-BLOCK_BYTES = 2**18
+BLOCK_BYTES = 2**16
 """How many predictions of the second run are kept until they are compared."""
 
 Rows = slice | Sequence[int]
@@ -38,19 +38,28 @@ class DriftCheck:
         # really depends on them.
         dtypes = (predictions.dtype, *context.batch.autocast.dtypes)
         rounding = max(torch.finfo(dtype).eps for dtype in dtypes) if packed else eps
-        size = torch.where(predictions.isfinite(), predictions, 0).abs_().max()
-        self._allowed = rounding**0.75 * size + (0 if packed else eps**0.5 * spread(predictions))
-        self._block: list[tuple[Rows, Tensor]] = []
-        self._block_bytes = 0
+        smallest, largest = _finite_range(predictions)
+        size = torch.maximum(largest, -smallest).max().clamp(min=0)
+        self._allowed = rounding**0.75 * size + (0 if packed else eps**0.5 * (largest - smallest).clamp(min=0))
+        self._capacity = min(len(predictions), BLOCK_BYTES * len(predictions) // max(1, predictions.nbytes))
+        self._second: Tensor | None = None
+        self._waiting: list[Rows] = []
+        self._filled = 0
         self._rows: list[Rows] = []
         self._worst: list[Tensor] = []
 
     def add(self, rows: Rows, second: Tensor) -> None:
         """Take the predictions of some poses in the second run, shape `(n, *prediction)`."""
-        self._block.append((rows, second))
-        self._block_bytes += second.nbytes
-        if self._block_bytes > BLOCK_BYTES:
-            self._compare()
+        if self._filled + len(second) > self._capacity:
+            self._compare_waiting()
+        if len(second) > self._capacity // 2:
+            self._compare([rows], second)
+            return
+        if self._second is None:  # one block for all: small tensors between large ones would fragment the memory
+            self._second = second.new_empty((self._capacity, *second.shape[1:]))
+        self._second[self._filled : self._filled + len(second)] = second
+        self._filled += len(second)
+        self._waiting.append(rows)
 
     def refuse(self) -> None:
         """Raise an error if a prediction differs.
@@ -58,7 +67,7 @@ class DriftCheck:
         Raises:
             ReplayError: A prediction differs by more than rounding explains.
         """
-        self._compare()
+        self._compare_waiting()
         if not self._worst:
             return
         worst = torch.cat(self._worst).tolist()
@@ -71,17 +80,18 @@ class DriftCheck:
             f"{worst[drifted]:.3g}; {_cause(self._context.poses, index)}"
         )
 
-    def _compare(self) -> None:
-        """Keep of a block how far each pose differs, 0 where rounding explains it."""
-        block, self._block, self._block_bytes = self._block, [], 0
-        if not block:
-            return
-        second = block[0][1] if len(block) == 1 else torch.cat([each for _, each in block])
-        parts = [self._predictions[rows] for rows, _ in block]
+    def _compare_waiting(self) -> None:
+        waiting, filled, self._waiting, self._filled = self._waiting, self._filled, [], 0
+        if waiting and self._second is not None:
+            self._compare(waiting, self._second[:filled])
+
+    def _compare(self, rows: list[Rows], second: Tensor) -> None:
+        """Keep how far each pose differs, 0 where rounding explains it."""
+        parts = [self._predictions[each] for each in rows]
         drifts = _differences(parts[0] if len(parts) == 1 else torch.cat(parts), second)
         drifts = torch.where(drifts > self._allowed, drifts, 0).reshape(len(second), -1)
         self._worst.append(drifts.amax(1))
-        self._rows += [rows for rows, _ in block]
+        self._rows += rows
 
 
 def refuse_drift(
@@ -129,10 +139,22 @@ def spread(predictions: Tensor) -> Tensor:
 
     The range, not the size, is the scale on which poses differ: total energies of -3000 may vary by 1.
     """
-    finite = predictions.isfinite()
-    largest = torch.where(finite, predictions, -torch.inf).amax(0)
-    smallest = torch.where(finite, predictions, torch.inf).amin(0)
+    smallest, largest = _finite_range(predictions)
     return (largest - smallest).clamp(min=0)
+
+
+def _finite_range(predictions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest finite value of each component; infinity and minus infinity without any.
+
+    Block by block, since there may be many predictions, and each operation makes a copy.
+    """
+    size = max(1, BLOCK_BYTES * len(predictions) // max(1, predictions.nbytes))
+    smallest, largest = [], []
+    for block in predictions.split(size):
+        finite = block.isfinite()
+        smallest.append(torch.where(finite, block, torch.inf).amin(0))
+        largest.append(torch.where(finite, block, -torch.inf).amax(0))
+    return torch.stack(smallest).amin(0), torch.stack(largest).amax(0)
 
 
 def _differences(first: Tensor, second: Tensor) -> Tensor:

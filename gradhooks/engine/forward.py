@@ -87,10 +87,13 @@ def _run_local_poses(context: ForwardContext, begin: Begin, before: Snapshot) ->
         chunk = next_chunk(poses, schedule, None, before)
         live = context.run(poses, chunk)
         accumulation = begin(engine, live)
-        rows = [live.detach()]
-        differentiable = live.requires_grad
+        first, differentiable = live.detach(), live.requires_grad
+        # Predictions that were kept one by one would lie between the freed memory of the chunks, and fragment it.
+        rows = first if chunk.stop == count else first.new_empty((count, *first.shape[1:]))
         while True:
-            check_shape(rows[0], rows[-1], context.first + chunk.start)
+            check_shape(first, live, context.first + chunk.start)
+            if rows is not first:
+                rows[chunk.start : chunk.stop] = live.detach()
             engine.chunks.append(chunk)
             accumulation.add(chunk, live)
             del live  # the next chunk needs the memory of its graph
@@ -104,12 +107,11 @@ def _run_local_poses(context: ForwardContext, begin: Begin, before: Snapshot) ->
             else:
                 live = batch.runner.run_without_graph(poses, chunk.start, chunk.stop)
             differentiable |= live.requires_grad
-            rows.append(live.detach())
     batch.report.chunks += len(engine.chunks)
     engine.end_first_run(stateless=state.unchanged_since(before))
     if state.noticed_late and len(engine.chunks) > 1:
         raise StartAgainError("the forward changed state that no forward changed before")
-    return accumulation, rows[0] if len(rows) == 1 else torch.cat(rows), differentiable
+    return accumulation, rows, differentiable
 
 
 def predict(batch: Batch) -> Tensor:
@@ -128,16 +130,22 @@ def predict(batch: Batch) -> Tensor:
 
 
 def _predict_local_poses(batch: Batch) -> Tensor:
-    rows: list[Tensor] = []
+    first = rows = torch.empty(0)
     start, count = 0, len(batch.poses)
+    batch.report.chunks = 0
     with progress_of(batch.options.progress, count, "poses") as report_progress:
         while start < count:
             size = batch.schedule.prediction_chunk_size(count - start)
             limit = batch.schedule.split_beyond(batch.schedule.room)
             run = batch.runner.run_plainly(batch.poses, start, start + size, limit, measure=False)
-            rows.append(run.predictions.detach())
-            check_shape(rows[0], rows[-1], start)
-            start += len(rows[-1])
+            live = run.predictions.detach()
+            if start == 0:
+                first = live
+                rows = first if len(first) == count else first.new_empty((count, *first.shape[1:]))
+            check_shape(first, live, start)
+            if rows is not first:
+                rows[start : start + len(live)] = live
+            start += len(live)
+            batch.report.chunks += 1
             report_progress(start)
-    batch.report.chunks = len(rows)
-    return torch.cat(rows) if rows else torch.empty(0)
+    return rows
