@@ -25,7 +25,7 @@ def next_chunk(poses: Poses, schedule: Schedule, previous: Chunk | None, before:
         return Chunk(start, start + size, before)
     while True:
         pose_bytes = -(-poses.prepare(start, start + size) // size)
-        fitting = schedule.chunk_size(min(size, remaining), pose_bytes)
+        fitting = schedule.chunk_size(size, pose_bytes)
         if fitting == size:
             return Chunk(start, start + size, before, pose_bytes)
-        size = fitting
+        size = max(fitting, size // 2)  # the longest pose may be the last
