@@ -1,5 +1,6 @@
 """PosePredictions: the one `autograd.Function`, from the real parameters to the predictions of intercepted poses."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ class PosePredictions(torch.autograd.Function):
     """Attaches the predictions of intercepted poses to the real leaves, and delivers their gradient in the backward.
 
     The predictions are returned twice: one tensor goes to the combination, the other to the user, so that the two parts
-    of each coefficient arrive separately. Without a combination only the user's is returned.
+    of each coefficient arrive separately. Without a combination only the user's is returned, in the memory of the saved
+    ones: embeddings may be large.
 
     The leaves are saved although no formula needs them: autograd then raises its usual error if they are changed in
     place between forward and backward.
@@ -28,11 +30,15 @@ class PosePredictions(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.context, ctx.accumulation, ctx.leaf_count = context, accumulation, len(leaves)
-        kept = accumulation.close(predictions[context.partition.rows])
+        own = predictions[context.partition.rows]
+        kept = accumulation.close(own)
         ctx.held = context.batch.open_graphs.hold(sum(tensor.nbytes for tensor in kept if not tensor.is_sparse))
         ctx.save_for_backward(*leaves, *kept)
+        ctx.shared = None
         if context.batch.combination.combination is None:
-            return (predictions.clone(),)
+            for_user = predictions.data  # has a version of its own, so the user may change it in place
+            ctx.shared = _SharedMemory(for_user.detach(), [tensor is own for tensor in kept])
+            return (for_user,)
         return predictions.to(at_least_float32(predictions.dtype), copy=True), predictions.clone()
 
     @staticmethod
@@ -43,19 +49,44 @@ class PosePredictions(torch.autograd.Function):
                 "is gone; use the full graph for this step (call the bare model on each pose), or drop create_graph"
             )
         saved = ctx.saved_tensors[ctx.leaf_count :]  # raises if they are freed, or changed in place
+        if ctx.shared is not None:
+            saved = ctx.shared.without_changed(saved)
         coefficients = _coefficients(*received)
         if coefficients is None:
             return (None,) * (3 + ctx.leaf_count)
         context, last = ctx.context, not _keeps_graph()
         gradients = _total_gradients(context, ctx.accumulation, saved, coefficients, last=last)
         if last:
-            ctx.context = ctx.accumulation = None  # frees the poses, although the user may keep the loss
+            ctx.context = ctx.accumulation = ctx.shared = None  # frees the poses, although the user may keep the loss
             ctx.held.release()
         typed = (
             None if gradient is None else gradient.to(leaf.dtype)
             for gradient, leaf in zip(gradients, context.leaves.real, strict=True)
         )
         return (None, None, None, *typed)
+
+
+class _SharedMemory:
+    """Notices that the user changed predictions in place whose memory is that of saved ones.
+
+    Args:
+        for_user: An alias of the predictions with their version, but without their graph.
+        shares: For each saved tensor, whether it shares the memory.
+    """
+
+    def __init__(self, for_user: Tensor, shares: Sequence[bool]) -> None:
+        self._for_user = for_user
+        self._version = for_user._version
+        self._shares = shares
+
+    def without_changed(self, saved: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the saved tensors; NaN, of which nothing is expected, for predictions that are overwritten."""
+        if self._for_user._version == self._version:
+            return saved
+        return [
+            tensor.new_full((), torch.nan).expand_as(tensor) if shares else tensor
+            for tensor, shares in zip(saved, self._shares, strict=True)
+        ]
 
 
 def _coefficients(through_combination: Tensor | None, direct: Tensor | None = None) -> Coefficients | None:
