@@ -111,7 +111,7 @@ def _run(batch: Batch, accumulator: Accumulator, *, plainly: bool) -> Prediction
     if len(parts) == 1:
         return parts[0]
     for_user = torch.cat([part.for_user for part in parts])
-    if all(part.for_combination is part.for_user for part in parts):
+    if batch.combination.combination is None:
         return Predictions(for_user, for_user)
     return Predictions(torch.cat([part.for_combination for part in parts]), for_user)
 

@@ -1,0 +1,50 @@
+"""Two encoders of a molecule: a graph network on its bonds, and SchNet on a conformer."""
+
+from collections.abc import Sequence
+
+import torch
+from conformers import CUTOFF, radius_graph
+from rdkit import Chem
+from torch import Tensor, nn
+from torch_geometric.nn import GIN, SchNet, global_mean_pool
+
+EMBEDDING = 32
+Graph = tuple[Tensor, Tensor]
+"""Atomic numbers, shape `(A,)`, and bonds in both directions, shape `(2, E)`."""
+
+
+def bond_graph(molecule: Chem.Mol, device: torch.device) -> Graph:
+    """Return the heavy atoms of a molecule and the bonds between them."""
+    molecule = Chem.RemoveHs(molecule)
+    numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
+    bonds = [(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()) for bond in molecule.GetBonds()]
+    both = torch.tensor([*bonds, *((second, first) for first, second in bonds)], device=device)
+    return torch.tensor(numbers, device=device), both.reshape(-1, 2).T
+
+
+def collate_graphs(graphs: Sequence[Graph]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all atoms, all bonds, and the number of the graph of each atom."""
+    sizes = torch.tensor([len(numbers) for numbers, _ in graphs])
+    first = (sizes.cumsum(0) - sizes).tolist()
+    bonds = torch.cat([bonds + offset for (_, bonds), offset in zip(graphs, first, strict=True)], 1)
+    index = torch.arange(len(graphs)).repeat_interleave(sizes).to(bonds.device)
+    return torch.cat([numbers for numbers, _ in graphs]), bonds, index
+
+
+class GraphEncoder(nn.Module):
+    """A graph network of PyTorch Geometric and the mean over the atoms."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.atoms = nn.Embedding(100, width)
+        self.network = GIN(width, width, num_layers=4, out_channels=EMBEDDING)
+
+    def forward(self, numbers: Tensor, bonds: Tensor, index: Tensor) -> Tensor:
+        return global_mean_pool(self.network(self.atoms(numbers), bonds), index)
+
+
+def conformer_encoder(width: int = 32) -> SchNet:
+    """Return a SchNet whose last layer gives an embedding instead of an energy."""
+    schnet = SchNet(width, width, 2, 25, CUTOFF, radius_graph, readout="mean")
+    schnet.lin2 = nn.Linear(width // 2, EMBEDDING)
+    return schnet
