@@ -1,14 +1,18 @@
-"""Two encoders of a molecule: a graph network on its bonds, and SchNet on a conformer."""
+"""Two encoders of a molecule, a graph network on its bonds and SchNet on a conformer, and their contrastive loss."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from conformers import CUTOFF, radius_graph
+from conformers import CUTOFF, Pose, collate_molecules, radius_graph
 from rdkit import Chem
 from torch import Tensor, nn
 from torch_geometric.nn import GIN, SchNet, global_mean_pool
 
+import gradhooks
+
 EMBEDDING = 32
+TEMPERATURE = 0.1
 Graph = tuple[Tensor, Tensor]
 """Atomic numbers, shape `(A,)`, and bonds in both directions, shape `(2, E)`."""
 
@@ -48,3 +52,48 @@ def conformer_encoder(width: int = 32) -> SchNet:
     schnet = SchNet(width, width, 2, 25, CUTOFF, radius_graph, readout="mean")
     schnet.lin2 = nn.Linear(width // 2, EMBEDDING)
     return schnet
+
+
+class Molecules(NamedTuple):
+    """Molecules, each with its graph and with its conformers."""
+
+    graphs: list[Graph]
+    conformers: list[list[Pose]]
+
+    def batch(self, indices: Sequence[int]) -> tuple[list[Graph], gradhooks.Groups]:
+        """Return graphs, and conformers in groups."""
+        groups: gradhooks.Groups = gradhooks.collate_groups([self.conformers[index] for index in indices])
+        return [self.graphs[index] for index in indices], groups
+
+
+class Encoders(NamedTuple):
+    """The two encoders, as scorers."""
+
+    graph: gradhooks.MultiPose[GraphEncoder]
+    conformer: gradhooks.MultiPose[nn.Module]
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.graph.parameters(), *self.conformer.parameters()]
+
+    def loss(self, graphs: list[Graph], groups: gradhooks.Groups) -> Tensor:
+        return info_nce(self.graph(graphs).per_pose, self.conformer(groups).combined)
+
+
+def make_encoders(seed: int, combination: str, device: torch.device, **options: Any) -> Encoders:
+    """Return untrained encoders, the same for the same seed; `options` are those of both scorers."""
+    torch.manual_seed(seed)
+    graph = gradhooks.MultiPose(GraphEncoder(), None, collate=collate_graphs, **options)
+    conformer = gradhooks.MultiPose(conformer_encoder(), combination, collate=collate_molecules, **options)
+    return Encoders(graph.to(device), conformer.to(device))
+
+
+def info_nce(graphs: Tensor, conformers: Tensor) -> Tensor:
+    """Return the mean of both directions: which conformers belong to a graph, and which graph to conformers."""
+    scores = similarity(graphs, conformers) / TEMPERATURE
+    labels = torch.arange(len(scores), device=scores.device)
+    return (nn.functional.cross_entropy(scores, labels) + nn.functional.cross_entropy(scores.T, labels)) / 2
+
+
+def similarity(first: Tensor, second: Tensor) -> Tensor:
+    """Return the cosine of each pair of embeddings."""
+    return nn.functional.normalize(first, dim=-1) @ nn.functional.normalize(second, dim=-1).T

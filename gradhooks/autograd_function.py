@@ -1,6 +1,5 @@
 """PosePredictions: the one `autograd.Function`, from the real parameters to the predictions of intercepted poses."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from gradhooks.engine.accumulation import Accumulation, Coefficients
 from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.gradient_sums import Gradients
+from gradhooks.engine.shared_memory import SharedMemory
 from gradhooks.errors import HigherOrderError
 from gradhooks.numerics import at_least_float32
 
@@ -37,7 +37,7 @@ class PosePredictions(torch.autograd.Function):
         ctx.shared = None
         if context.batch.combination.combination is None:
             for_user = predictions.data  # has a version of its own, so the user may change it in place
-            ctx.shared = _SharedMemory(for_user.detach(), [tensor is own for tensor in kept])
+            ctx.shared = SharedMemory(for_user.detach(), [tensor is own for tensor in kept])
             return (for_user,)
         return predictions.to(at_least_float32(predictions.dtype), copy=True), predictions.clone()
 
@@ -64,29 +64,6 @@ class PosePredictions(torch.autograd.Function):
             for gradient, leaf in zip(gradients, context.leaves.real, strict=True)
         )
         return (None, None, None, *typed)
-
-
-class _SharedMemory:
-    """Notices that the user changed predictions in place whose memory is that of saved ones.
-
-    Args:
-        for_user: An alias of the predictions with their version, but without their graph.
-        shares: For each saved tensor, whether it shares the memory.
-    """
-
-    def __init__(self, for_user: Tensor, shares: Sequence[bool]) -> None:
-        self._for_user = for_user
-        self._version = for_user._version
-        self._shares = shares
-
-    def without_changed(self, saved: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the saved tensors; NaN, of which nothing is expected, for predictions that are overwritten."""
-        if self._for_user._version == self._version:
-            return saved
-        return [
-            tensor.new_full((), torch.nan).expand_as(tensor) if shares else tensor
-            for tensor, shares in zip(saved, self._shares, strict=True)
-        ]
 
 
 def _coefficients(through_combination: Tensor | None, direct: Tensor | None = None) -> Coefficients | None:

@@ -36,7 +36,7 @@ LAYERS = [
     ["engine.attribute_recorder"],
     ["engine.module_watch"],
     ["engine.module_values"],
-    ["engine.pose_sources"],
+    ["engine.pose_sources", "engine.prepared_input", "engine.shared_memory"],
     ["engine.pose_inputs", "engine.model_state", "engine.lazy_parameters", "engine.memory_need"],
     ["engine.loaded_poses", "engine.parameter_hooks"],
     ["engine.pose_forms"],

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from gradhooks.engine.nested import map_tensors, tensors_in
-from gradhooks.engine.pose_inputs import Poses, PreparedInput
+from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.pose_sources import PoseSource
+from gradhooks.engine.prepared_input import PreparedInput
 from gradhooks.errors import PosesError
 from gradhooks.options import Collate
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradhooks.engine.model_output import describe
 from gradhooks.engine.nested import map_tensors, tensors_in
+from gradhooks.engine.prepared_input import PreparedInput
 from gradhooks.errors import PosesError
 from gradhooks.options import Collate
 
@@ -49,27 +50,6 @@ class Poses(Protocol):
 
     def change(self, index: int, function: Callable[[Tensor], Tensor]) -> "Poses":
         """Return the same poses with `function` applied to each tensor of one pose."""
-
-
-class PreparedInput:
-    """The model's input for one chunk, made before the chunk runs and taken once: a model may change it."""
-
-    def __init__(self) -> None:
-        self._range: tuple[int, int] | None = None
-        self._input: Any = None
-
-    def make(self, start: int, stop: int, make: Callable[[], Any]) -> int:
-        """Make the input of a chunk, and return its bytes."""
-        self._range, self._input = None, None  # frees the input of another chunk first
-        self._input = make()
-        self._range = (start, stop)
-        return sum(tensor.nbytes for _, tensor in tensors_in(self._input))
-
-    def take(self, start: int, stop: int, make: Callable[[], Any]) -> Any:
-        """Return the input of a chunk, made now if it was not made before."""
-        taken = self._input if self._range == (start, stop) else make()
-        self._range, self._input = None, None
-        return taken
 
 
 class StackedPoses:
