@@ -181,7 +181,8 @@ class MultiPose(nn.Module, OptionAttributes, Generic[ModelT]):
 
         Args:
             poses: An iterable of poses, or a tensor or mapping of tensors with the poses along axis 0, of which the
-                model gets slices, and for which it returns a row per pose. Or `Groups`, which contain both.
+                model gets slices, and for which it returns a row per pose. A Dataset or a DataLoader is read while it
+                runs, and again for a second run. Or `Groups`, which contain poses and groups.
             groups: The group of each pose: integers from 0 to B - 1, shape `(M,)`, in any order. Without it all poses
                 are one group.
             **arguments: Passed to the combination: masks, weights of the poses, known energies. A tensor with `N` rows

@@ -193,15 +193,23 @@ def test_a_pose_that_requires_grad_is_refused_where_it_would_be_read_again() -> 
     step(lambda events: Rows(events, augment))  # all poses run plainly
     with pytest.raises(PosesError, match=r"pose 0: pose requires grad, .* pass list\(poses\)"):
         step(lambda events: Rows(events, augment), memory=0)
+    frozen = Encoder().requires_grad_(False)
+    with pytest.raises(PosesError, match=r"the prediction of pose 0 requires grad, .* pass list\(poses\)"):
+        gradhooks.MultiPose(frozen, memory=0, collate=torch.stack)(Rows([], augment))
 
 
-def test_a_loader_that_ends_early_is_refused() -> None:
-    class Short(iter_once):
+def test_a_loader_of_another_length_is_refused() -> None:
+    class Wrong(iter_once):
+        length = COUNT
+
         def __len__(self) -> int:
-            return COUNT + 1
+            return self.length
 
-    with pytest.raises(PosesError, match="poses ended after 10 of the 11 poses"):
-        step(lambda events: DataLoader(Rows(events), batch_size=None, num_workers=1, sampler=Short(range(COUNT))))
+    sampler = Wrong(range(COUNT))
+    for length, message in ((COUNT + 1, "poses ended after 10 of the 11 poses"), (9, "more than the 9 poses")):
+        sampler.length = length
+        with pytest.raises(PosesError, match=message):
+            step(lambda events: DataLoader(Rows(events), batch_size=None, num_workers=1, sampler=sampler))
 
 
 def memory_growth(count: int) -> list[float]:

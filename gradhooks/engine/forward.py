@@ -18,6 +18,7 @@ from gradhooks.engine.pose_engine import PoseEngine
 from gradhooks.engine.pose_runner import NeedsGradModeError
 from gradhooks.engine.progress import progress_of
 from gradhooks.engine.schedule import StartAgainError
+from gradhooks.errors import PosesError
 
 Begin = Callable[[PoseEngine, Tensor], Accumulation]
 
@@ -138,6 +139,11 @@ def _predict_local_poses(batch: Batch) -> Tensor:
             size = batch.schedule.prediction_chunk_size(count - start)
             limit = batch.schedule.split_beyond(batch.schedule.room)
             run = batch.runner.run_plainly(batch.poses, start, start + size, limit, measure=False)
+            if run.predictions.requires_grad and batch.poses.loaded:
+                raise PosesError(
+                    f"the prediction of pose {start} requires grad, although no parameter of the model does; poses "
+                    "that are read while they run are not searched for tensors that require grad: pass list(poses)"
+                )
             live = run.predictions.detach()
             if start == 0:
                 first = live

@@ -126,6 +126,8 @@ class KeptSource:
         self._poses += islice(self._iterator, max(0, stop - len(self._poses)))
         if len(self._poses) < stop:
             raise _ended(len(self._poses), self._count)
+        if stop == self._count and next(self._iterator, self) is not self:
+            raise PosesError(f"poses has more than the {self._count} poses that len(poses) promises")
         return [self._poses[index] for index in indices]
 
 
