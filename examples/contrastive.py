@@ -49,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--memory", type=_memory, default="1GiB", help="of a step beyond that of one conformer: bytes, 64MiB, ..."
     )
-    parser.add_argument("--learning-rate", type=float, default=5e-3, help="of Adam, at its peak")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of Adam, at its peak")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the conformers, the weights and the order")
     parser.add_argument("--output", type=Path, default=Path("contrastive.png"), help="file of the plot")

@@ -7,7 +7,7 @@ import torch
 from conformers import CUTOFF, Pose, collate_molecules, radius_graph
 from rdkit import Chem
 from torch import Tensor, nn
-from torch_geometric.nn import GIN, SchNet, global_mean_pool
+from torch_geometric.nn import GIN, SchNet, global_add_pool
 
 import gradhooks
 
@@ -36,7 +36,7 @@ def collate_graphs(graphs: Sequence[Graph]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class GraphEncoder(nn.Module):
-    """A graph network of PyTorch Geometric and the mean over the atoms."""
+    """A graph network of PyTorch Geometric and the sum over the atoms."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -44,12 +44,12 @@ class GraphEncoder(nn.Module):
         self.network = GIN(width, width, num_layers=4, out_channels=EMBEDDING)
 
     def forward(self, numbers: Tensor, bonds: Tensor, index: Tensor) -> Tensor:
-        return global_mean_pool(self.network(self.atoms(numbers), bonds), index)
+        return global_add_pool(self.network(self.atoms(numbers), bonds), index)
 
 
 def conformer_encoder(width: int = 32) -> SchNet:
     """Return a SchNet whose last layer gives an embedding instead of an energy."""
-    schnet = SchNet(width, width, 2, 25, CUTOFF, radius_graph, readout="mean")
+    schnet = SchNet(width, width, 2, 25, CUTOFF, radius_graph, readout="add")
     schnet.lin2 = nn.Linear(width // 2, EMBEDDING)
     return schnet
 
