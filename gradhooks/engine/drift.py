@@ -150,7 +150,8 @@ def _finite_range(predictions: Tensor) -> tuple[Tensor, Tensor]:
     """
     size = max(1, BLOCK_BYTES * len(predictions) // max(1, predictions.nbytes))
     smallest, largest = [], []
-    for block in predictions.split(size):
+    for start in range(0, len(predictions), size):
+        block = predictions[start : start + size]
         finite = block.isfinite()
         smallest.append(torch.where(finite, block, torch.inf).amin(0))
         largest.append(torch.where(finite, block, -torch.inf).amax(0))
