@@ -10,6 +10,7 @@ from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.gradient_sums import Gradients
 from gradhooks.engine.leaf_versions import leaf_versions, refuse_changed_leaves
 from gradhooks.engine.recovery import leaves_no_trace
+from gradhooks.engine.shared_memory import SharedMemory
 from gradhooks.errors import HigherOrderError
 from gradhooks.numerics import at_least_float32
 
@@ -18,7 +19,8 @@ class PosePredictions(torch.autograd.Function):
     """Attaches the predictions of intercepted poses to the real leaves, and delivers their gradient in the backward.
 
     The predictions are returned twice: one tensor goes to the combination, the other to the user, so that the two parts
-    of each coefficient arrive separately.
+    of each coefficient arrive separately. Without a combination only the user's is returned, in the memory of the saved
+    ones: embeddings may be large.
 
     If leaves are changed in place between forward and backward, the usual error of autograd is raised, although no
     formula needs them (`leaf_versions.py`).
@@ -27,17 +29,23 @@ class PosePredictions(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, context: ForwardContext, accumulation: Accumulation, predictions: Tensor, *leaves: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.context, ctx.accumulation, ctx.leaf_count = context, accumulation, len(leaves)
         ctx.versions = leaf_versions(context)
-        kept = accumulation.close(predictions[context.partition.rows])
+        own = predictions[context.partition.rows]
+        kept = accumulation.close(own)
         ctx.held = context.batch.open_graphs.hold(sum(tensor.nbytes for tensor in kept if not tensor.is_sparse))
         ctx.save_for_backward(predictions.new_empty(0), *kept)  # at least one tensor, to see that the graph was freed
+        ctx.shared = None
+        if context.batch.combination.combination is None:
+            for_user = predictions.data  # has a version of its own, so the user may change it in place
+            ctx.shared = SharedMemory(for_user.detach(), [tensor is own for tensor in kept])
+            return (for_user,)
         return predictions.to(at_least_float32(predictions.dtype), copy=True), predictions.clone()
 
     @staticmethod
-    def backward(ctx: Any, through_combination: Tensor | None, direct: Tensor | None) -> Any:
+    def backward(ctx: Any, *received: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             raise HigherOrderError(
                 "create_graph=True asks for derivatives of a gradient that gradhooks has accumulated, and whose graph "
@@ -45,15 +53,15 @@ class PosePredictions(torch.autograd.Function):
             )
         _, *saved = ctx.saved_tensors  # raises if they are freed, or changed in place
         refuse_changed_leaves(ctx.context, ctx.versions)
-        if through_combination is None:
-            if direct is None:
-                return (None,) * (3 + ctx.leaf_count)
-            through_combination = torch.zeros_like(direct)
-        coefficients = Coefficients(through_combination, None if direct is None else direct.to(through_combination))
+        if ctx.shared is not None:
+            saved = ctx.shared.without_changed(saved)
+        coefficients = _coefficients(*received)
+        if coefficients is None:
+            return (None,) * (3 + ctx.leaf_count)
         context, last = ctx.context, not _keeps_graph()
         gradients = _total_gradients(_Backward(context), ctx.accumulation, saved, coefficients, last=last)
         if last:
-            ctx.context = ctx.accumulation = None  # frees the poses, although the user may keep the loss
+            ctx.context = ctx.accumulation = ctx.shared = None  # frees the poses, although the user may keep the loss
             ctx.held.release()
         typed = (
             None if gradient is None else gradient.to(leaf.dtype)
@@ -76,6 +84,16 @@ class _Backward:
         self.context.batch.parts.recover()
 
 
+def _coefficients(through_combination: Tensor | None, direct: Tensor | None = None) -> Coefficients | None:
+    """Return what arrived, in float32 or wider; None if nothing did."""
+    if through_combination is None:
+        if direct is None:
+            return None
+        through_combination = torch.zeros_like(direct, dtype=at_least_float32(direct.dtype))
+    through_combination = through_combination.to(at_least_float32(through_combination.dtype))
+    return Coefficients(through_combination, None if direct is None else direct.to(through_combination))
+
+
 @leaves_no_trace(lambda outer, *_: outer)
 def _total_gradients(
     outer: _Backward, accumulation: Accumulation, saved: Any, coefficients: Coefficients, *, last: bool
@@ -94,8 +112,7 @@ def _total_gradients(
 def attach_to_graph(context: ForwardContext, accumulation: Accumulation, predictions: Tensor) -> tuple[Tensor, Tensor]:
     """Return the predictions as part of autograd's graph: in float32 or wider for the combination, and for the user."""
     attached = PosePredictions.apply(context, accumulation, predictions, *context.leaves.real)
-    for_combination, for_user = attached
-    return for_combination, for_user
+    return attached[0], attached[-1]
 
 
 def _keeps_graph() -> bool:

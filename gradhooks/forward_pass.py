@@ -147,5 +147,9 @@ def _run(batch: Batch, accumulator: Accumulator, findings: Findings | None, *, p
         batch.report.accumulator, batch.report.reason = "none", "the graphs of all poses fit in the allowed memory"
     if max(start, stop) < count:
         run_plainly(max(start, stop), count)
-    for_combination, for_user = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
-    return _unpacked(batch, for_combination, for_user)
+    if len(parts) == 1:
+        return _unpacked(batch, *parts[0])
+    for_user = torch.cat([each for _, each in parts])
+    if batch.combination.combination is None:
+        return _unpacked(batch, for_user, for_user)
+    return _unpacked(batch, torch.cat([each for each, _ in parts]), for_user)

@@ -21,3 +21,9 @@ def to_float64(tensor: Tensor) -> Tensor:
     a coefficient by up to 7e-6 of its size.
     """
     return tensor if tensor.device.type == "mps" else tensor.to(torch.float64)
+
+
+def largest_per_row(tensor: Tensor) -> Tensor:
+    """Return the largest absolute value in each row of a real tensor, NaN if there is one, without a copy of it."""
+    smallest, largest = tensor.reshape(len(tensor), -1).aminmax(dim=1)
+    return torch.maximum(largest, -smallest)

@@ -57,8 +57,8 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
         process_group: Ranks that share each group, or a `DeviceMesh` of one axis. Each rank passes poses of its own, or
             none, and gets the predictions of all, in the order of the ranks. Combination and loss must be the same on
             all ranks; `.grad` is then on each what one process with all poses would have.
-        audit: Whether to run a pose twice, without a trace, before poses are intercepted for the first time in a mode of
-            the model, so that models whose gradients would be wrong are refused.
+        audit: Whether to run a pose twice, without a trace, before poses are intercepted for the first time in each
+            mode of the model, so that models whose gradients would be wrong are refused.
         progress: True for a bar (needs tqdm), or a function of `(done, total)`, called after each chunk.
 
     All options are attributes, validated when they are set.
@@ -191,7 +191,8 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
 
         Args:
             poses: An iterable of poses, or a tensor or mapping of tensors with the poses along axis 0, of which the
-                model gets slices, and for which it returns a row per pose. Or `Groups`, which contain both.
+                model gets slices, and for which it returns a row per pose. A Dataset or a DataLoader is read while it
+                runs, and again for a second run. Or `Groups`, which contain poses and groups.
             groups: The group of each pose: integers from 0 to B - 1, shape `(M,)`, in any order. Without it all poses
                 are one group.
             **arguments: Passed to the combination: masks, weights of the poses, known energies. A tensor with `N` rows

@@ -137,6 +137,21 @@ def test_overheads_and_growth_are_measured(
     assert all(few < 500 for few, _ in by_accumulator.values())
 
 
+@pytest.mark.usefixtures("_sibling_imports")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the peers, if installed
+def test_embeddings_are_compared_with_their_peers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "embeddings.json"
+    sizes = ["--sizes", "16", "--chunks", "4", "--width", "16", "--embedding", "64", "--layers", "1", "--tokens", "4"]
+    run_script(monkeypatch, "embeddings.py", *sizes, "--repeats", "1", "--save", str(path))
+    assert "| MultiPose, memory=0 " in capsys.readouterr().out
+    saved = {each["way"]: each for each in json.loads(path.read_text())}
+    assert all(each["error"] < 1e-4 for each in saved.values())
+    assert saved["MultiPose, memory=0"]["peak_ratio"] < 1.3  # tiny embeddings, beside which blocks of 64 KiB show
+    assert saved["MultiPose, memory=0"]["lines"] == 2 < saved["two passes"]["lines"]
+
+
 def test_pose_parallel_measures_several_processes(tmp_path: Path) -> None:
     path = tmp_path / "sharing.json"
     options = ["--ranks", "2", "--poses", "2", "--repeats", "1", "--save", str(path)]

@@ -18,4 +18,6 @@ def test_progress_of_both_runs() -> None:
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tqdm")
     gradhooks.MultiPose(small_mlp(), progress=True)(random_poses())
-    assert "poses" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "poses" in printed
+    assert "pose/s" in printed  # the rate, after the remaining time

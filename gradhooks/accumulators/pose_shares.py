@@ -10,7 +10,7 @@ from einops import reduce
 from torch import Tensor
 
 from gradhooks.engine.accumulation import Coefficients
-from gradhooks.numerics import at_least_float32
+from gradhooks.numerics import at_least_float32, largest_per_row
 
 NEWEST_SHARE = 0.3
 """The share of the newest batch in the running averages."""
@@ -55,17 +55,15 @@ def observe(
     """Return the observation of a batch that an accumulator has served."""
     direct = coefficients.direct
     read = None if direct is None else reduce(direct.detach() != 0, "n ... -> n", "any")
-    return Observation(_sizes(coefficients.total), threshold, coefficients.largest, read, log_weights, groups)
+    return Observation(
+        largest_per_row(coefficients.total.detach()), threshold, coefficients.largest, read, log_weights, groups
+    )
 
 
 def observe_plain(coefficients: Tensor) -> Observation:
     """Return the observation of poses that ran plainly, of which only the coefficients are known."""
     rounding = torch.finfo(at_least_float32(coefficients.dtype)).eps / 2
-    return Observation(_sizes(coefficients), rounding / max(1, len(coefficients)), intercepted=False)
-
-
-def _sizes(coefficients: Tensor) -> Tensor:
-    return reduce(coefficients.detach().abs(), "n ... -> n", "max")
+    return Observation(largest_per_row(coefficients.detach()), rounding / max(1, len(coefficients)), intercepted=False)
 
 
 @dataclass

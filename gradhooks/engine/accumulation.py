@@ -13,11 +13,19 @@ from gradhooks.engine.model_state import Snapshot
 
 
 class Chunk(NamedTuple):
-    """The poses `start .. stop - 1`, which ran together, and the model state before they did."""
+    """The poses `start .. stop - 1`, which ran together.
+
+    Attributes:
+        start: The index of the first pose.
+        stop: The index after the last pose.
+        before: The model state before they ran.
+        pose_bytes: The bytes of their input for each pose, with padding; 0 if they are unknown.
+    """
 
     start: int
     stop: int
     before: Snapshot
+    pose_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from gradhooks.engine.learned import Learned, Mode
 from gradhooks.engine.memory_need import MemoryNeed, mode_of
 from gradhooks.engine.model_parts import ModelParts, ModelPartsCache
 from gradhooks.engine.pose_description import describe_poses, refuse_nested_groups
-from gradhooks.engine.pose_inputs import Poses, as_poses, inputs_that_require_grad
+from gradhooks.engine.pose_forms import as_poses
+from gradhooks.engine.pose_inputs import Poses, inputs_that_require_grad
 from gradhooks.engine.pose_runner import PoseRunner
 from gradhooks.engine.report import Report
 from gradhooks.engine.schedule import Schedule

@@ -5,11 +5,93 @@ kernels that add in varying order lose a few digits, a model that draws other ra
 pose, or of equal ones, has no spread.
 """
 
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gradhooks.engine.context import ForwardContext
 from gradhooks.errors import ReplayError
+
+BLOCK_BYTES = 2**16
+"""How many predictions of the second run are kept until they are compared."""
+
+Rows = slice | Sequence[int]
+
+
+class DriftCheck:
+    """Compares the predictions of a second run with those of the first, block by block. Waits for the device once.
+
+    Args:
+        context: The intercepted poses.
+        predictions: Shape `(N, *prediction)`: the predictions of all poses in the first run.
+        packed: Whether the poses run in other chunks than the first time.
+    """
+
+    def __init__(self, context: ForwardContext, predictions: Tensor, *, packed: bool) -> None:
+        self._context = context
+        self._predictions = predictions
+        eps = torch.finfo(predictions.dtype).eps
+        # Packed poses have other neighbours in their chunk; that changes only the last digits, unless the prediction
+        # really depends on them.
+        dtypes = (predictions.dtype, *context.batch.autocast.dtypes)
+        rounding = max(torch.finfo(dtype).eps for dtype in dtypes) if packed else eps
+        smallest, largest = _finite_range(predictions)
+        size = torch.maximum(largest, -smallest).max().clamp(min=0)
+        self._allowed = rounding**0.75 * size + (0 if packed else eps**0.5 * (largest - smallest).clamp(min=0))
+        self._capacity = min(len(predictions), BLOCK_BYTES * len(predictions) // max(1, predictions.nbytes))
+        self._second: Tensor | None = None
+        self._waiting: list[Rows] = []
+        self._filled = 0
+        self._rows: list[Rows] = []
+        self._worst: list[Tensor] = []
+
+    def add(self, rows: Rows, second: Tensor) -> None:
+        """Take the predictions of some poses in the second run, shape `(n, *prediction)`."""
+        if self._filled + len(second) > self._capacity:
+            self._compare_waiting()
+        if len(second) > self._capacity // 2:
+            self._compare([rows], second)
+            return
+        if self._second is None:  # one block for all: small tensors between large ones would fragment the memory
+            self._second = second.new_empty((self._capacity, *second.shape[1:]))
+        self._second[self._filled : self._filled + len(second)] = second
+        self._filled += len(second)
+        self._waiting.append(rows)
+
+    def refuse(self) -> None:
+        """Raise an error if a prediction differs.
+
+        Raises:
+            ReplayError: A prediction differs by more than rounding explains.
+        """
+        self._compare_waiting()
+        if not self._worst:
+            return
+        worst = torch.cat(self._worst).tolist()
+        drifted = next((row for row, drift in enumerate(worst) if drift > 0), None)
+        if drifted is None:
+            return
+        index = list(chain.from_iterable(_numbers(rows) for rows in self._rows))[drifted]
+        raise ReplayError(
+            f"pose {index} of {len(self._context.poses)}: its second run differs from its first by "
+            f"{worst[drifted]:.3g}; {_cause(self._context.poses, index)}"
+        )
+
+    def _compare_waiting(self) -> None:
+        waiting, filled, self._waiting, self._filled = self._waiting, self._filled, [], 0
+        if waiting and self._second is not None:
+            self._compare(waiting, self._second[:filled])
+
+    def _compare(self, rows: list[Rows], second: Tensor) -> None:
+        """Keep how far each pose differs, 0 where rounding explains it."""
+        parts = [self._predictions[each] for each in rows]
+        drifts = _differences(parts[0] if len(parts) == 1 else torch.cat(parts), second)
+        drifts = torch.where(drifts > self._allowed, drifts, 0).reshape(len(second), -1)
+        self._worst.append(drifts.amax(1))
+        self._rows += rows
 
 
 def refuse_drift(
@@ -27,25 +109,29 @@ def refuse_drift(
     Raises:
         ReplayError: A prediction differs by more than rounding explains.
     """
-    first = predictions[indices.to(predictions.device)]
-    drifts = _differences(first, second)
-    eps = torch.finfo(predictions.dtype).eps
-    # Packed poses have other neighbours in their chunk; that changes only the last digits, unless the prediction really
-    # depends on them.
-    rounding = (
-        max(torch.finfo(dtype).eps for dtype in (predictions.dtype, *context.batch.autocast.dtypes)) if packed else eps
-    )
-    size = torch.where(predictions.isfinite(), predictions, 0).abs().max()
-    allowed = rounding**0.75 * size + (0 if packed else eps**0.5 * spread(predictions))
-    drifted = (drifts > allowed).reshape(len(indices), -1).any(1).tolist()
-    if any(drifted):
-        worst = drifted.index(True)
-        raise ReplayError(
-            f"pose {indices[worst]} of {len(context.poses)}: its second run differs from its first by "
-            f"{drifts[worst].max().item():.3g}; the model depends on something that is not restored (a random "
-            "generator that is no attribute of a module, state in another object, a pose changed in place). Name its "
-            "generators with generators=[...], or use accumulator='store', which runs every pose once"
+    check = DriftCheck(context, predictions, packed=packed)
+    check.add(indices.tolist(), second)
+    check.refuse()
+
+
+def _numbers(rows: Rows) -> Sequence[int]:
+    return range(rows.start, rows.stop) if isinstance(rows, slice) else rows
+
+
+def _cause(poses: Any, index: int) -> str:
+    changed = poses.differing_tensors(index) if getattr(poses, "loaded", False) else []
+    if changed:
+        return (
+            f"the pose is another one each time it is read: {', '.join(changed)} differ. poses[i] must be "
+            "deterministic (draw augmentations from a generator that is seeded by i), or pass list(poses), which keeps "
+            "what was read"
         )
+    workers = ", a pose that the workers of a DataLoader read differently" if getattr(poses, "loaded", False) else ""
+    return (
+        "the model depends on something that is not restored (a random generator that is no attribute of a module, "
+        f"state in another object, a pose changed in place{workers}). Name its generators with generators=[...], or "
+        "use accumulator='store', which runs every pose once"
+    )
 
 
 def spread(predictions: Tensor) -> Tensor:
@@ -53,10 +139,23 @@ def spread(predictions: Tensor) -> Tensor:
 
     The range, not the size, is the scale on which poses differ: total energies of -3000 may vary by 1.
     """
-    finite = predictions.isfinite()
-    largest = torch.where(finite, predictions, -torch.inf).amax(0)
-    smallest = torch.where(finite, predictions, torch.inf).amin(0)
+    smallest, largest = _finite_range(predictions)
     return (largest - smallest).clamp(min=0)
+
+
+def _finite_range(predictions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest finite value of each component; infinity and minus infinity without any.
+
+    Block by block, since there may be many predictions, and each operation makes a copy.
+    """
+    size = max(1, BLOCK_BYTES * len(predictions) // max(1, predictions.nbytes))
+    smallest, largest = [], []
+    for start in range(0, len(predictions), size):
+        block = predictions[start : start + size]
+        finite = block.isfinite()
+        smallest.append(torch.where(finite, block, torch.inf).amin(0))
+        largest.append(torch.where(finite, block, -torch.inf).amax(0))
+    return torch.stack(smallest).amin(0), torch.stack(largest).amax(0)
 
 
 def _differences(first: Tensor, second: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from gradhooks.distributed.collectives import Message
 from gradhooks.distributed.pose_parallel import METADATA_LENGTH, PosePartition
-from gradhooks.engine.accumulation import Accumulation, Chunk, NoPoses
+from gradhooks.engine.accumulation import Accumulation, NoPoses
 from gradhooks.engine.batch import Batch
+from gradhooks.engine.chunk_fitting import next_chunk
 from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.grad_mode import run_without_graph
 from gradhooks.engine.leaf_validation import refuse_differentiable
@@ -21,6 +22,7 @@ from gradhooks.engine.pose_runner import NeedsGradModeError
 from gradhooks.engine.progress import progress_of
 from gradhooks.engine.schedule import StartAgainError
 from gradhooks.engine.side_outputs import check_layout
+from gradhooks.errors import PosesError
 
 Begin = Callable[[PoseEngine, Tensor], Accumulation]
 
@@ -104,34 +106,34 @@ def _run_local_poses(context: ForwardContext, begin: Begin, before: Snapshot) ->
         return NoPoses(len(context.leaves.shadows)), torch.empty(0), False
     engine = PoseEngine(context)
     with progress_of(batch.options.progress, count, "poses") as report_progress:
-        size = 0
-        chunk = Chunk(0, schedule.chunk_size(count), before)
+        chunk = next_chunk(poses, schedule, None, before)
         live = context.run(poses, chunk)
         accumulation = begin(engine, live)
-        rows = [live.detach()]
-        differentiable = live.requires_grad
+        first, differentiable = live.detach(), live.requires_grad
+        # Predictions that were kept one by one would lie between the freed memory of the chunks, and fragment it.
+        rows = first if chunk.stop == count else first.new_empty((count, *first.shape[1:]))
         while True:
-            check_shape(rows[0], rows[-1], context.first + chunk.start)
+            check_shape(first, live, context.first + chunk.start)
+            if rows is not first:
+                rows[chunk.start : chunk.stop] = live.detach()
             engine.chunks.append(chunk)
             accumulation.add(chunk, live)
             del live  # the next chunk needs the memory of its graph
             report_progress(chunk.stop)
             if chunk.stop == count:
                 break
-            size = size or schedule.chunk_size(count - chunk.stop)  # what the first chunk needs is known by now
-            chunk = Chunk(chunk.stop, min(count, chunk.stop + size), state.snapshot())
+            chunk = next_chunk(poses, schedule, chunk, state.snapshot())
             # While no prediction requires grad, a graph shows whether this one does.
             if accumulation.keeps_graph or not differentiable:
                 live = context.run(poses, chunk)
             else:
                 live = run_without_graph(context, chunk)
             differentiable |= live.requires_grad
-            rows.append(live.detach())
     batch.report.chunks += len(engine.chunks)
     engine.end_first_run(stateless=state.unchanged_since(before))
     if state.noticed_late and len(engine.chunks) > 1:
         raise StartAgainError("the forward changed state that no forward changed before")
-    return accumulation, rows[0] if len(rows) == 1 else torch.cat(rows), differentiable
+    return accumulation, rows, differentiable
 
 
 def predict(batch: Batch) -> Tensor:
@@ -149,17 +151,28 @@ def predict(batch: Batch) -> Tensor:
 
 
 def _predict_local_poses(batch: Batch) -> Tensor:
-    rows: list[Tensor] = []
+    first = rows = torch.empty(0)
     start, count = 0, len(batch.poses)
+    batch.report.chunks = 0
     with progress_of(batch.options.progress, count, "poses") as report_progress:
         while start < count:
             size = batch.schedule.prediction_chunk_size(count - start)
             limit = batch.schedule.split_beyond(batch.schedule.room)
             run = batch.runner.run_plainly(batch.poses, start, start + size, limit, measure=False)
+            if run.predictions.requires_grad and batch.poses.loaded:
+                raise PosesError(
+                    f"the prediction of pose {start} requires grad, although no parameter of the model does; poses "
+                    "that are read while they run are not searched for tensors that require grad: pass list(poses)"
+                )
             refuse_differentiable(batch.model, run.predictions, start)
-            rows.append(run.predictions.detach())
-            check_shape(rows[0], rows[-1], start)
-            start += len(rows[-1])
+            live = run.predictions.detach()
+            if start == 0:
+                first = live
+                rows = first if len(first) == count else first.new_empty((count, *first.shape[1:]))
+            check_shape(first, live, start)
+            if rows is not first:
+                rows[start : start + len(live)] = live
+            start += len(live)
+            batch.report.chunks += 1
             report_progress(start)
-    batch.report.chunks = len(rows)
-    return torch.cat(rows) if rows else torch.empty(0)
+    return rows

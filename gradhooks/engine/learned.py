@@ -1,21 +1,18 @@
 """Learned: what earlier batches have shown, kept by `MultiPose` from batch to batch."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
-import torch
-
-StackForm = tuple[tuple[int, torch.dtype], ...]
+StackForm = tuple[tuple[int, str], ...]
 """Number of axes and dtype of each tensor in stacked poses."""
 
 Mode = str
 """Whether the model trains, to what autocast casts, whether graphs are kept: what a pose needs may differ."""
 
 
-@dataclass
-class PoseNeed:
-    """The memory of a pose, as far as it was measured: the largest per pose of the chunks that were.
+class PoseNeed(NamedTuple):
+    """The memory of a pose of a chunk that was measured.
 
     Attributes:
         graph_bytes: What the graph keeps until its backward.
@@ -23,9 +20,21 @@ class PoseNeed:
         input_bytes: The input.
     """
 
-    graph_bytes: int = 0
-    temporary_bytes: int = 0
-    input_bytes: int = 0
+    graph_bytes: int
+    temporary_bytes: int
+    input_bytes: int
+
+    @property
+    def step_bytes(self) -> int:
+        """What the step of the pose needs."""
+        return self.graph_bytes + self.temporary_bytes
+
+
+class NeedRange(NamedTuple):
+    """What poses with the smallest and with the largest input need, as far as they were measured."""
+
+    smallest: PoseNeed
+    largest: PoseNeed
 
 
 @dataclass
@@ -47,7 +56,7 @@ class Learned:
             all were inspected. Written by `unused_parameters.py`.
     """
 
-    pose_needs: dict[Mode, PoseNeed] = field(default_factory=dict)
+    pose_needs: dict[Mode, NeedRange] = field(default_factory=dict)
     hooks_refused: bool = False
     memory_limit: tuple[str | float, int] | None = None
     largest_chunk: int | None = None
@@ -58,14 +67,22 @@ class Learned:
 
     def as_plain_values(self) -> dict[str, Any]:
         """Return a dictionary of numbers, strings and containers of them."""
-        return asdict(self)
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {
+            **values,
+            "pose_needs": {mode: [list(need) for need in needs] for mode, needs in self.pose_needs.items()},
+            "row_per_pose": sorted(self.row_per_pose),
+            "needs_grad_mode": sorted(self.needs_grad_mode),
+            "chunk_dependent": dict(self.chunk_dependent),
+            "unused_count": dict(self.unused_count),
+        }
 
     @classmethod
     def of_plain_values(cls, values: Mapping[str, Any]) -> "Learned":
         """Return what `as_plain_values` has written; entries of another version are left out."""
-        known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
-        learned = cls(**known)
-        learned.pose_needs = {mode: PoseNeed(**need) for mode, need in values.get("pose_needs", {}).items()}
-        learned.chunk_dependent = dict(learned.chunk_dependent)
-        learned.unused_count = dict(learned.unused_count)
+        learned = cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
+        needs = values.get("pose_needs", {}).items()
+        learned.pose_needs = {mode: NeedRange(*(PoseNeed(*need) for need in ends)) for mode, ends in needs}
+        learned.chunk_dependent, learned.unused_count = dict(learned.chunk_dependent), dict(learned.unused_count)
+        learned.row_per_pose, learned.needs_grad_mode = set(learned.row_per_pose), set(learned.needs_grad_mode)
         return learned

@@ -3,18 +3,22 @@
 Rules:
     1. A graph needs what it saves for its backward, and, while it is built or run through, `TEMPORARIES` times the
        largest saved tensor (measured: 0.5 to 3 times). Without a graph the need is the peak of the forward.
-    2. The largest need per pose counts, so that a budget is a limit. It grows with the input at most quadratically
-       (pairs of atoms or tokens); an input that is larger than all that were measured is measured again.
-    3. Saved tensors are seen by hooks. `torch.func` refuses them; then the storages that operations return are counted.
+    2. What a pose of a chunk needs depends on the bytes of the chunk's input per pose: with padding, on the longest
+       pose. Above the largest input that was measured the need grows at most quadratically (pairs of atoms or tokens);
+       below it, it is at most on the line between the needs of the smallest and the largest input. An input that is
+       larger than all that were measured, or less than half of them, is measured again.
+    3. The largest need counts among inputs of one size, and where no size is given, so that a budget is a limit.
+    4. Saved tensors are seen by hooks. `torch.func` refuses them; then the storages that operations return are counted.
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from math import ceil
 
 import torch
 from torch import Tensor
 
-from gradhooks.engine.learned import Learned, Mode, PoseNeed
+from gradhooks.engine.learned import Learned, Mode, NeedRange, PoseNeed
 from gradhooks.engine.live_bytes import LiveBytes
 from gradhooks.engine.saved_tensors import record_saved_tensors
 
@@ -46,37 +50,58 @@ class MemoryNeed:
         self._with_graph = with_graph
 
     @property
-    def known(self) -> PoseNeed | None:
+    def known(self) -> NeedRange | None:
         """What was measured in this mode."""
         return self._learned.pose_needs.get(self._mode)
 
     @property
     def graph_bytes(self) -> int:
-        """What the graph of a pose keeps; 1 if nothing was measured."""
-        return max(1, self.known.graph_bytes) if self.known else 1
+        """What the graph of a pose keeps, of the largest input; 1 if nothing was measured."""
+        return max(1, self.known.largest.graph_bytes) if self.known else 1
 
     @property
     def temporary_bytes(self) -> int:
-        """What a pose needs beside its graph while it runs."""
-        return self.known.temporary_bytes if self.known else 0
+        """What a pose needs beside its graph while it runs, with the largest input."""
+        return self.known.largest.temporary_bytes if self.known else 0
 
     @property
     def step_bytes(self) -> int:
-        """What the step of one pose needs."""
+        """What the step of one pose needs, with the largest input."""
         return self.graph_bytes + self.temporary_bytes
+
+    def step_bytes_of(self, pose_bytes: int) -> int:
+        """Return what the step of a pose needs, given the bytes of its input; 0 if they are unknown (Rules 2 and 3)."""
+        return (
+            max(1, self._need_of(self.known, pose_bytes).step_bytes) if self.known and pose_bytes else self.step_bytes
+        )
 
     def expected_graph(self, input_bytes: int, count: int) -> int:
         """Return what the graph of `count` poses is expected to keep, from the size of their input (Rule 2)."""
-        known = self.known
-        if known is None:
-            return 0
-        growth = max(1.0, input_bytes / count / known.input_bytes) if known.input_bytes else 1.0
-        return int(count * self.graph_bytes * growth**2)
+        return count * self._need_of(self.known, input_bytes // count).graph_bytes if self.known else 0
+
+    @staticmethod
+    def _need_of(known: NeedRange, pose_bytes: int) -> PoseNeed:
+        small, large = known
+        if pose_bytes == 0 or large.input_bytes in (0, pose_bytes):
+            return large
+        if pose_bytes > large.input_bytes:
+            growth = (pose_bytes / large.input_bytes) ** 2
+            return PoseNeed(int(large.graph_bytes * growth), int(large.temporary_bytes * growth), pose_bytes)
+        if pose_bytes <= small.input_bytes:
+            return small
+        share = (pose_bytes - small.input_bytes) / (large.input_bytes - small.input_bytes)
+        graph, temporary, _ = (ceil(a + share * (b - a)) for a, b in zip(small, large, strict=True))
+        return PoseNeed(graph, temporary, pose_bytes)
 
     def is_unmeasured(self, input_bytes: int, count: int) -> bool:
-        """Return whether an input is larger than all that were measured; True if its size cannot be seen."""
+        """Return whether an input is larger than all that were measured, or half as large, or of no visible size."""
         known = self.known
-        return known is None or input_bytes == 0 or input_bytes > count * known.input_bytes
+        return (
+            known is None
+            or input_bytes == 0
+            or input_bytes > count * known.largest.input_bytes
+            or 2 * input_bytes < count * known.smallest.input_bytes
+        )
 
     def measure(
         self, run: Callable[[], Tensor], input_bytes: int, count: int, excluded: Container[int]
@@ -104,16 +129,35 @@ class MemoryNeed:
                 self._learned.hooks_refused = True
                 raise HooksRefusedError(str(error)) from error
             graph, temporary = sizes(predictions)
-        need = self._learned.pose_needs.setdefault(self._mode, PoseNeed())
-        need.graph_bytes = max(need.graph_bytes, -(-graph // count))
-        need.temporary_bytes = max(need.temporary_bytes, -(-temporary // count))
-        need.input_bytes = max(need.input_bytes, -(-input_bytes // count))
+        self._learn(PoseNeed(-(-graph // count), -(-temporary // count), -(-input_bytes // count)))
         return predictions, graph
+
+    def _learn(self, measured: PoseNeed) -> None:
+        small, large = self.known or (measured, measured)
+        if measured.input_bytes >= large.input_bytes:
+            small = _larger(small, measured) if small.input_bytes == measured.input_bytes else small
+            large = _larger(large, measured)
+        elif measured.input_bytes <= small.input_bytes:
+            small = _larger(small, measured) if small.input_bytes == measured.input_bytes else measured
+        else:
+            expected = self._need_of(NeedRange(small, large), measured.input_bytes)
+            small, large = (_raised(end, expected, measured) for end in (small, large))
+        self._learned.pose_needs[self._mode] = NeedRange(small, large)
 
     def _counting(self, excluded: Container[int]) -> AbstractContextManager[Sizes]:
         if self._with_graph and not self._learned.hooks_refused:
             return _counting_saved_tensors(excluded)
         return _counting_storages(self._device)
+
+
+def _larger(first: PoseNeed, second: PoseNeed) -> PoseNeed:
+    return PoseNeed(*map(max, first, second))
+
+
+def _raised(end: PoseNeed, expected: PoseNeed, measured: PoseNeed) -> PoseNeed:
+    """Return the need at one end of the line, raised by what was measured above the line."""
+    excess = [max(0, found - on_line) for found, on_line in zip(measured, expected, strict=True)]
+    return PoseNeed(end.graph_bytes + excess[0], end.temporary_bytes + excess[1], end.input_bytes)
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """The poses of a batch in the forms that a user may pass, sliced into chunks."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gradhooks.engine.model_output import describe
-from gradhooks.engine.nested import is_graph, map_tensors
+from gradhooks.engine.nested import map_tensors, tensors_in
+from gradhooks.engine.prepared_input import PreparedInput
 from gradhooks.errors import PosesError
 from gradhooks.options import Collate
 
@@ -19,18 +20,23 @@ class Poses(Protocol):
 
     Attributes:
         batched: Whether axis 0 of the model's output is the pose.
-        collated: Whether a model's input is new memory, and not that of the user's poses.
+        collated: Whether a model's input is made by `collate`, of new memory, and not that of the user's poses.
+        loaded: Whether a pose is read for each run and not kept.
     """
 
     batched: bool
     collated: bool
+    loaded: bool
 
     def __len__(self) -> int: ...
 
     def slice(self, start: int, stop: int) -> Any:
         """Return the model's input for the poses `start .. stop - 1`."""
 
-    def select(self, indices: list[int]) -> Any:
+    def prepare(self, start: int, stop: int) -> int:
+        """Return the bytes of the model's input for the poses `start .. stop - 1`, which the next `slice` returns."""
+
+    def select(self, indices: Sequence[int]) -> Any:
         """Return the model's input for the poses at `indices`."""
 
     def original_index(self, index: int) -> int:
@@ -50,11 +56,11 @@ class StackedPoses:
     """A tensor, or a mapping of tensors, whose axis 0 is the pose."""
 
     batched = True
-    collated = False
+    collated = loaded = False
 
     def __init__(self, stack: Stack, first: int = 0) -> None:
         self._stack = stack
-        self._length = _stack_length(stack)
+        self._length = stack_length(stack)
         self._first = first
 
     def __len__(self) -> int:
@@ -65,8 +71,11 @@ class StackedPoses:
             return self._stack
         return map_tensors(lambda tensor: tensor[start:stop], self._stack)
 
-    def select(self, indices: list[int]) -> Any:
-        return map_tensors(lambda tensor: tensor[indices], self._stack)
+    def prepare(self, start: int, stop: int) -> int:
+        return sum(tensor.nbytes for _, tensor in tensors_in(self.slice(start, stop)))
+
+    def select(self, indices: Sequence[int]) -> Any:
+        return map_tensors(lambda tensor: tensor[list(indices)], self._stack)
 
     def original_index(self, index: int) -> int:
         return self._first + index
@@ -89,21 +98,25 @@ class StackedPoses:
 class ListedPoses:
     """A list of poses of any type; `collate` makes the model's input from several of them."""
 
+    loaded = False
+
     def __init__(self, poses: Sequence[Any], collate: Collate | None, first: int = 0) -> None:
         self._poses = poses
         self._collate = collate
         self._first = first
+        self._prepared = PreparedInput()
         self.batched = self.collated = collate is not None
 
     def __len__(self) -> int:
         return len(self._poses)
 
     def slice(self, start: int, stop: int) -> Any:
-        if self._collate is not None:
-            return self._collate(list(self._poses[start:stop]))
-        return self._poses[start]
+        return self._prepared.take(start, stop, lambda: self.select(range(start, stop)))
 
-    def select(self, indices: list[int]) -> Any:
+    def prepare(self, start: int, stop: int) -> int:
+        return self._prepared.make(start, stop, lambda: self.select(range(start, stop)))
+
+    def select(self, indices: Sequence[int]) -> Any:
         if self._collate is not None:
             return self._collate([self._poses[index] for index in indices])
         return self._poses[indices[0]]
@@ -129,7 +142,7 @@ class PoseSubset:
     def __init__(self, poses: Poses, indices: Sequence[int]) -> None:
         self._poses = poses
         self._indices = indices
-        self.batched, self.collated = poses.batched, poses.collated
+        self.batched, self.collated, self.loaded = poses.batched, poses.collated, poses.loaded
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -140,7 +153,10 @@ class PoseSubset:
         is_contiguous = last - first == len(indices) - 1
         return self._poses.slice(first, last + 1) if is_contiguous else self._poses.select(indices)
 
-    def select(self, indices: list[int]) -> Any:
+    def prepare(self, start: int, stop: int) -> int:
+        return sum(tensor.nbytes for _, tensor in tensors_in(self.slice(start, stop)))
+
+    def select(self, indices: Sequence[int]) -> Any:
         return self._poses.select([self._indices[index] for index in indices])
 
     def original_index(self, index: int) -> int:
@@ -154,43 +170,6 @@ class PoseSubset:
 
     def change(self, index: int, function: Callable[[Tensor], Tensor]) -> Poses:
         return PoseSubset(self._poses.change(self._indices[index], function), self._indices)
-
-
-def as_poses(poses: Any, collate: Collate | None, *, may_be_empty: bool = False) -> Poses:
-    """Return the user's poses in one of the forms above.
-
-    Args:
-        poses: What the user passed: an iterable of poses, or a stack.
-        collate: Makes the model's input from a list of poses.
-        may_be_empty: Whether there may be no poses.
-
-    Raises:
-        PosesError: `poses` is empty, is neither an iterable nor a stack, or is a stack although `collate` is given.
-    """
-    if isinstance(poses, (Tensor, Mapping)):
-        length = _stack_length(poses)
-        if length == 0 and not may_be_empty:
-            raise PosesError(
-                "there are no poses: the tensors have 0 rows along axis 0; a group needs at least one pose"
-            )
-        if collate is not None:
-            raise PosesError(
-                "collate= makes a batch from a list of poses, and these poses are already stacked in "
-                f"{describe(poses)}; pass a list of poses, or MultiPose without collate="
-            )
-        if not _any_requires_grad(poses):
-            return StackedPoses(poses)
-        # Each slice would send back a gradient of the size of the whole stack; the backward of unbind stacks them once.
-        poses, collate = _unstack(poses, length), _stack
-    elif isinstance(poses, (str, bytes)) or is_graph(poses) or not _is_iterable(poses):
-        raise PosesError(
-            f"poses must be an iterable of poses, a tensor or a mapping of tensors, got one {type(poses).__name__}; "
-            "pass a list of poses (for a batch of PyTorch Geometric: batch.to_data_list())"
-        )
-    listed = list(poses)
-    if not listed and not may_be_empty:
-        raise PosesError("there are no poses: a group needs at least one pose")
-    return ListedPoses(listed, collate)
 
 
 def inputs_that_require_grad(poses: Poses) -> list[Tensor]:
@@ -207,7 +186,12 @@ def inputs_that_require_grad(poses: Poses) -> list[Tensor]:
     return found
 
 
-def _stack_length(stack: Stack) -> int:
+def stack_length(stack: Stack) -> int:
+    """Return the number of poses in a stack.
+
+    Raises:
+        PosesError: A tensor has no axis 0, or the lengths differ.
+    """
     tensors = {"poses": stack} if isinstance(stack, Tensor) else stack
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.dim() == 0:
@@ -219,25 +203,3 @@ def _stack_length(stack: Stack) -> int:
     if len(set(lengths.values())) > 1:
         raise PosesError(f"stacked poses must agree in the length of axis 0, got {lengths}")
     return next(iter(lengths.values()), 0)
-
-
-def _any_requires_grad(stack: Stack) -> bool:
-    tensors = [stack] if isinstance(stack, Tensor) else stack.values()
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _unstack(stack: Stack, length: int) -> list[Any]:
-    if isinstance(stack, Tensor):
-        return list(stack.unbind())
-    columns = {name: tensor.unbind() for name, tensor in stack.items()}
-    return [{name: column[index] for name, column in columns.items()} for index in range(length)]
-
-
-def _stack(poses: list[Any]) -> Any:
-    if isinstance(poses[0], Tensor):
-        return torch.stack(poses)
-    return {name: torch.stack([pose[name] for pose in poses]) for name in poses[0]}
-
-
-def _is_iterable(value: Any) -> bool:
-    return isinstance(value, Iterable) or hasattr(value, "__getitem__")

@@ -158,6 +158,8 @@ class PoseRunner:
     def _not_counted(self, poses: Poses, inputs: Any) -> set[int]:
         """Return the addresses of storages that exist anyway: the model's, and those of poses that are not copied."""
         own = [] if poses.collated else [tensor for _, tensor in tensors_in(inputs)]
+        if poses.loaded:  # only a part of a larger storage is memory that the source holds
+            own = [tensor for tensor in own if tensor.untyped_storage().nbytes() > tensor.nbytes]
         return storage_addresses(self._model, own)
 
     def _predict(self, inputs: Any, poses: Poses, start: int, stop: int) -> Tensor:

@@ -9,12 +9,11 @@ prediction does not depend on the other poses of its chunk.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from gradhooks.engine.accumulation import Chunk
 from gradhooks.engine.context import ForwardContext
-from gradhooks.engine.drift import refuse_drift
+from gradhooks.engine.drift import DriftCheck
 from gradhooks.engine.gradient_sums import Gradients
 from gradhooks.engine.parameter_hooks import RunningSums
 from gradhooks.engine.pose_inputs import Poses, PoseSubset
@@ -67,18 +66,19 @@ class SecondRun:
         jobs = self._jobs(selected)
         if not jobs:
             return [None] * len(self._context.leaves.shadows)
-        masked = cotangents * per_row(selected.to(cotangents), cotangents)
+        if not selected.all():
+            cotangents = cotangents * per_row(selected.to(cotangents), cotangents)
         batch = self._context.batch
 
         def attempt() -> Gradients:
-            size = batch.schedule.chunk_size(max(job.chunk.stop - job.chunk.start for job in jobs))
-            if self._may_pack and not all(job.selected == _length(job) <= size for job in jobs):
+            size = batch.schedule.chunk_size(max(map(_length, jobs)))
+            if self._may_pack and not all(self._may_run_unchanged(job) for job in jobs):
                 try:
-                    return self._run(self._packed(jobs, selected, size), predictions, masked, packed=True)
+                    return self._run(self._packed(jobs, selected, size), predictions, cotangents, packed=True)
                 except ReplayError:
                     # A prediction depends on the other poses of its chunk: run the chunks of the first run.
                     batch.learned.chunk_dependent[batch.mode] = True
-            return self._run(jobs, predictions, masked)
+            return self._run(jobs, predictions, cotangents)
 
         return batch.schedule.retry_smaller(attempt, resizable=self._stateless)
 
@@ -91,6 +91,10 @@ class SecondRun:
     def _may_pack(self) -> bool:
         batch = self._context.batch
         return self._stateless and not batch.learned.chunk_dependent.get(batch.mode, False)
+
+    def _may_run_unchanged(self, job: RerunJob) -> bool:
+        length = _length(job)
+        return job.selected == length and self._context.batch.schedule.may_run_again(length, job.chunk.pose_bytes)
 
     def _jobs(self, selected: Tensor) -> list[RerunJob]:
         """Return the chunks of the first run that contain a selected pose, last to first."""
@@ -113,8 +117,8 @@ class SecondRun:
         self, jobs: Sequence[RerunJob], predictions: Tensor, cotangents: Tensor, *, packed: bool = False
     ) -> Gradients:
         context, batch = self._context, self._context.batch
-        second: list[Tensor] = []
-        done = recomputed = 0
+        drift = DriftCheck(context, predictions, packed=packed)
+        done = 0
         total = sum(job.selected for job in jobs)
         with (
             context.rerunning(),
@@ -122,21 +126,18 @@ class SecondRun:
             progress_of(batch.options.progress, total, "second run") as report_progress,
         ):
             for job in jobs:
-                if not (self._stateless and second):  # a stateless model is still in the state before
+                if not (self._stateless and done):  # a stateless model is still in the state before
                     batch.parts.state.restore(job.chunk.before)
                 live = context.run(job.poses, job.chunk)
-                second.append(live.detach())
-                recomputed += job.selected
+                drift.add(job.rows, live.detach())
                 if live.requires_grad:
                     context.backward(live, cotangents[job.rows])
                 del live
                 done += job.selected
                 report_progress(done)
-            every = torch.arange(len(predictions))
-            rows = torch.cat([every[job.rows] for job in jobs])
-            refuse_drift(context, rows, torch.cat(second), predictions, packed=packed)
+            drift.refuse()
             batch.report.backwards += done
-            batch.report.recomputed += recomputed
+            batch.report.recomputed += done
             return sums.take()[0]
 
 

@@ -6,6 +6,7 @@ Rules:
        that take `1 / PARTS` of the memory. If they do not fit, as many of the last poses as fit beside one copy of the
        gradients: their graphs are freed in the backward before the first second run begins.
     2. Intercepted poses run in chunks whose graphs fit beside two copies: the sum, and what plain chunks have added.
+       The longer the poses of a chunk, the fewer they are (`chunk_fitting.py`).
     3. What earlier batches hold until their backward is not allowed a second time.
     4. A batch that runs out of memory starts again from the state before it, with half of the memory that it was
        using, and chunks of half the size. Both stay small, which leaves room for the user's own code.
@@ -132,14 +133,35 @@ class Schedule:
         self._planned = size * self.need.step_bytes
         return size
 
-    def chunk_size(self, remaining: int) -> int:
-        """Return the size of the next intercepted chunk (Rule 2)."""
-        pose = self.need.step_bytes
-        size = self._capped((self.left + pose - 2 * self._gradient_bytes) // pose, remaining)
-        self._planned = max(self._planned, size * pose)
+    def chunk_size(self, remaining: int, pose_bytes: int = 0) -> int:
+        """Return the size of the next intercepted chunk (Rule 2).
+
+        Args:
+            remaining: How many poses are left.
+            pose_bytes: The bytes of the chunk's input for each pose; 0 for those of the largest input.
+        """
+        size = self._capped(self._fitting(pose_bytes), remaining)
+        self._planned = max(self._planned, size * self.need.step_bytes_of(pose_bytes))
         return size
 
+    def may_run_again(self, count: int, pose_bytes: int) -> bool:
+        """Return whether a chunk that ran without a graph may run with one; the arguments are those of the chunk."""
+        return count <= self._size(self._fitting(pose_bytes), count)
+
+    @property
+    def depends_on_lengths(self) -> bool:
+        """Whether the size of a chunk follows the sizes of its poses."""
+        return self._chunk_size is None and self._batched and not self.one_by_one and self.need.known is not None
+
+    def _fitting(self, pose_bytes: int) -> int:
+        room = self.left + self.need.step_bytes - 2 * self._gradient_bytes
+        return room // self.need.step_bytes_of(pose_bytes)
+
     def _capped(self, fitting: int, remaining: int) -> int:
+        self._last_chunk = self._size(fitting, remaining)
+        return self._last_chunk
+
+    def _size(self, fitting: int, remaining: int) -> int:
         if self._chunk_size is not None:
             size = min(self._chunk_size, remaining)
         elif not self._batched or self.one_by_one or self.need.known is None:
@@ -148,7 +170,6 @@ class Schedule:
             size = max(1, min(fitting, remaining))
         if self._chunk_size is None and self._learned.largest_chunk is not None:
             size = min(size, self._learned.largest_chunk)
-        self._last_chunk = size
         return size
 
     def retry_smaller(self, attempt: Callable[[], Result], *, resizable: bool = True) -> Result:

@@ -51,10 +51,10 @@ def _run(model: nn.Module, inputs: Any, options: Options) -> Any:
 
 
 def _form_of(inputs: Any) -> StackForm:
-    form: list[tuple[int, torch.dtype]] = []
+    form: list[tuple[int, str]] = []
 
     def add(tensor: Tensor) -> Tensor:
-        form.append((tensor.dim(), tensor.dtype))
+        form.append((tensor.dim(), str(tensor.dtype)))
         return tensor
 
     map_tensors(add, inputs)

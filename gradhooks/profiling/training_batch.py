@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gradhooks import registry
 from gradhooks.combination import BoundCombination
-from gradhooks.engine.pose_inputs import Poses, as_poses
+from gradhooks.engine.pose_forms import as_poses
+from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.side_outputs import Layout, output_rows
 from gradhooks.group_validation import group_index, read_index
 from gradhooks.groups import Groups
