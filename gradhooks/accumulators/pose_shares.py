@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from einops import reduce
 from torch import Tensor
 
 from gradhooks.engine.accumulation import Coefficients
-from gradhooks.numerics import at_least_float32
+from gradhooks.numerics import at_least_float32, on_host
 
 NEWEST_SHARE = 0.3
 """The share of the newest batch in the running averages."""
@@ -75,9 +76,10 @@ class PoseShares:
     _seen: set[str] = field(default_factory=set)
 
     def learn(self, observations: Sequence[Observation]) -> None:
-        """Take the parts of a batch into the averages. Waits for the device."""
+        """Take the parts of a batch into the averages. Waits for the device once."""
         if not observations:
             return
+        observations = _on_host(observations)
         self._average("significant", _significant(observations))
         intercepted = [one for one in observations if one.intercepted]
         if intercepted:
@@ -95,10 +97,21 @@ class PoseShares:
         self._seen.add(name)
 
 
+def _on_host(observations: Sequence[Observation]) -> list[Observation]:
+    """Return observations whose tensors are on the CPU, in float64."""
+    names = ("sizes", "largest", "read", "log_weights")
+    held = [(one, name) for one in range(len(observations)) for name in names if getattr(observations[one], name) is not None]
+    fetched = on_host(*(getattr(observations[one], name) for one, name in held))
+    fields: list[dict[str, Any]] = [{} for _ in observations]
+    for (one, name), tensor in zip(held, fetched, strict=True):
+        fields[one][name] = tensor
+    return [replace(one, **own) for one, own in zip(observations, fields, strict=True)]
+
+
 def _significant(observations: Sequence[Observation]) -> float:
     """Return the share of significant coefficients, beside the largest of all parts."""
-    sizes = [one.sizes.to("cpu", torch.float64) for one in observations]
-    known = [one.largest.to("cpu", torch.float64).view(1) for one in observations if one.largest is not None]
+    sizes = [one.sizes for one in observations]
+    known = [one.largest.view(1) for one in observations if one.largest is not None]
     together = torch.cat([*sizes, *known])
     largest = torch.where(together.isfinite(), together, 0.0).amax() if len(together) else torch.zeros(())
     significant = 0
@@ -109,7 +122,7 @@ def _significant(observations: Sequence[Observation]) -> float:
 
 def _significant_online(observation: Observation, declared: Tensor) -> int:
     """Return how many poses had a significant log-weight beside the largest of their group so far."""
-    log_weights = declared.to("cpu", torch.float64).nan_to_num(nan=math.inf).tolist()
+    log_weights = declared.nan_to_num(nan=math.inf).tolist()
     least = math.log(observation.threshold or torch.finfo(torch.float64).tiny)
     tops: dict[int, float] = {}
     significant = 0

@@ -10,6 +10,7 @@ from torch import Tensor
 from gradhooks.accumulators.base import Accumulator, Engine, refuse_gradient_combination, set_accumulator
 from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
 from gradhooks.engine.gradient_sums import Gradients
+from gradhooks.numerics import on_host
 
 
 class Recompute(Accumulator):
@@ -66,7 +67,7 @@ def significant_poses(coefficients: Coefficients, threshold: float) -> Tensor:
         coefficients: The coefficients.
         threshold: Size relative to the largest coefficient; smaller ones are skipped.
     """
-    size = reduce(coefficients.total.detach().abs(), "n ... -> n", "max").to("cpu", torch.float64)
-    largest = coefficients.largest
-    largest = torch.where(size.isfinite(), size, 0).max() if largest is None else largest.to("cpu", torch.float64)
+    size = reduce(coefficients.total.detach().abs(), "n ... -> n", "max")
+    size, *known = on_host(size) if coefficients.largest is None else on_host(size, coefficients.largest)
+    largest = known[0] if known else torch.where(size.isfinite(), size, 0).max()
     return ~(size <= largest * threshold) & (size != 0)

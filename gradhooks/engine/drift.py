@@ -27,7 +27,7 @@ def refuse_drift(
     Raises:
         ReplayError: A prediction differs by more than rounding explains.
     """
-    first = predictions[indices.to(predictions.device)]
+    first = predictions[indices.to(predictions.device, non_blocking=True)]
     drifts = _differences(first, second)
     eps = torch.finfo(predictions.dtype).eps
     # Packed poses have other neighbours in their chunk; that changes only the last digits, unless the prediction really
@@ -37,7 +37,7 @@ def refuse_drift(
     )
     size = torch.where(predictions.isfinite(), predictions, 0).abs().max()
     allowed = rounding**0.75 * size + (0 if packed else eps**0.5 * spread(predictions))
-    drifted = (drifts > allowed).reshape(len(indices), -1).any(1).tolist()
+    drifted: list[bool] = (drifts > allowed).reshape(len(indices), -1).any(1).tolist()
     if any(drifted):
         worst = drifted.index(True)
         raise ReplayError(

@@ -66,7 +66,11 @@ class StackedPoses:
         return map_tensors(lambda tensor: tensor[start:stop], self._stack)
 
     def select(self, indices: list[int]) -> Any:
-        return map_tensors(lambda tensor: tensor[indices], self._stack)
+        rows = torch.tensor(indices)
+        # Not tensor[indices], which waits for the device.
+        return map_tensors(
+            lambda tensor: tensor.index_select(0, rows.to(tensor.device, non_blocking=True)), self._stack
+        )
 
     def original_index(self, index: int) -> int:
         return self._first + index

@@ -67,18 +67,18 @@ class SecondRun:
         jobs = self._jobs(selected)
         if not jobs:
             return [None] * len(self._context.leaves.shadows)
-        masked = cotangents * per_row(selected.to(cotangents), cotangents)
         batch = self._context.batch
 
         def attempt() -> Gradients:
             size = batch.schedule.chunk_size(max(job.chunk.stop - job.chunk.start for job in jobs))
             if self._may_pack and not all(job.selected == _length(job) <= size for job in jobs):
                 try:
-                    return self._run(self._packed(jobs, selected, size), predictions, masked, packed=True)
+                    return self._run(self._packed(jobs, selected, size), predictions, cotangents, packed=True)
                 except ReplayError:
                     # A prediction depends on the other poses of its chunk: run the chunks of the first run.
                     batch.learned.chunk_dependent[batch.mode] = True
-            return self._run(jobs, predictions, masked)
+            mask = selected.to(cotangents.device, cotangents.dtype, non_blocking=True)
+            return self._run(jobs, predictions, cotangents * per_row(mask, cotangents))
 
         return batch.schedule.retry_smaller(attempt, resizable=self._stateless)
 
@@ -116,28 +116,37 @@ class SecondRun:
         second: list[Tensor] = []
         done = recomputed = 0
         total = sum(job.selected for job in jobs)
+        every = torch.arange(len(predictions))
+        rows = torch.cat([every[job.rows] for job in jobs])
         with (
             context.rerunning(),
             RunningSums(context.leaves.hooks, count=1) as sums,
             progress_of(batch.options.progress, total, "second run") as report_progress,
         ):
-            for job in jobs:
+            for job, of_job in zip(jobs, _cotangents_of(jobs, cotangents, rows, packed=packed), strict=True):
                 if not (self._stateless and second):  # a stateless model is still in the state before
                     batch.parts.state.restore(job.chunk.before)
                 live = context.run(job.poses, job.chunk)
                 second.append(live.detach())
                 recomputed += job.selected
                 if live.requires_grad:
-                    context.backward(live, cotangents[job.rows])
+                    context.backward(live, of_job)
                 del live
                 done += job.selected
                 report_progress(done)
-            every = torch.arange(len(predictions))
-            rows = torch.cat([every[job.rows] for job in jobs])
             refuse_drift(context, rows, torch.cat(second), predictions, packed=packed)
             batch.report.backwards += done
             batch.report.recomputed += recomputed
             return sums.take()[0]
+
+
+def _cotangents_of(
+    jobs: Sequence[RerunJob], cotangents: Tensor, rows: Tensor, *, packed: bool
+) -> Sequence[Tensor]:
+    """Return the cotangents of each job; those of packed jobs by one kernel, since each list of rows would wait."""
+    if not packed:
+        return [cotangents[job.rows] for job in jobs]
+    return cotangents[rows.to(cotangents.device, non_blocking=True)].split([_length(job) for job in jobs])
 
 
 def _length(job: RerunJob) -> int:

@@ -1,5 +1,6 @@
 """Count the operations for which the host waits for the device."""
 
+import functools
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,9 @@ from torch import Tensor
 
 _ANSWERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 """The host needs the result of these operators, or its shape: `item`, `equal`, `nonzero`, `bincount`."""
+
+
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
 @dataclass
@@ -64,13 +68,21 @@ def note(name: str) -> None:
 
 def note_operator(operator: Any, arguments: Sequence[Any]) -> None:
     """Note that the host waits, if it does for this operator."""
+    if not _counts or not _may_wait(operator):
+        return
     name = operator.overloadpacket.__name__
-    if name in {"index", "index_put", "index_put_", "_index_put_impl_"}:
+    if name in _INDEXING:
         indices = [index for index in arguments[1] if index is not None]
         if any(index.device.type == "cpu" or index.dtype in {torch.bool, torch.uint8} for index in indices):
             note(f"{name} by a mask, or from the host")
-    elif name == "repeat_interleave" or _ANSWERS & set(operator.tags) or name.startswith("linalg_"):
+    else:
         note(name.removeprefix("_"))
+
+
+@functools.cache
+def _may_wait(operator: Any) -> bool:
+    name = operator.overloadpacket.__name__
+    return name in _INDEXING or name.startswith("linalg_") or bool(_ANSWERS & set(operator.tags))
 
 
 def note_copy(source: Tensor, target: Tensor, *, non_blocking: bool) -> None:
