@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class Combination(torch.nn.Module):
     are trained with those of the model. `N` is small, so compute in float64 where float32 would lose digits.
 
     Keyword arguments of the call `scorer(poses, name=value)` (masks, weights of the poses, known energies) are passed
-    to both methods.
+    to both methods. Tensors with a row per pose come on the device of the predictions, unless they require grad.
 
     Optional attributes of a subclass:
 
@@ -181,19 +182,21 @@ class BoundCombination:
         predictions = predictions.to(at_least_float32(predictions.dtype))
         if self.groups is not None:
             return self._combine_groups(self.combination, self.groups, predictions, selected)
+        arguments = self._arguments_on(predictions.device)
         if selected is None:
-            return self.combination(predictions, **self.arguments)
-        return self.combination(predictions[selected], **self._arguments_of(selected))
+            return self.combination(predictions, **arguments)
+        rows = selected.cpu().nonzero().squeeze(1)
+        return self.combination(_rows_of(predictions, rows), **self._rows_of_arguments(arguments, rows))
 
     def _combine_groups(
         self, combination: Callable[..., Tensor], groups: GroupIndex, predictions: Tensor, selected: Tensor | None
     ) -> Tensor:
-        arguments = dict(self.arguments)
+        arguments = self._arguments_on(predictions.device)
         if selected is not None:
             rows = selected.cpu().nonzero().squeeze(1)
             self._refuse_lost_groups(groups, groups.select(rows))
-            groups, arguments = groups.select(rows), self._arguments_of(rows)
-            predictions = predictions[rows.to(predictions.device)]
+            groups, arguments = groups.select(rows), self._rows_of_arguments(arguments, rows)
+            predictions = _rows_of(predictions, rows)
         forward_groups = own_forward_groups(combination)
         if forward_groups is None:
             names = row_arguments(self.arguments, self.count)
@@ -227,17 +230,41 @@ class BoundCombination:
             return None
         declaration: StreamWeights | None = stream_weights(
             predictions.to(at_least_float32(predictions.dtype)),
-            **self._arguments_of(slice(start, start + len(predictions))),
+            **self._rows_of_arguments(
+                self._arguments_on(predictions.device), slice(start, start + len(predictions))
+            ),
         )
         return declaration
 
-    def _arguments_of(self, selected: Tensor | slice) -> dict[str, Any]:
+    def _arguments_on(self, device: torch.device) -> Mapping[str, Any]:
+        """Return the arguments for predictions on a device: a `Combination` gets tensors with a row per pose there.
+
+        They are moved once in a batch, not with every chunk, and not if they require grad.
+        """
+        if not self.arguments or not isinstance(self.combination, Combination):
+            return self.arguments
+        if device not in self._moved:
+            names = row_arguments(self.arguments, self.count)
+            self._moved[device] = {
+                name: argument.to(device, non_blocking=True)
+                if name in names and not argument.requires_grad
+                else argument
+                for name, argument in self.arguments.items()
+            }
+        return self._moved[device]
+
+    @cached_property
+    def _moved(self) -> dict[torch.device, dict[str, Any]]:
+        return {}
+
+    def _rows_of_arguments(self, arguments: Mapping[str, Any], selected: Tensor | slice) -> dict[str, Any]:
         names = row_arguments(self.arguments, self.count)
         return {
-            name: _rows_of(argument, selected) if name in names else argument
-            for name, argument in self.arguments.items()
+            name: _rows_of(argument, selected) if name in names else argument for name, argument in arguments.items()
         }
 
 
 def _rows_of(argument: Tensor, selected: Tensor | slice) -> Tensor:
-    return argument[selected.to(argument.device) if isinstance(selected, Tensor) else selected]
+    if isinstance(selected, slice):
+        return argument[selected]
+    return argument[selected.to(argument.device, non_blocking=True)]

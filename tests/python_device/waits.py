@@ -82,7 +82,7 @@ def note_operator(operator: Any, arguments: Sequence[Any]) -> None:
 @functools.cache
 def _may_wait(operator: Any) -> bool:
     name = operator.overloadpacket.__name__
-    return name in _INDEXING or name.startswith("linalg_") or bool(_ANSWERS & set(operator.tags))
+    return name in _INDEXING or bool(_ANSWERS & set(operator.tags))
 
 
 def note_copy(source: Tensor, target: Tensor, *, non_blocking: bool) -> None:
