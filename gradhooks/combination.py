@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gradhooks.errors import CombinationError, PredictionError
 from gradhooks.group_index import GroupIndex
-from gradhooks.group_loop import loop_over_groups, name_of, own_forward_groups, row_arguments
+from gradhooks.group_loop import loop_over_groups, name_of, own_forward_groups
 from gradhooks.numerics import at_least_float32
+from gradhooks.row_arguments import row_arguments, rows_of, rows_of_arguments, rows_on_device
 
 
 class StreamWeights(NamedTuple):
@@ -186,7 +187,7 @@ class BoundCombination:
         if selected is None:
             return self.combination(predictions, **arguments)
         rows = selected.cpu().nonzero().squeeze(1)
-        return self.combination(_rows_of(predictions, rows), **self._rows_of_arguments(arguments, rows))
+        return self.combination(rows_of(predictions, rows), **self._rows_of_arguments(arguments, rows))
 
     def _combine_groups(
         self, combination: Callable[..., Tensor], groups: GroupIndex, predictions: Tensor, selected: Tensor | None
@@ -196,7 +197,7 @@ class BoundCombination:
             rows = selected.cpu().nonzero().squeeze(1)
             self._refuse_lost_groups(groups, groups.select(rows))
             groups, arguments = groups.select(rows), self._rows_of_arguments(arguments, rows)
-            predictions = _rows_of(predictions, rows)
+            predictions = rows_of(predictions, rows)
         forward_groups = own_forward_groups(combination)
         if forward_groups is None:
             names = row_arguments(self.arguments, self.count)
@@ -230,27 +231,16 @@ class BoundCombination:
             return None
         declaration: StreamWeights | None = stream_weights(
             predictions.to(at_least_float32(predictions.dtype)),
-            **self._rows_of_arguments(
-                self._arguments_on(predictions.device), slice(start, start + len(predictions))
-            ),
+            **self._rows_of_arguments(self._arguments_on(predictions.device), slice(start, start + len(predictions))),
         )
         return declaration
 
     def _arguments_on(self, device: torch.device) -> Mapping[str, Any]:
-        """Return the arguments for predictions on a device: a `Combination` gets tensors with a row per pose there.
-
-        They are moved once in a batch, not with every chunk, and not if they require grad.
-        """
+        """Return the arguments for predictions on a device, moved once in a batch, not with every chunk."""
         if not self.arguments or not isinstance(self.combination, Combination):
             return self.arguments
         if device not in self._moved:
-            names = row_arguments(self.arguments, self.count)
-            self._moved[device] = {
-                name: argument.to(device, non_blocking=True)
-                if name in names and not argument.requires_grad
-                else argument
-                for name, argument in self.arguments.items()
-            }
+            self._moved[device] = rows_on_device(self.arguments, self.count, device)
         return self._moved[device]
 
     @cached_property
@@ -258,13 +248,4 @@ class BoundCombination:
         return {}
 
     def _rows_of_arguments(self, arguments: Mapping[str, Any], selected: Tensor | slice) -> dict[str, Any]:
-        names = row_arguments(self.arguments, self.count)
-        return {
-            name: _rows_of(argument, selected) if name in names else argument for name, argument in arguments.items()
-        }
-
-
-def _rows_of(argument: Tensor, selected: Tensor | slice) -> Tensor:
-    if isinstance(selected, slice):
-        return argument[selected]
-    return argument[selected.to(argument.device, non_blocking=True)]
+        return rows_of_arguments(arguments, row_arguments(self.arguments, self.count), selected)

@@ -1,6 +1,6 @@
 """Fixtures and settings of all tests: device, seed, number of threads.
 
-GRADHOOKS_TEST_DEVICE chooses the device (`cpu` by default, `cuda`, `cuda:1`, or `python_device`, which is in this folder).
+GRADHOOKS_TEST_DEVICE chooses the device: `cpu` (the default), `cuda`, `cuda:1`, `python_device` (a folder here).
 """
 
 import gc
@@ -50,7 +50,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also run tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "long" in item.keywords and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; runs with --long"))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -19,7 +19,7 @@ PACKAGE = Path(gradhooks.__file__).parent
 LAYERS = [
     ["errors", "numerics", "units", "random_state", "engine", "engine.nested"],
     ["group_index", "group_reductions"],
-    ["group_validation", "group_loop"],
+    ["group_validation", "group_loop", "row_arguments"],
     ["groups"],
     ["collation"],
     ["combination"],
@@ -50,6 +50,8 @@ LAYERS = [
     ["engine.forward"],
     ["accumulators.base"],
     ["accumulators.online_softmax", "accumulators.declared_fit", "accumulators.declaration_warning"],
+    ["accumulators.host_memory", "accumulators.declared_weights"],
+    ["accumulators.host_folding", "accumulators.device_folding"],
     ["accumulators.pose_shares"],
     ["accumulators.recompute"],
     ["accumulators.sharded_recompute", "accumulators.store", "accumulators.stream"],

@@ -115,7 +115,7 @@ class Auto(Accumulator):
 
 def _backwards_per_chunk(engine: Engine, declaration: DeclaredWeights) -> float:
     """Return how many backwards a chunk of the size of the first one needs in stream, on average."""
-    size, sums = declaration.count, 1 + declaration.feature_count
+    size, sums = declaration.pose_count, 1 + declaration.feature_count
     if size == 1:
         return 1.0
     groups = engine.groups or [0] * engine.pose_count

@@ -15,12 +15,12 @@ class DeclaredWeights(NamedTuple):
     """What a combination declares for some poses, on its device.
 
     Attributes:
-        count: The number of poses.
+        pose_count: The number of poses.
         log_weights: Shape `(n,)`, or None for equal ones.
         features: Shape `(n,)` or `(n, K)`, or None for none.
     """
 
-    count: int
+    pose_count: int
     log_weights: Tensor | None = None
     features: Tensor | None = None
 
@@ -43,19 +43,19 @@ class DeclaredWeights(NamedTuple):
 
     def on_host(self) -> Declaration:
         """Return the numbers as Python numbers. Waits for the device."""
-        log_weights = [0.0] * self.count if self.log_weights is None else self.log_weights.tolist()
+        log_weights = [0.0] * self.pose_count if self.log_weights is None else self.log_weights.tolist()
         if self.features is None:
-            return Declaration(log_weights, [[]] * self.count, self.uniform)
+            return Declaration(log_weights, [[]] * self.pose_count, self.uniform)
         numbers = self.features.tolist()
         return Declaration(log_weights, [[number] for number in numbers] if self.features.dim() == 1 else numbers)
 
     def columns(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the log-weights, shape `(n,)`, and the features, shape `(n, K)`, in float64 on a device."""
-        zeros = to_float64(torch.zeros(self.count, device=device))
+        zeros = to_float64(torch.zeros(self.pose_count, device=device))
         log_weights = zeros if self.log_weights is None else to_float64(self.log_weights.to(device))
         if self.features is None:
-            return log_weights, zeros.new_empty(self.count, 0)
-        return log_weights, to_float64(self.features.to(device)).view(self.count, -1)
+            return log_weights, zeros.new_empty(self.pose_count, 0)
+        return log_weights, to_float64(self.features.to(device)).view(self.pose_count, -1)
 
 
 def declared_weights(engine: Engine, predictions: Tensor, start: int = 0) -> DeclaredWeights | None:

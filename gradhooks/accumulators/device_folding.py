@@ -1,7 +1,7 @@
 """DeviceFolding: fold gradients with factors that stay on the device, so that nothing waits for it.
 
-The arithmetic is that of `OnlineSoftmax`, with kernels. Since the host does not know the factors, no pose is skipped, and
-the sums of a group are rescaled with each chunk, by 1 where its largest log-weight stays.
+The arithmetic is that of `OnlineSoftmax`, with kernels. Since the host does not know the factors, no pose is skipped,
+and the sums of a group are rescaled with each chunk, by 1 where its largest log-weight stays.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 from gradhooks.accumulators.base import Engine
 from gradhooks.accumulators.declared_weights import DeclaredWeights
 from gradhooks.accumulators.online_softmax import factor_rows, largest_size
-from gradhooks.engine.gradient_sums import Gradients
+from gradhooks.engine.gradient_sums import Factor, Gradients
 from gradhooks.engine.parameter_hooks import RunningSums
 from gradhooks.numerics import per_row, to_float64
 
@@ -103,7 +103,7 @@ class DeviceFolding:
             first, retain_graph, poses = group * self._sum_count, number < len(jobs) - 1, 0 if number else len(groups)
             cotangents = self._masked(factors[:, k], members).view(predictions.shape)
             if len(members) == 1 and self._sum_count > 1:  # one backward serves all sums
-                ratios = [1.0, *torch.where(centred.isfinite(), centred, 0.0)[members[0]].unbind()]
+                ratios: list[Factor] = [1.0, *torch.where(centred.isfinite(), centred, 0.0)[members[0]].unbind()]
                 with self._sums.fold_into(first, ratios):
                     self._engine.backward(predictions, cotangents, retain_graph=retain_graph, poses=poses)
             else:

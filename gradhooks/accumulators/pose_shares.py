@@ -100,7 +100,12 @@ class PoseShares:
 def _on_host(observations: Sequence[Observation]) -> list[Observation]:
     """Return observations whose tensors are on the CPU, in float64."""
     names = ("sizes", "largest", "read", "log_weights")
-    held = [(one, name) for one in range(len(observations)) for name in names if getattr(observations[one], name) is not None]
+    held = [
+        (one, name)
+        for one in range(len(observations))
+        for name in names
+        if getattr(observations[one], name) is not None
+    ]
     fetched = on_host(*(getattr(observations[one], name) for one, name in held))
     fields: list[dict[str, Any]] = [{} for _ in observations]
     for (one, name), tensor in zip(held, fetched, strict=True):

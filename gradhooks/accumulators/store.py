@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradhooks.accumulators.base import Accumulator, Engine, set_accumulator
+from gradhooks.accumulators.host_memory import HostMemory
 from gradhooks.accumulators.recompute import Recompute
 from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
 from gradhooks.engine.gradient_sums import Gradients, accumulate, add_into, all_finite, zeros_like_gradient
@@ -69,6 +70,7 @@ class StoreAccumulation(Accumulation):
         self._fp16_scale = fp16_scale
         self._gradients: list[Gradients] = []
         self._postponed: list[int] = []
+        self._host_memory: HostMemory | None = None
         self._shared: list[Chunk] = []  # with several poses in one graph
         self._hooks = engine.intercept(self._receive, range(len(engine.leaves)))
 
@@ -84,8 +86,9 @@ class StoreAccumulation(Accumulation):
         device = self._device or gradient.device
         if device.type != "cpu" or gradient.device.type != "cuda" or gradient.is_sparse:
             return gradient.to(device)
-        pinned = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True)
-        return pinned.copy_(gradient, non_blocking=True)
+        if self._host_memory is None:
+            self._host_memory = HostMemory(self._engine.pose_count * self._engine.gradient_bytes, pinned=True)
+        return self._host_memory.empty(gradient.shape, gradient.dtype).copy_(gradient, non_blocking=True)
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
         count = predictions.numel()

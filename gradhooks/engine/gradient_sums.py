@@ -29,7 +29,7 @@ def accumulate(total: Tensor | None, gradient: Tensor, factor: Factor, *, copy: 
         return first if is_one and not (copy and first is gradient) else first * _moved(factor, first)
     if not total.is_sparse:
         if isinstance(factor, Tensor):
-            return total.addcmul_(gradient.to(total.dtype), _moved(factor, total))
+            return total.addcmul_(gradient.to(total.dtype), factor.to(total.device, total.dtype, non_blocking=True))
         return total.add_(gradient, alpha=factor)
     factor = _moved(factor, total)
     if gradient.is_sparse:
@@ -78,7 +78,7 @@ def add_dense(totals: Sequence[Tensor], gradients: Sequence[Tensor], factor: Fac
     """Add `factor * gradients` to `totals` in place; none is sparse."""
     if not isinstance(factor, Tensor):
         if totals:
-            torch._foreach_add_(totals, gradients, alpha=factor)
+            torch._foreach_add_(list(totals), list(gradients), alpha=factor)
         return
     for pairs in _of_one_kind(list(zip(totals, gradients, strict=True)), most=TEMPORARY_BYTES):
         of_totals, added = [total for total, _ in pairs], [gradient for _, gradient in pairs]
@@ -124,7 +124,7 @@ Entry = TypeVar("Entry", Tensor, tuple[Tensor, Tensor])
 
 
 def _of_one_kind(entries: Sequence[Entry], most: float = math.inf) -> list[list[Entry]]:
-    """Split tensors, or pairs of them, into lists of one device and dtype, each of at most `most` bytes if it can be."""
+    """Split tensors, or pairs of them, into lists of one device and dtype, of at most `most` bytes where possible."""
     parts: dict[tuple[torch.device, torch.dtype], list[list[Entry]]] = {}
     filled: dict[tuple[torch.device, torch.dtype], float] = {}
     for entry in entries:

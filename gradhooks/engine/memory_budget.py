@@ -16,7 +16,7 @@ def memory_in_bytes(memory: str | float, device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a device as its driver reports it; that of the machine for a CPU, and where none does."""
+    """Return the free memory of a device, as its driver reports it; that of the machine for a CPU."""
     report = None if device.type == "cpu" else getattr(torch.get_device_module(device), "mem_get_info", None)
     if report is not None:
         free, _ = report(device)

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Protocol, cast
 
-import torch
 from torch import Tensor
 from typing_extensions import Self
 

@@ -140,13 +140,13 @@ class SecondRun:
             return sums.take()[0]
 
 
-def _cotangents_of(
-    jobs: Sequence[RerunJob], cotangents: Tensor, rows: Tensor, *, packed: bool
-) -> Sequence[Tensor]:
+def _cotangents_of(jobs: Sequence[RerunJob], cotangents: Tensor, rows: Tensor, *, packed: bool) -> Sequence[Tensor]:
     """Return the cotangents of each job; those of packed jobs by one kernel, since each list of rows would wait."""
     if not packed:
         return [cotangents[job.rows] for job in jobs]
-    return cotangents[rows.to(cotangents.device, non_blocking=True)].split([_length(job) for job in jobs])
+    in_order = cotangents[rows.to(cotangents.device, non_blocking=True)]
+    parts: Sequence[Tensor] = in_order.split([_length(job) for job in jobs])
+    return parts
 
 
 def _length(job: RerunJob) -> int:

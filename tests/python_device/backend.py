@@ -50,7 +50,7 @@ class Backend:
         return 0
 
     @staticmethod
-    def synchronize(device: Any = None) -> None:
+    def synchronize(_device: Any = None) -> None:
         pass
 
     @staticmethod
@@ -62,11 +62,11 @@ class Backend:
         manual_seed(seed)
 
     @staticmethod
-    def get_rng_state(device: Any = None) -> Tensor:
+    def get_rng_state(_device: Any = None) -> Tensor:
         return operators.RANDOM.state.clone()
 
     @staticmethod
-    def set_rng_state(state: Tensor, device: Any = None) -> None:
+    def set_rng_state(state: Tensor, _device: Any = None) -> None:
         operators.RANDOM.state = state.clone()
 
     @staticmethod
@@ -74,21 +74,21 @@ class Backend:
         return [torch.bfloat16, torch.float16]
 
     @staticmethod
-    def mem_get_info(device: Any = None) -> tuple[int, int]:
+    def mem_get_info(_device: Any = None) -> tuple[int, int]:
         """Return the free bytes and all bytes; without a limit the device has 1 GiB."""
         total = 1 << 30 if MEMORY.limit is None else MEMORY.limit
         return max(0, total - MEMORY.live), total
 
     @staticmethod
-    def memory_allocated(device: Any = None) -> int:
+    def memory_allocated(_device: Any = None) -> int:
         return MEMORY.live
 
     @staticmethod
-    def max_memory_allocated(device: Any = None) -> int:
+    def max_memory_allocated(_device: Any = None) -> int:
         return MEMORY.peak
 
     @staticmethod
-    def reset_peak_memory_stats(device: Any = None) -> None:
+    def reset_peak_memory_stats(_device: Any = None) -> None:
         MEMORY.reset_peak()
 
 

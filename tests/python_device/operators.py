@@ -13,7 +13,6 @@ from python_device.memory import MEMORY
 
 aten: Any = torch.ops.aten
 _MAY_READ_HOST_INDICES = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
-_NOTHING = nullcontext()
 _WITHOUT_CPU_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
 
@@ -65,13 +64,14 @@ def run(operator: Any, *arguments: Any, **options: Any) -> Any:
     host_options = {name: _map(on_host, option) for name, option in options.items()} | _host_options(options)
     if inputs and of_host:
         _refuse_mixed_devices(operator, arguments, of_host)
-    with torch._C._ExcludeDispatchKeyGuard(_WITHOUT_CPU_AUTOCAST), RANDOM.drawn_from() if _draws(operator) else _NOTHING:
+    source = RANDOM.drawn_from() if _draws(operator) else nullcontext()
+    with torch._C._ExcludeDispatchKeyGuard(_WITHOUT_CPU_AUTOCAST), source:
         results = operator(*host_arguments, **host_options)
     return _map(lambda result: _on_device(result, inputs), results)
 
 
 def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to the tensors in an argument or a result. (A pytree takes ten times longer.)"""
+    """Apply a function to the tensors in an argument or a result; a pytree takes ten times longer."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (list, tuple)):
@@ -98,7 +98,7 @@ def convolution_backward(gradient: Tensor, images: Tensor, weight: Tensor, *opti
 
 
 def _on_device(result: Tensor, inputs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the tensor of the device for a result: an input that changed in place, a view of an input, or a new one."""
+    """Return the tensor of the device for a result: an input, a view of an input, or a new one."""
     for tensor, host in inputs:
         if host is result:
             if host.shape != tensor.shape or host.stride() != tensor.stride():

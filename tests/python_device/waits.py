@@ -25,11 +25,13 @@ class WaitCount:
     Attributes:
         operators: By the name of the operator; copies are "copy to the host" and "copy from the host". A copy from the
             host waits unless it is asked for with `non_blocking=True`.
+        copies_from_host: All copies from the host, by dtype, also those that do not wait.
         lines: By the operator and the innermost line of gradhooks, as `("item", "gradhooks/engine/drift.py:44")`.
     """
 
     operators: Counter[str] = field(default_factory=Counter)
     lines: Counter[tuple[str, str]] = field(default_factory=Counter)
+    copies_from_host: Counter[torch.dtype] = field(default_factory=Counter)
 
     @property
     def total(self) -> int:
@@ -87,6 +89,9 @@ def _may_wait(operator: Any) -> bool:
 
 def note_copy(source: Tensor, target: Tensor, *, non_blocking: bool) -> None:
     """Note that the host waits for a copy, if it does."""
+    if source.device.type == "cpu":
+        for count in _counts:
+            count.copies_from_host[source.dtype] += 1
     if target.device.type == "cpu":
         note("copy to the host")
     elif source.device.type == "cpu" and not non_blocking and source.dim() > 0:
