@@ -3,6 +3,7 @@
 `test_python_device.py` starts these tests, on that device.
 """
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,13 @@ def wide_model() -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 1), nn.Flatten(0)
     ).double()
+
+
+def deep_model() -> nn.Sequential:
+    """Return a model whose graphs are larger than its gradients."""
+    torch.manual_seed(0)
+    hidden = [nn.Tanh() for _ in range(8)]
+    return nn.Sequential(nn.Linear(8, 64), *hidden, nn.Linear(64, 1), nn.Flatten(0)).double()
 
 
 def poses(count: int) -> Tensor:
@@ -73,7 +81,7 @@ def test_bfloat16_autocast_of_the_device() -> None:
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             assert model(rows).dtype == torch.bfloat16
             if accumulator is None:
-                prediction = full_graph(model, list(rows), "mean", call=lambda model, pose: model(pose[None]))
+                prediction = full_graph(model, list(rows), gradhooks.combinations.Mean(), call=lambda model, pose: model(pose[None]))
             else:
                 prediction = gradhooks.MultiPose(model, "mean", accumulator=accumulator, memory=0)(rows)
         prediction.combined.square().sum().backward()
@@ -87,15 +95,14 @@ def test_bfloat16_autocast_of_the_device() -> None:
 def test_a_batch_fits_below_the_limit_of_the_device() -> None:
     rows, count = poses(48), 48
     groups = [pose % 3 for pose in range(count)]
-    reference = wide_model()
+    reference = deep_model()
     step(gradhooks.MultiPose(reference, "boltzmann"), rows, groups)
-    model, rows = wide_model().to(DEVICE), rows.to(DEVICE)
+    model, rows = deep_model().to(DEVICE), rows.to(DEVICE)
     scorer = gradhooks.MultiPose(model, "boltzmann")
     needed = peak_bytes(lambda: step(scorer, rows, groups), DEVICE)
     assert scorer.report.plain == count
     model.zero_grad()
-    of_gradients = sum(parameter.nbytes for parameter in model.parameters())
-    MEMORY.limit = MEMORY.live + 4 * of_gradients + needed // 6
+    MEMORY.limit = MEMORY.live + needed // 4
     MEMORY.reset_peak()
     scorer = gradhooks.MultiPose(model, "boltzmann")
     for _ in range(2):
@@ -113,7 +120,7 @@ def test_a_batch_fits_below_the_limit_of_the_device() -> None:
 @pytest.mark.usefixtures("_limit_is_lifted")
 def test_a_fraction_is_of_the_free_memory_of_the_device() -> None:
     MEMORY.limit = MEMORY.live + 1_000_000
-    assert memory_in_bytes("25%", DEVICE) == memory_in_bytes(0.25, DEVICE) == 250_000
+    assert memory_in_bytes(0.25, DEVICE) == 250_000
     model = wide_model().to(DEVICE)
     scorer = gradhooks.MultiPose(model, memory=0.5)
     free = MEMORY.limit - MEMORY.live
@@ -122,10 +129,11 @@ def test_a_fraction_is_of_the_free_memory_of_the_device() -> None:
     assert scorer.report.memory.allowed == pytest.approx(free / 2, rel=0.02)
 
 
-@pytest.mark.parametrize(("accumulator", "combination"), [("auto", "mean"), ("recompute", "min"), ("stream", "min")])
+@pytest.mark.parametrize(("accumulator", "combination"), [("auto", "mean"), ("recompute", "mean"), ("stream", "boltzmann")])
 def test_the_estimate_is_the_peak_of_the_device(accumulator: str, combination: str) -> None:
-    model, rows = wide_model().to(DEVICE), poses(24).to(DEVICE)
-    estimate = gradhooks.estimate_memory(model, rows, combination, accumulator=accumulator)
+    model, rows = wide_model().to(DEVICE), poses(8).to(DEVICE)
+    budgets = [0, 30_000, "1GiB"]
+    estimate = gradhooks.estimate_memory(model, rows, combination, accumulator=accumulator, budgets=budgets)
     for row in estimate.rows:
         scorer = gradhooks.MultiPose(model, combination, accumulator=accumulator, memory=row.memory)
         step(scorer, rows)
@@ -143,7 +151,8 @@ def test_nothing_is_left_on_the_device() -> None:
         scorer, rows = new(), poses(6).to(DEVICE)
         step(scorer, rows)
         step(scorer, rows)
+        gc.collect()
         live = MEMORY.live
         for _ in range(3):
             step(scorer, rows)
-        assert MEMORY.live == live
+        assert MEMORY.live <= live
