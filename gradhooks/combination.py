@@ -187,7 +187,7 @@ class BoundCombination:
         if selected is None:
             return self.combination(predictions, **arguments)
         rows = selected.cpu().nonzero().squeeze(1)
-        return self.combination(rows_of(predictions, rows), **self._rows_of_arguments(arguments, rows))
+        return self.combination(rows_of(predictions, rows), **rows_of_arguments(arguments, self.count, rows))
 
     def _combine_groups(
         self, combination: Callable[..., Tensor], groups: GroupIndex, predictions: Tensor, selected: Tensor | None
@@ -196,7 +196,7 @@ class BoundCombination:
         if selected is not None:
             rows = selected.cpu().nonzero().squeeze(1)
             self._refuse_lost_groups(groups, groups.select(rows))
-            groups, arguments = groups.select(rows), self._rows_of_arguments(arguments, rows)
+            groups, arguments = groups.select(rows), rows_of_arguments(arguments, self.count, rows)
             predictions = rows_of(predictions, rows)
         forward_groups = own_forward_groups(combination)
         if forward_groups is None:
@@ -229,9 +229,10 @@ class BoundCombination:
         stream_weights = getattr(self.combination, "stream_weights", None)
         if stream_weights is None:
             return None
+        arguments = self._arguments_on(predictions.device)
         declaration: StreamWeights | None = stream_weights(
             predictions.to(at_least_float32(predictions.dtype)),
-            **self._rows_of_arguments(self._arguments_on(predictions.device), slice(start, start + len(predictions))),
+            **rows_of_arguments(arguments, self.count, slice(start, start + len(predictions))),
         )
         return declaration
 
@@ -246,6 +247,3 @@ class BoundCombination:
     @cached_property
     def _moved(self) -> dict[torch.device, dict[str, Any]]:
         return {}
-
-    def _rows_of_arguments(self, arguments: Mapping[str, Any], selected: Tensor | slice) -> dict[str, Any]:
-        return rows_of_arguments(arguments, row_arguments(self.arguments, self.count), selected)

@@ -1,6 +1,6 @@
 """Arguments of a combination that have a row per pose: find them, move them to a device, take rows of them."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ def rows_on_device(arguments: Mapping[str, Any], count: int, device: torch.devic
     }
 
 
-def rows_of_arguments(arguments: Mapping[str, Any], names: Collection[str], selected: Tensor | slice) -> dict[str, Any]:
-    """Return the arguments with some rows of those in `names`."""
+def rows_of_arguments(arguments: Mapping[str, Any], count: int, selected: Tensor | slice) -> dict[str, Any]:
+    """Return the arguments with some rows of those that have `count` rows."""
+    names = row_arguments(arguments, count)
     return {name: rows_of(argument, selected) if name in names else argument for name, argument in arguments.items()}
 
 

@@ -4,7 +4,6 @@
 """
 
 import gc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -56,7 +55,11 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 def test_tensors_of_two_devices_are_refused() -> None:
     own, of_host = torch.ones(3, device=DEVICE), torch.ones(3)
-    for operation in (lambda: own + of_host, lambda: torch.cat([own, of_host]), lambda: torch._foreach_add([own], [of_host])):
+    for operation in (
+        lambda: own + of_host,
+        lambda: torch.cat([own, of_host]),
+        lambda: torch._foreach_add([own], [of_host]),
+    ):
         with pytest.raises(RuntimeError, match="same device"):
             operation()
     assert (own + torch.tensor(2.0)).tolist() == [3, 3, 3]
@@ -81,7 +84,9 @@ def test_bfloat16_autocast_of_the_device() -> None:
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
             assert model(rows).dtype == torch.bfloat16
             if accumulator is None:
-                prediction = full_graph(model, list(rows), gradhooks.combinations.Mean(), call=lambda model, pose: model(pose[None]))
+                prediction = full_graph(
+                    model, list(rows), gradhooks.combinations.Mean(), call=lambda model, pose: model(pose[None])
+                )
             else:
                 prediction = gradhooks.MultiPose(model, "mean", accumulator=accumulator, memory=0)(rows)
         prediction.combined.square().sum().backward()
@@ -129,7 +134,9 @@ def test_a_fraction_is_of_the_free_memory_of_the_device() -> None:
     assert scorer.report.memory.allowed == pytest.approx(free / 2, rel=0.02)
 
 
-@pytest.mark.parametrize(("accumulator", "combination"), [("auto", "mean"), ("recompute", "mean"), ("stream", "boltzmann")])
+@pytest.mark.parametrize(
+    ("accumulator", "combination"), [("auto", "mean"), ("recompute", "mean"), ("stream", "boltzmann")]
+)
 def test_the_estimate_is_the_peak_of_the_device(accumulator: str, combination: str) -> None:
     model, rows = wide_model().to(DEVICE), poses(8).to(DEVICE)
     budgets = [0, 30_000, "1GiB"]
@@ -143,12 +150,9 @@ def test_the_estimate_is_the_peak_of_the_device(accumulator: str, combination: s
 
 
 def test_nothing_is_left_on_the_device() -> None:
-    make: list[Callable[[], Any]] = [
-        lambda: gradhooks.MultiPose(wide_model().to(DEVICE), "boltzmann", accumulator=accumulator, memory=0)
-        for accumulator in ("stream", "store", "recompute", "auto")
-    ]
-    for new in make:
-        scorer, rows = new(), poses(6).to(DEVICE)
+    for accumulator in ("stream", "store", "recompute", "auto"):
+        rows = poses(6).to(DEVICE)
+        scorer = gradhooks.MultiPose(wide_model().to(DEVICE), "boltzmann", accumulator=accumulator, memory=0)
         step(scorer, rows)
         step(scorer, rows)
         gc.collect()

@@ -10,12 +10,6 @@ import python_device
 
 HERE = Path(__file__).parent
 TESTS = ["test_waits.py", "test_device_memory.py"]
-CORE = {
-    "test_exactness.py": "plain_mlp or (dropout and min) or batch_norm_in_training or used_by_low_poses_only",
-    "test_several_groups.py": "boltzmann",
-    "test_plain_poses.py": "hooks_see or derivatives",
-}
-"""Tests of every device, of which some run here; all do with `GRADHOOKS_TEST_DEVICE=python_device`."""
 
 
 def run_tests(*arguments: str) -> None:

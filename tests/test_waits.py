@@ -22,11 +22,11 @@ from gradhooks.testing import full_graph
 pytestmark = pytest.mark.skipif(DEVICE.type != python_device.NAME, reason="needs the device written in Python")
 
 COMBINATIONS: dict[str, Any] = {
-    "mean": lambda: gradhooks.combinations.Mean(),
-    "min": lambda: gradhooks.combinations.Min(),
+    "mean": gradhooks.combinations.Mean,
+    "min": gradhooks.combinations.Min,
     "max": lambda: gradhooks.combinations.Max(scale=1.0),
-    "boltzmann": lambda: gradhooks.combinations.Boltzmann(),
-    "attention": lambda: AttentionPooling(),
+    "boltzmann": gradhooks.combinations.Boltzmann,
+    "attention": AttentionPooling,
     "none": lambda: None,
 }
 MODES: dict[str, dict[str, Any]] = {

@@ -70,7 +70,7 @@ def run(part: Part, device: str, folder: Path, *, small: bool) -> tuple[str, flo
     with (folder / f"{part.name}.txt").open("w") as output:
         if device == PYTHON_DEVICE and part.command[0] != "-m":  # a script, which does not register the device
             command = ["-c", _REGISTERED, *command]
-        ended = subprocess.run(
+        ended = subprocess.run(  # noqa: S603 - the commands above
             [sys.executable, *command, *(part.small if small else ())],
             cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip

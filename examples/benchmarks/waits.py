@@ -77,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if chosen.lines:
                 print(combination, accumulator, *(dict(of_size) for of_size in lines), sep="\n  ")
     headers = ["waits a step", "accumulator", *(f"M = {count}, B = {groups}" for count, groups in SIZES)]
-    print(markdown_table(headers, [[row["combination"], row["accumulator"], *map(str, row["waits"])] for row in figures]))
+    print(
+        markdown_table(headers, [[row["combination"], row["accumulator"], *map(str, row["waits"])] for row in figures])
+    )
     save(figures, chosen.save)
     too_many = [row for row in figures if max(row["waits"]) > MOST]
     if too_many:

@@ -31,4 +31,4 @@ class HostMemory:
             self._used = 0
         part = self._block[self._used : self._used + size]
         self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return part.view(dtype).view(*shape)
+        return part.view(dtype).view(tuple(shape))
