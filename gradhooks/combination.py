@@ -169,7 +169,7 @@ class BoundCombination:
 
         Args:
             predictions: Shape `(M, *prediction)`.
-            selected: Which poses to combine, boolean, shape `(M,)`; all by default.
+            selected: Which poses to combine: boolean, shape `(M,)`, or, without groups, indices; all by default.
 
         Returns:
             Shape `(B, *prediction)` with groups, `(*prediction)` without, and `predictions` without a combination.
@@ -186,7 +186,7 @@ class BoundCombination:
         arguments = self._arguments_on(predictions.device)
         if selected is None:
             return self.combination(predictions, **arguments)
-        rows = selected.cpu().nonzero().squeeze(1)
+        rows = selected.cpu().nonzero().squeeze(1) if selected.dtype == torch.bool else selected
         return self.combination(rows_of(predictions, rows), **rows_of_arguments(arguments, self.count, rows))
 
     def _combine_groups(
