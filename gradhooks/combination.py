@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from gradhooks.combined import Combined, result_of
 from gradhooks.errors import PredictionError
 from gradhooks.group_index import GroupIndex
-from gradhooks.group_loop import combine_groups, loop_over_groups, name_of, row_arguments
+from gradhooks.group_loop import combine_groups, loop_over_groups, name_of
 from gradhooks.numerics import at_least_float32
+from gradhooks.row_arguments import row_arguments, rows_of, rows_of_arguments, rows_on_device
 
 
 class StreamWeights(NamedTuple):
@@ -44,7 +46,7 @@ class Combination(torch.nn.Module):
     are trained with those of the model. `N` is small, so compute in float64 where float32 would lose digits.
 
     Keyword arguments of the call `scorer(poses, name=value)` (masks, weights of the poses, known energies) are passed
-    to both methods.
+    to both methods. Tensors with a row per pose come on the device of the predictions, unless they require grad.
 
     Optional attributes of a subclass:
 
@@ -174,7 +176,7 @@ class BoundCombination:
 
         Args:
             predictions: Shape `(M, *prediction)`.
-            selected: Which poses to combine, boolean, shape `(M,)`; all by default.
+            selected: Which poses to combine: boolean, shape `(M,)`, or, without groups, indices; all by default.
 
         Returns:
             Shape `(B, *prediction)` with groups, `(*prediction)` without, and `predictions` without a combination; in a
@@ -193,15 +195,14 @@ class BoundCombination:
         if self.combination is None:
             return predictions
         predictions = predictions.to(at_least_float32(predictions.dtype))
-        groups, arguments = self.groups, dict(self.arguments)
+        groups, arguments = self.groups, self._arguments_on(predictions.device)
         names = row_arguments(arguments, self.count)
         if selected is not None:
-            rows = selected
+            rows = selected.cpu().nonzero().squeeze(1) if selected.dtype == torch.bool else selected
             if groups is not None:
-                rows = selected.cpu().nonzero().squeeze(1)
                 self._refuse_lost_groups(groups, groups.select(rows))
                 groups = groups.select(rows)
-            predictions, arguments = predictions[rows.to(predictions.device)], self._arguments_of(rows)
+            predictions, arguments = rows_of(predictions, rows), rows_of_arguments(arguments, self.count, rows)
         if groups is None:
             combined: Tensor | Combined = self.combination(predictions, **arguments)
             return combined
@@ -225,19 +226,21 @@ class BoundCombination:
         stream_weights = getattr(self.combination, "stream_weights", None)
         if stream_weights is None:
             return None
+        arguments = self._arguments_on(predictions.device)
         declaration: StreamWeights | None = stream_weights(
             predictions.to(at_least_float32(predictions.dtype)),
-            **self._arguments_of(slice(start, start + len(predictions))),
+            **rows_of_arguments(arguments, self.count, slice(start, start + len(predictions))),
         )
         return declaration
 
-    def _arguments_of(self, selected: Tensor | slice) -> dict[str, Any]:
-        names = row_arguments(self.arguments, self.count)
-        return {
-            name: _rows_of(argument, selected) if name in names else argument
-            for name, argument in self.arguments.items()
-        }
+    def _arguments_on(self, device: torch.device) -> Mapping[str, Any]:
+        """Return the arguments for predictions on a device, moved once in a batch, not with every chunk."""
+        if not self.arguments or not isinstance(self.combination, Combination):
+            return self.arguments
+        if device not in self._moved:
+            self._moved[device] = rows_on_device(self.arguments, self.count, device)
+        return self._moved[device]
 
-
-def _rows_of(argument: Tensor, selected: Tensor | slice) -> Tensor:
-    return argument[selected.to(argument.device) if isinstance(selected, Tensor) else selected]
+    @cached_property
+    def _moved(self) -> dict[torch.device, dict[str, Any]]:
+        return {}

@@ -71,15 +71,6 @@ def own_forward_groups(combination: Any) -> Callable[..., Tensor | Combined] | N
     return method
 
 
-def row_arguments(arguments: Mapping[str, Any], count: int) -> set[str]:
-    """Return the names of the arguments that have a row per pose: tensors with `count` rows."""
-    return {
-        name
-        for name, argument in arguments.items()
-        if isinstance(argument, Tensor) and argument.dim() > 0 and len(argument) == count
-    }
-
-
 def loop_over_groups(
     combination: Callable[..., Tensor | Combined],
     predictions: Tensor,

@@ -14,6 +14,23 @@ def per_row(values: Tensor, rows: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (rows.dim() - 1))
 
 
+def on_host(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors on the CPU in float64, detached. Waits for each device once, however many tensors there are."""
+    waiting: dict[torch.device, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        waiting.setdefault(tensor.device, []).append(index)
+    results = [tensor.detach() for tensor in tensors]
+    for device, indices in waiting.items():
+        if device.type == "cpu" or len(indices) == 1:
+            copies = [results[index].to("cpu", torch.float64) for index in indices]
+        else:
+            flat = [to_float64(results[index]).flatten() for index in indices]
+            copies = list(torch.cat(flat).to("cpu", torch.float64).split([len(part) for part in flat]))
+        for index, copied in zip(indices, copies, strict=True):
+            results[index] = copied.view(tensors[index].shape)
+    return results
+
+
 def to_float64(tensor: Tensor) -> Tensor:
     """Convert to float64, or return `tensor` itself on a device without float64 (MPS).
 

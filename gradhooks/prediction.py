@@ -213,7 +213,7 @@ def combine(
         return MultiPosePrediction(per_pose, per_pose, combination, side=side)
     finite = None
     if nonfinite == "drop":
-        finite = finite_rows(predictions)
+        finite = finite_rows(predictions.detach()).cpu()  # the one time that the host waits for it
         if combination.groups is None and not finite.any():
             raise PredictionError(f"none of the {len(finite)} predictions of the group is finite, so none is left")
     combined = combination.combine(predictions, finite)

@@ -42,7 +42,9 @@ def default_source(device: torch.device) -> RandomSource:
             lambda: torch.get_rng_state().view(torch.int64), lambda state: torch.set_rng_state(state.view(torch.uint8))
         )
     backend = torch.get_device_module(device)
-    return RandomSource(lambda: backend.get_rng_state(device), lambda state: backend.set_rng_state(state, device))
+    return RandomSource(
+        lambda: backend.get_rng_state(device), lambda state: backend.set_rng_state(state, device), costly=True
+    )
 
 
 def global_sources() -> list[RandomSource]:

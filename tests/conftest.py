@@ -1,6 +1,6 @@
 """Fixtures and settings of all tests: device, seed, number of threads.
 
-GRADHOOKS_TEST_DEVICE chooses the device (`cpu` by default, `cuda`, `cuda:1` ...).
+GRADHOOKS_TEST_DEVICE chooses the device: `cpu` (the default), `cuda`, `cuda:1`, `python_device` (a folder here).
 """
 
 import gc
@@ -19,13 +19,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 if sys.platform == "linux":  # gloo otherwise looks up the name of the machine, which can take longer than its timeout
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
+import python_device  # noqa: E402
 from model_zoo import TensorFactory  # noqa: E402
 from seeding import manual_seed  # noqa: E402
 
 hypothesis.settings.register_profile("gradhooks", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("gradhooks")
 
+if os.environ.get("GRADHOOKS_TEST_DEVICE") == python_device.NAME:
+    python_device.register()
 DEVICE = torch.device(os.environ.get("GRADHOOKS_TEST_DEVICE", "cpu"))
+if DEVICE.index is None and DEVICE.type != "cpu":  # the device of a tensor has an index
+    DEVICE = torch.device(DEVICE.type, 0)
 
 
 @pytest.hookimpl(optionalhook=True)

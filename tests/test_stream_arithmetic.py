@@ -10,11 +10,15 @@ from torch import Tensor
 
 from gradhooks.accumulators.auto import Auto, _backwards_per_chunk
 from gradhooks.accumulators.declared_fit import fit_groups
+from gradhooks.accumulators.declared_weights import DeclaredWeights
 from gradhooks.accumulators.online_softmax import Declaration, OnlineSoftmax
 from gradhooks.accumulators.pose_shares import NEWEST_SHARE, PoseShares, observe, observe_plain
 from gradhooks.engine.accumulation import Coefficients
 
 ROUNDING = 2.0**-53
+
+WEIGHTED = DeclaredWeights(1, torch.zeros(1))
+"""A declaration of one log-weight."""
 
 
 def softmax_of(
@@ -180,7 +184,7 @@ def test_parts_of_a_batch_are_compared_with_its_largest_coefficient() -> None:
 def test_auto_compares_the_costs(shares: PoseShares, uniform: bool, backwards: float, streams: bool) -> None:
     auto = Auto()
     auto._shares = shares
-    auto._decide(Declaration([0.0], [[]], uniform), backwards)
+    auto._decide(DeclaredWeights(1) if uniform else WEIGHTED, backwards)
     assert auto._streams == streams
 
 
@@ -197,7 +201,7 @@ def test_auto_compares_the_costs(shares: PoseShares, uniform: bool, backwards: f
 )
 def test_backwards_of_a_chunk(groups: list[int] | None, size: int, sums: int, backwards: float) -> None:
     engine: Any = SimpleNamespace(groups=groups, pose_count=6)
-    declaration = Declaration([0.0] * size, [[0.0] * (sums - 1)] * size)
+    declaration = DeclaredWeights(size, torch.zeros(size), torch.zeros(size, sums - 1))
     assert _backwards_per_chunk(engine, declaration) == backwards
 
 
@@ -206,13 +210,13 @@ def test_auto_keeps_a_choice_that_costs_as_much() -> None:
     auto._shares = PoseShares(0.5, 0.0, 0.5, 1)  # 0.75 against 0.75
     for streams in (True, False):
         auto._streams = streams
-        auto._decide(Declaration([0.0], [[]]), 1.0)
+        auto._decide(WEIGHTED, 1.0)
         assert auto._streams == streams
     auto._streams, auto._shares = True, PoseShares(0.1, 0.1, 0.5, 1)  # 0.825 against 0.75, within the factor 1.1
-    auto._decide(Declaration([0.0], [[]]), 1.0)
+    auto._decide(WEIGHTED, 1.0)
     assert auto._streams
     auto._shares = PoseShares(0.1, 0.1, 0.0, 1)  # 0.325 against 0.35
-    auto._decide(Declaration([0.0], [[]]), 1.2)
+    auto._decide(WEIGHTED, 1.2)
     assert auto._streams
 
 

@@ -52,17 +52,19 @@ class BatchTime(NamedTuple):
         return self.ratio <= LIMITS[self.way]
 
 
-def measure(models: Sequence[str], sizes: Sequence[int], groups: Sequence[int], repeats: int) -> Iterator[BatchTime]:
+def measure(
+    models: Sequence[str], sizes: Sequence[int], groups: Sequence[int], repeats: int, device: torch.device
+) -> Iterator[BatchTime]:
     """Measure every model with every combination and every size of a batch."""
     for name, combination, size, count in product(models, COMBINATIONS, sizes, groups):
-        batch = batch_of(name, combination, size, count)
+        batch = batch_of(name, combination, size, count, device)
         with flushed_denormals():
             steps = steps_of(batch, sharp="1000" in combination)
             runs = [partial(_run, batch, step) for step in steps.values()]
             for _ in range(WARM_UP_STEPS):
                 for run in runs:
                     run()
-            seconds = interleaved_seconds(runs, repeats, torch.device("cpu"))
+            seconds = interleaved_seconds(runs, repeats, device)
         batched, *others = seconds
         median = sorted(batched)[len(batched) // 2]
         for way, times in zip(list(steps)[1:], others, strict=True):
@@ -79,7 +81,7 @@ def steps_of(batch: TrainingBatch, *, sharp: bool) -> dict[str, TrainingStep]:
         "checkpoint": checkpoint_step(batch, CHUNK_SIZE),
     }
     if sharp:
-        memory = peak_bytes(partial(_run, batch, full), torch.device("cpu")) // 10
+        memory = peak_bytes(partial(_run, batch, full), next(batch.model.parameters()).device) // 10
         steps["a tenth"] = multipose_step(batch, memory=memory)
     return steps
 
@@ -120,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--groups", nargs="+", type=int, default=[1, 8, 32], help="B (default: %(default)s)")
     chosen = options.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
-    times = list(measure(chosen.models, chosen.sizes, chosen.groups, chosen.repeats))
+    times = list(measure(chosen.models, chosen.sizes, chosen.groups, chosen.repeats, torch.device(chosen.device)))
     print(table(times))
     save([{**time._asdict(), "met": time.met} for time in times], chosen.save)
 

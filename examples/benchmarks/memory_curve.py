@@ -15,7 +15,6 @@ from gradhooks.profiling.training_steps import TrainingStep, batched_step, multi
 from gradhooks.units import format_bytes
 
 WARM_UP_STEPS = 3
-CPU = torch.device("cpu")
 SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 2.0)
 """The budgets, relative to the peak of the batched full graph."""
 
@@ -60,10 +59,10 @@ class LeastPeak(NamedTuple):
     copies: float
 
 
-def curve(name: str, group_size: int, groups: int, repeats: int) -> Iterator[CurvePoint]:
+def curve(name: str, group_size: int, groups: int, repeats: int, device: torch.device) -> Iterator[CurvePoint]:
     """Measure a batch of groups with several budgets."""
     for combination in COMBINATIONS:
-        batch = batch_of(name, combination, group_size, groups)
+        batch = batch_of(name, combination, group_size, groups, device)
         with flushed_denormals():
             full = batched_step(batch)
             whole = _peak(batch, full)
@@ -74,7 +73,7 @@ def curve(name: str, group_size: int, groups: int, repeats: int) -> Iterator[Cur
                 for run in runs:
                     run()
             peaks = [_peak(batch, step) for step in steps]
-            seconds = interleaved_seconds(runs, repeats, CPU)
+            seconds = interleaved_seconds(runs, repeats, device)
         pose = largest_pose_peak(batch)
         for index, (budget, step) in enumerate(zip(budgets, steps[1:], strict=True), start=1):
             report, ratio = step.report(), median_ratio(seconds[index], seconds[0])
@@ -83,11 +82,11 @@ def curve(name: str, group_size: int, groups: int, repeats: int) -> Iterator[Cur
                 yield CurvePoint(combination, budget, plain, again, ratio, peaks[index], budget + pose)
 
 
-def least_peaks(name: str, sizes: Sequence[tuple[int, int]]) -> Iterator[LeastPeak]:
+def least_peaks(name: str, sizes: Sequence[tuple[int, int]], device: torch.device) -> Iterator[LeastPeak]:
     """Measure the peak at `memory=0` for batches of several sizes `(N, B)`."""
     for combination in COMBINATIONS:
         for group_size, groups in sizes:
-            batch = batch_of(name, combination, group_size, groups)
+            batch = batch_of(name, combination, group_size, groups, device)
             step = multipose_step(batch, memory=0)
             for _ in range(WARM_UP_STEPS):
                 _run(batch, step)
@@ -105,13 +104,18 @@ def largest_pose_peak(batch: TrainingBatch) -> int:
     peaks = []
     for index in range(len(batch.inputs)):
         batch.model.zero_grad()
-        peaks.append(peak_bytes(partial(step, index), CPU))
+        peaks.append(peak_bytes(partial(step, index), device_of(batch)))
     return max(peaks)
 
 
 def gradient_bytes(batch: TrainingBatch) -> int:
     """Return one copy of the gradients."""
     return sum(parameter.nbytes for parameter in batch.model.parameters())
+
+
+def device_of(batch: TrainingBatch) -> torch.device:
+    """Return the device of the model."""
+    return next(batch.model.parameters()).device
 
 
 def _run(batch: TrainingBatch, step: TrainingStep) -> None:
@@ -121,7 +125,7 @@ def _run(batch: TrainingBatch, step: TrainingStep) -> None:
 
 def _peak(batch: TrainingBatch, step: TrainingStep) -> int:
     batch.model.zero_grad()
-    return peak_bytes(partial(_run, batch, step), CPU)
+    return peak_bytes(partial(_run, batch, step), device_of(batch))
 
 
 def curve_table(points: Sequence[CurvePoint]) -> str:
@@ -159,9 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--many", type=int, default=64, help="the largest N and B at memory=0 (default: %(default)s)")
     chosen = options.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
-    points = list(curve(chosen.model, chosen.group_size, chosen.groups, chosen.repeats))
+    device = torch.device(chosen.device)
+    points = list(curve(chosen.model, chosen.group_size, chosen.groups, chosen.repeats, device))
     print(curve_table(points), "\n", flush=True)
-    peaks = list(least_peaks("mlp", [(4, 2), (4, 8), (4, chosen.many), (4, 1), (chosen.many, 1)]))
+    peaks = list(least_peaks("mlp", [(4, 2), (4, 8), (4, chosen.many), (4, 1), (chosen.many, 1)], device))
     print(least_table(peaks))
     save([point._asdict() for point in points] + [peak._asdict() for peak in peaks], chosen.save)
 

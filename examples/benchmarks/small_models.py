@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gradhooks import Combination
 from gradhooks.combinations import Boltzmann, Mean, Min
+from gradhooks.engine.nested import map_tensors
 from gradhooks.profiling.training_batch import TrainingBatch
 
 CUTOFF = 5.0
@@ -63,11 +64,14 @@ COMBINATIONS: dict[str, Callable[[float], Combination]] = {
 }
 
 
-def batch_of(name: str, combination: str, group_size: int, groups: int) -> TrainingBatch:
+def batch_of(
+    name: str, combination: str, group_size: int, groups: int, device: torch.device | str = "cpu"
+) -> TrainingBatch:
     """Return a model and a batch of groups, with a fixed seed; temperature and scale fit the spread of predictions."""
     torch.manual_seed(0)
     model, make_poses, collate = SMALL_MODELS[name]()
-    poses = make_poses(group_size * groups)
+    model.to(device)
+    poses = map_tensors(lambda tensor: tensor.to(device), make_poses(group_size * groups))
     some = TrainingBatch(model, poses, "mean", collate=collate)
     with torch.no_grad():
         spread = some.run(0, min(32, len(some.inputs))).std().item()

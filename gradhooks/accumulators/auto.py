@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from gradhooks.accumulators.base import Accumulator, Engine, set_accumulator
-from gradhooks.accumulators.online_softmax import Declaration, declaration_of
+from gradhooks.accumulators.declared_weights import DeclaredWeights, declared_weights
 from gradhooks.accumulators.pose_shares import Observation, PoseShares, as_plain_values, observe, observe_plain
 from gradhooks.accumulators.recompute import Recompute
 from gradhooks.accumulators.store import Store
@@ -52,7 +52,7 @@ class Auto(Accumulator):
         if engine.combination.combine_gradients is not None:
             return Store().begin_because(engine, predictions, "the combination works on the gradients of the poses")
         self._learn()
-        declaration = declaration_of(engine, predictions)
+        declaration = declared_weights(engine, predictions)
         if not engine.findings.repeatable:
             return _begin_single_run(engine, predictions, declaration)
         reason = self._choose(engine, declaration, predictions)
@@ -61,24 +61,27 @@ class Auto(Accumulator):
         set_accumulator(engine, "stream", reason)
         return self._observed(engine, StreamAccumulation(engine, declaration, predictions))
 
-    def _choose(self, engine: Engine, declaration: Declaration | None, predictions: Tensor) -> str:
+    def _choose(self, engine: Engine, declaration: DeclaredWeights | None, predictions: Tensor) -> str:
         """Choose whether to stream, and return the reason."""
-        if declaration is None or not engine.findings.linear:
+        reason = why_not_streamed(engine, predictions, declaration)
+        if declaration is None or reason or not engine.findings.linear:
             self._streams = False
-            return why_not_streamed(predictions)
-        copies = engine.group_count * (1 + len(declaration.features[0]))
+            return reason
+        copies = engine.group_count * (1 + declaration.feature_count)
         if engine.group_count > 1 and copies * engine.gradient_bytes > engine.memory_left:
             self._streams = False
             return f"streaming needs {copies} copies of the gradients, which do not fit in memory"
         return self._decide(declaration, _backwards_per_chunk(engine, declaration))
 
-    def _decide(self, declaration: Declaration, backwards: float) -> str:
+    def _decide(self, declaration: DeclaredWeights, backwards: float) -> str:
         """Choose by the costs, and return them."""
         shares = self._shares
         if not shares.batches and not declaration.uniform:
             self._streams = False
             return "no earlier batch shows how many poses matter"
-        online = 1.0 if declaration.uniform else shares.significant_online
+        # On a device, nobody waits to see which log-weights are significant: all poses get a backward.
+        all_run = declaration.uniform or not declaration.is_on_host
+        online = 1.0 if all_run else shares.significant_online
         streamed = FORWARD_SHARE + online * (1 - FORWARD_SHARE) * backwards + shares.read_directly
         recomputed = FORWARD_SHARE + max(shares.significant, shares.read_directly)
         self._streams = streamed * (1 / INERTIA if self._streams else INERTIA) <= recomputed
@@ -132,10 +135,10 @@ class Auto(Accumulator):
         return self.__dict__
 
 
-def _begin_single_run(engine: Engine, predictions: Tensor, declaration: Declaration | None) -> Accumulation:
+def _begin_single_run(engine: Engine, predictions: Tensor, declaration: DeclaredWeights | None) -> Accumulation:
     """Begin a batch of a model whose second run does not agree with the first."""
     reason = "a second run of a pose does not agree with the first, so that each runs once"
-    if declaration is not None:
+    if declaration is not None and not why_not_streamed(engine, predictions, declaration):
         set_accumulator(engine, "stream", reason)
         return StreamAccumulation(engine, declaration, predictions)
     is_scalar = predictions.numel() == len(predictions)
@@ -144,9 +147,9 @@ def _begin_single_run(engine: Engine, predictions: Tensor, declaration: Declarat
     return Recompute().begin_because(engine, reason)  # refuses, and says why
 
 
-def _backwards_per_chunk(engine: Engine, declaration: Declaration) -> float:
+def _backwards_per_chunk(engine: Engine, declaration: DeclaredWeights) -> float:
     """Return how many backwards a chunk of the size of the first one needs in stream, on average."""
-    size, sums = len(declaration.log_weights), 1 + len(declaration.features[0])
+    size, sums = declaration.pose_count, 1 + declaration.feature_count
     if size == 1:
         return 1.0
     groups = engine.groups or [0] * engine.pose_count

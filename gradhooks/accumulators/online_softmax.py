@@ -8,9 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradhooks.accumulators.base import Engine
-from gradhooks.errors import CombinationError
-
 
 class Declaration(NamedTuple):
     """`StreamWeights` as Python numbers: torch operators on single numbers would cost more than a small model.
@@ -32,55 +29,32 @@ class Declaration(NamedTuple):
         return Declaration([log_weight for log_weight, _ in kept], [row for _, row in kept])
 
 
-def declaration_of(engine: Engine, predictions: Tensor, start: int = 0) -> Declaration | None:
-    """Return what the combination declares for the poses from `start` on, None without a declaration.
-
-    Args:
-        engine: The batch.
-        predictions: Shape `(n, *prediction)`.
-        start: The index of their first pose.
-
-    Raises:
-        CombinationError: The declaration does not have the shapes of its contract.
-    """
-    count = predictions.shape[0]
-    if predictions.numel() != count:
-        return None
-    declared = engine.declare(predictions.detach().flatten(), start)
-    if declared is None:
-        return None
-    log_weights, features = declared
-    if log_weights is None and features is None:
-        return Declaration([0.0] * count, [[]] * count, uniform=True)
-    wrong_log_weights = log_weights is not None and log_weights.shape != (count,)
-    wrong_features = features is not None and (features.dim() not in {1, 2} or features.shape[0] != count)
-    if wrong_log_weights or wrong_features:
-        shapes = ["none" if one is None else str(tuple(one.shape)) for one in declared]
-        raise CombinationError(
-            f"combination {engine.combination.name}: stream_weights of {count} predictions must give log_weights of "
-            f"shape ({count},) and features of shape ({count},) or ({count}, K), got {shapes[0]} and {shapes[1]}"
-        )
-    return Declaration(*_on_host(log_weights, features, count))
-
-
-def _on_host(log_weights: Tensor | None, features: Tensor | None, count: int) -> tuple[list[float], list[list[float]]]:
-    """Return both as Python numbers. Waits for a device once."""
-    if features is None:
-        return [0.0] * count if log_weights is None else log_weights.tolist(), [[]] * count
-    if log_weights is not None and features.device.type != "cpu":
-        rows = torch.cat([log_weights.to(features.device).unsqueeze(1), features.view(count, -1)], 1).tolist()
-        return [row[0] for row in rows], [row[1:] for row in rows]
-    numbers = features.tolist()
-    listed = [[number] for number in numbers] if features.dim() == 1 else numbers
-    return [0.0] * count if log_weights is None else log_weights.tolist(), listed
-
-
 class Rescaling(NamedTuple):
     """What a new largest log-weight does to the running sums of a group: see `RunningSums.rescale`."""
 
     group: int
     factor: float
     shifts: list[float]
+
+
+def factor_rows(log_weights: Tensor, features: Tensor, tops: Tensor, references: Tensor) -> Tensor:
+    """Return the factors of poses, shape `(n, 1 + K)`, 0 for those whose declaration is not finite.
+
+    Args:
+        log_weights: Shape `(n,)`.
+        features: Shape `(n, K)`.
+        tops: Shape `(n,)`: the largest log-weight of the group of each pose.
+        references: Shape `(n, K)`: the features of the pose that has it.
+    """
+    weights = torch.where(log_weights <= tops, log_weights - tops, math.nan).exp().unsqueeze(1)
+    rows = torch.cat([weights, weights * (features - references)], 1)
+    return torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0)
+
+
+def largest_size(numbers: Tensor) -> float:
+    """Return the largest absolute value of finite numbers, shape `(n,)`, on the CPU; 0 without any."""
+    sizes = numbers.abs()
+    return float(torch.where(sizes.isfinite(), sizes, 0.0).max()) if len(sizes) else 0.0
 
 
 class OnlineSoftmax:
@@ -164,15 +138,13 @@ class OnlineSoftmax:
         features = torch.tensor(self._features, dtype=torch.float64).view(len(groups), self._feature_count)
         tops = torch.tensor(self._tops, dtype=torch.float64)[groups]
         references = torch.tensor(self._references, dtype=torch.float64)[groups]
-        weights = torch.where(log_weights <= tops, log_weights - tops, math.nan).exp().unsqueeze(1)
-        rows = torch.cat([weights, weights * (features - references)], 1)
+        rows = factor_rows(log_weights, features, tops, references)
         counts = torch.tensor(self._counts, dtype=torch.bool) & (
             torch.arange(len(groups)) >= torch.tensor(self._counts_from)[groups]
         )
-        return torch.where((counts & rows.isfinite().all(1)).unsqueeze(1), rows, 0.0)
+        return torch.where(counts.unsqueeze(1), rows, 0.0)
 
     @property
     def largest_exponent(self) -> float:
         """The largest finite `|l_i|`, which bounds the rounding error of the exponents."""
-        sizes = torch.tensor(self._log_weights, dtype=torch.float64).abs()
-        return float(torch.where(sizes.isfinite(), sizes, 0.0).max()) if len(sizes) else 0.0
+        return largest_size(torch.tensor(self._log_weights, dtype=torch.float64))

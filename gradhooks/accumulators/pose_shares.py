@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from einops import reduce
 from torch import Tensor
 
 from gradhooks.engine.accumulation import Coefficients
-from gradhooks.numerics import at_least_float32, largest_per_row
+from gradhooks.numerics import at_least_float32, largest_per_row, on_host
 
 NEWEST_SHARE = 0.3
 """The share of the newest batch in the running averages."""
@@ -84,9 +84,10 @@ class PoseShares:
     _seen: set[str] = field(default_factory=set)
 
     def learn(self, observations: Sequence[Observation]) -> None:
-        """Take the parts of a batch into the averages. Waits for the device."""
+        """Take the parts of a batch into the averages. Waits for the device once."""
         if not observations:
             return
+        observations = _on_host(observations)
         self._average("significant", _significant(observations))
         intercepted = [one for one in observations if one.intercepted]
         if intercepted:
@@ -113,10 +114,26 @@ class PoseShares:
         return cls(**{**values, "_seen": set(values["_seen"])})
 
 
+def _on_host(observations: Sequence[Observation]) -> list[Observation]:
+    """Return observations whose tensors are on the CPU, in float64."""
+    names = ("sizes", "largest", "read", "log_weights")
+    held = [
+        (one, name)
+        for one in range(len(observations))
+        for name in names
+        if getattr(observations[one], name) is not None
+    ]
+    fetched = on_host(*(getattr(observations[one], name) for one, name in held))
+    fields: list[dict[str, Any]] = [{} for _ in observations]
+    for (one, name), tensor in zip(held, fetched, strict=True):
+        fields[one][name] = tensor
+    return [replace(one, **own) for one, own in zip(observations, fields, strict=True)]
+
+
 def _significant(observations: Sequence[Observation]) -> float:
     """Return the share of significant coefficients, beside the largest of all parts."""
-    sizes = [one.sizes.to("cpu", torch.float64) for one in observations]
-    known = [one.largest.to("cpu", torch.float64).view(1) for one in observations if one.largest is not None]
+    sizes = [one.sizes for one in observations]
+    known = [one.largest.view(1) for one in observations if one.largest is not None]
     together = torch.cat([*sizes, *known])
     largest = torch.where(together.isfinite(), together, 0.0).amax() if len(together) else torch.zeros(())
     significant = 0
@@ -127,7 +144,7 @@ def _significant(observations: Sequence[Observation]) -> float:
 
 def _significant_online(observation: Observation, declared: Tensor) -> int:
     """Return how many poses had a significant log-weight beside the largest of their group so far."""
-    log_weights = declared.to("cpu", torch.float64).nan_to_num(nan=math.inf).tolist()
+    log_weights = declared.nan_to_num(nan=math.inf).tolist()
     least = math.log(observation.threshold or torch.finfo(torch.float64).tiny)
     tops: dict[int, float] = {}
     significant = 0

@@ -11,7 +11,7 @@ from gradhooks.accumulators.base import Accumulator, Engine, refuse_gradient_com
 from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
 from gradhooks.engine.gradient_sums import Gradients
 from gradhooks.errors import ReplayError
-from gradhooks.numerics import largest_per_row
+from gradhooks.numerics import largest_per_row, on_host
 
 
 class Recompute(Accumulator):
@@ -90,7 +90,7 @@ def significant_poses(coefficients: Coefficients, threshold: float) -> Tensor:
         coefficients: The coefficients.
         threshold: Size relative to the largest coefficient; smaller ones are skipped.
     """
-    size = largest_per_row(coefficients.total.detach()).to("cpu", torch.float64)
-    largest = coefficients.largest
-    largest = torch.where(size.isfinite(), size, 0).max() if largest is None else largest.to("cpu", torch.float64)
+    size = largest_per_row(coefficients.total.detach())
+    size, *known = on_host(size) if coefficients.largest is None else on_host(size, coefficients.largest)
+    largest = known[0] if known else torch.where(size.isfinite(), size, 0).max()
     return ~(size <= largest * threshold) & (size != 0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradhooks.accumulators.base import Accumulator, Engine, refuse_nonlinear_backward, set_accumulator
+from gradhooks.accumulators.host_memory import HostMemory
 from gradhooks.accumulators.recompute import Recompute
 from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
 from gradhooks.engine.gradient_sums import Gradients, accumulate, add_into, all_finite, zeros_like_gradient
@@ -70,6 +71,8 @@ class StoreAccumulation(Accumulation):
         self._fp16_scale = fp16_scale
         self._gradients: list[Gradients] = []
         self._postponed: list[int] = []
+        self._host_memory: HostMemory | None = None
+        self._shared: list[Chunk] = []  # with several poses in one graph
         self._hooks = engine.intercept(self._receive, range(len(engine.leaves)))
 
     def _receive(self, index: int, gradient: Tensor) -> None:
@@ -84,17 +87,14 @@ class StoreAccumulation(Accumulation):
         device = self._device or gradient.device
         if device.type != "cpu" or gradient.device.type != "cuda" or gradient.is_sparse:
             return gradient.to(device)
-        pinned = torch.empty(gradient.shape, dtype=gradient.dtype, pin_memory=True)
-        return pinned.copy_(gradient, non_blocking=True)
+        if self._host_memory is None:
+            self._host_memory = HostMemory(self._engine.pose_count * self._engine.gradient_bytes, pinned=True)
+        return self._host_memory.empty(gradient.shape, gradient.dtype).copy_(gradient, non_blocking=True)
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
         count = predictions.numel()
-        if count > 1 and self._engine.options.nonfinite == "drop" and not bool(predictions.isfinite().all()):
-            # The backward of a shared graph would spread the NaN of a dropped pose: its other poses run again later.
-            finite = predictions.isfinite().flatten().tolist()
-            self._postponed += [chunk.start + row for row in range(count) if finite[row]]
-            self._gradients += [[None] * len(self._engine.leaves) for _ in range(count)]
-            return
+        if count > 1:
+            self._shared.append(chunk)
         for row, one_hot in enumerate(torch.eye(count, dtype=predictions.dtype, device=predictions.device)):
             self._gradients.append([None] * len(self._engine.leaves))
             if predictions.requires_grad:
@@ -103,12 +103,24 @@ class StoreAccumulation(Accumulation):
 
     def close(self, predictions: Tensor) -> Sequence[Tensor]:
         self._hooks.close()
+        if self._shared and self._engine.options.nonfinite == "drop":
+            self._postpone(predictions.isfinite().flatten().tolist())
         if self._device is not None and torch.cuda.is_initialized():
             torch.cuda.synchronize()  # waits for the asynchronous copies
         self._present = [[gradient is not None for gradient in of_pose] for of_pose in self._gradients]
         stored = [gradient for of_pose in self._gradients for gradient in of_pose if gradient is not None]
         self._gradients = []
         return [predictions, *stored]
+
+    def _postpone(self, finite: list[bool]) -> None:
+        """Forget the gradients of chunks with a dropped pose: its NaN has spread. The other poses run again later."""
+        for chunk in self._shared:
+            rows = range(chunk.start, chunk.stop)
+            if all(finite[row] for row in rows):
+                continue
+            self._postponed += [row for row in rows if finite[row]]
+            for row in rows:
+                self._gradients[row] = [None] * len(self._engine.leaves)
 
     def gradients(self, saved: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
         predictions, *stored = saved

@@ -22,9 +22,10 @@ from gradhooks.combinations.pooling_trial import Trial, pose_axes, try_groups
 from gradhooks.combined import Combined
 from gradhooks.errors import CombinationError
 from gradhooks.group_index import GroupIndex
-from gradhooks.group_loop import loop_over_groups, row_arguments
+from gradhooks.group_loop import loop_over_groups
 from gradhooks.group_reductions import expand_groups
 from gradhooks.numerics import at_least_float32
+from gradhooks.row_arguments import row_arguments
 
 
 class Pooling(Combination):

@@ -16,12 +16,13 @@ def log_weights(weights: Tensor | None, predictions: Tensor) -> Tensor:
         predictions: Shape `(N, *prediction)`: a group, or some of its poses, or poses of several groups.
 
     Raises:
-        CombinationError: The weights have another shape, or one is negative or NaN.
+        CombinationError: The weights have another shape, or, on the CPU, one is negative or NaN.
     """
     if weights is None:
         return to_float64(torch.zeros((), device=predictions.device))
     numbers = _as_numbers(weights, predictions)
-    if _is_invalid(numbers).any():
+    # On a device this would wait for it with every chunk; there `log_weights_of_groups` finds what is invalid.
+    if numbers.device.type == "cpu" and _is_invalid(numbers).any():
         raise _invalid_error(numbers)
     return per_row(numbers.log(), predictions)
 
@@ -59,7 +60,7 @@ def _as_numbers(weights: Tensor, predictions: Tensor) -> Tensor:
         raise CombinationError(
             f"weights must have shape ({len(predictions)},), one weight for each pose, got shape {tuple(weights.shape)}"
         )
-    return to_float64(weights.to(predictions.device))
+    return to_float64(weights.to(predictions.device, non_blocking=True))
 
 
 def _is_invalid(numbers: Tensor) -> Tensor:

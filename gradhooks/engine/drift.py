@@ -87,7 +87,7 @@ class DriftCheck:
 
     def _compare(self, rows: list[Rows], second: Tensor) -> None:
         """Keep how far each pose differs, 0 where rounding explains it."""
-        parts = [self._predictions[each] for each in rows]
+        parts = [_rows_of(self._predictions, each) for each in rows]
         drifts = _differences(parts[0] if len(parts) == 1 else torch.cat(parts), second)
         drifts = torch.where(drifts > self._allowed, drifts, 0).reshape(len(second), -1)
         self._worst.append(drifts.amax(1))
@@ -112,6 +112,12 @@ def refuse_drift(
     check = DriftCheck(context, predictions, packed=packed)
     check.add(indices.tolist(), second)
     check.refuse()
+
+
+def _rows_of(predictions: Tensor, rows: Rows) -> Tensor:
+    if isinstance(rows, slice):
+        return predictions[rows]
+    return predictions.index_select(0, torch.tensor(rows).to(predictions.device, non_blocking=True))  # without a wait
 
 
 def _numbers(rows: Rows) -> Sequence[int]:

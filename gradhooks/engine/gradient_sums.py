@@ -1,38 +1,50 @@
 """Arithmetic on lists of gradients, in which entries may be missing, sparse or narrow."""
 
+import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from gradhooks.numerics import at_least_float32
+from gradhooks.numerics import at_least_float32, on_host
 
 Gradients = list[Tensor | None]
 
+Factor = float | Tensor
+"""A number of the host, or of a device: shape `()`, so that the host need not know it."""
 
-def accumulate(total: Tensor | None, gradient: Tensor, factor: float, *, copy: bool = False) -> Tensor:
+TEMPORARY_BYTES = 16 << 20
+"""How much memory a sum with a factor of a device uses at once for products."""
+
+
+def accumulate(total: Tensor | None, gradient: Tensor, factor: Factor, *, copy: bool = False) -> Tensor:
     """Return `total + factor * gradient`, in place if there is a total, in float32 or wider.
 
     The first gradient is taken over if it needs no change, without a copy unless `copy` asks for one.
     """
     if total is None:
         first = gradient.to(at_least_float32(gradient.dtype))
-        return first if factor == 1 and not (copy and first is gradient) else first * factor
+        is_one = not isinstance(factor, Tensor) and factor == 1
+        return first if is_one and not (copy and first is gradient) else first * _moved(factor, first)
     if not total.is_sparse:
+        if isinstance(factor, Tensor):
+            return total.addcmul_(gradient.to(total.dtype), factor.to(total.device, total.dtype, non_blocking=True))
         return total.add_(gradient, alpha=factor)
+    factor = _moved(factor, total)
     if gradient.is_sparse:
         # Coalesced, since the entries of an uncoalesced sum grow with each pose.
         return (total + factor * gradient.to(total.dtype)).coalesce()
     return gradient.to(total.dtype).mul(factor).add_(total)
 
 
-def scale_(gradients: Sequence[Tensor | None], factor: float) -> None:
+def scale_(gradients: Sequence[Tensor | None], factor: Factor) -> None:
     """Multiply the gradients in place."""
     dense, sparse = _by_layout(gradients)
-    if dense:
-        torch._foreach_mul_(dense, factor)
+    for part in _of_one_kind(dense) if isinstance(factor, Tensor) else [dense] if dense else []:
+        torch._foreach_mul_(part, _moved(factor, part[0]))
     for gradient in sparse:
-        gradient.mul_(factor)
+        gradient.mul_(_moved(factor, gradient))
 
 
 def zero_(gradients: Sequence[Tensor | None]) -> None:
@@ -44,7 +56,9 @@ def zero_(gradients: Sequence[Tensor | None]) -> None:
         gradient.zero_()
 
 
-def add_into(totals: Gradients, gradients: Sequence[Tensor | None], factor: float = 1.0, *, copy: bool = False) -> None:
+def add_into(
+    totals: Gradients, gradients: Sequence[Tensor | None], factor: Factor = 1.0, *, copy: bool = False
+) -> None:
     """Add `factor * gradients` to `totals`, entry by entry. With `copy` no gradient is taken over."""
     dense: list[Tensor] = []
     added: list[Tensor] = []
@@ -57,8 +71,18 @@ def add_into(totals: Gradients, gradients: Sequence[Tensor | None], factor: floa
         else:
             dense.append(total)
             added.append(gradient)
-    if dense:
-        torch._foreach_add_(dense, added, alpha=factor)
+    add_dense(dense, added, factor)
+
+
+def add_dense(totals: Sequence[Tensor], gradients: Sequence[Tensor], factor: Factor) -> None:
+    """Add `factor * gradients` to `totals` in place; none is sparse."""
+    if not isinstance(factor, Tensor):
+        if totals:
+            torch._foreach_add_(list(totals), list(gradients), alpha=factor)
+        return
+    for pairs in _of_one_kind(list(zip(totals, gradients, strict=True)), most=TEMPORARY_BYTES):
+        of_totals, added = [total for total, _ in pairs], [gradient for _, gradient in pairs]
+        torch._foreach_add_(of_totals, torch._foreach_mul(added, _moved(factor, of_totals[0])))
 
 
 def weighted_sum(sums: Sequence[Gradients], factors: Sequence[float], *, overwrite: bool) -> Gradients:
@@ -86,12 +110,37 @@ def zeros_like_gradient(gradient: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def all_finite(sums: Sequence[Gradients]) -> bool:
-    """Return whether no entry contains NaN or infinity. Waits for each device once."""
-    finite: dict[torch.device, list[Tensor]] = {}
-    for total in (total for totals in sums for total in totals if total is not None):
-        values = total.coalesce().values() if total.is_sparse else total
-        finite.setdefault(total.device, []).append(values.isfinite().all())
-    return all(bool(torch.stack(flags).all()) for flags in finite.values())
+    """Return whether no entry contains NaN or infinity. Waits for each device once.
+
+    Entries so large that their sum overflows count as infinite.
+    """
+    present = [total for totals in sums for total in totals if total is not None]
+    values = [total.coalesce().values() if total.is_sparse else total for total in present]
+    norms = [torch.stack(torch._foreach_norm(part, 1)).sum() for part in _of_one_kind(values)]
+    return all(bool(norm.isfinite()) for norm in on_host(*norms))
+
+
+Entry = TypeVar("Entry", Tensor, tuple[Tensor, Tensor])
+
+
+def _of_one_kind(entries: Sequence[Entry], most: float = math.inf) -> list[list[Entry]]:
+    """Split tensors, or pairs of them, into lists of one device and dtype, of at most `most` bytes where possible."""
+    parts: dict[tuple[torch.device, torch.dtype], list[list[Entry]]] = {}
+    filled: dict[tuple[torch.device, torch.dtype], float] = {}
+    for entry in entries:
+        tensor = entry if isinstance(entry, Tensor) else entry[0]
+        kind = tensor.device, tensor.dtype
+        if kind not in filled or filled[kind] + tensor.nbytes > most:
+            parts.setdefault(kind, []).append([])
+            filled[kind] = 0.0
+        parts[kind][-1].append(entry)
+        filled[kind] += tensor.nbytes
+    return [part for of_kind in parts.values() for part in of_kind]
+
+
+def _moved(factor: Factor, beside: Tensor) -> Factor:
+    """Return a factor of the device and dtype of a tensor, so that all products are one kernel."""
+    return factor.to(beside.device, beside.dtype, non_blocking=True) if isinstance(factor, Tensor) else factor
 
 
 def _by_layout(gradients: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:

@@ -16,9 +16,11 @@ def memory_in_bytes(memory: str | float, device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a device: of a GPU as its driver reports it, else that of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    """Return the free memory of a device, as its driver reports it; that of the machine for a CPU."""
+    report = None if device.type == "cpu" else getattr(torch.get_device_module(device), "mem_get_info", None)
+    if report is not None:
+        free, _ = report(device)
+        return int(free)
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -21,11 +21,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Protocol, cast
 
-import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from gradhooks.engine.gradient_sums import Gradients, accumulate, add_into, scale_, zero_
+from gradhooks.engine.gradient_sums import Factor, Gradients, accumulate, add_dense, add_into, scale_, zero_
 from gradhooks.numerics import at_least_float32
 
 Receiver = Callable[[int, Tensor], None]
@@ -125,7 +124,7 @@ class RunningSums:
         self._dense: dict[int, tuple[list[int], list[Tensor]]] = {}  # leaves and tensors of sums that `_fold` knows
         self.has_sparse = False
         self._in_leaves: int | None = None
-        self._targets: list[tuple[int, float]] = []
+        self._targets: list[tuple[int, Factor]] = []
         self._unhooked = list(range(len(self._leaves)))
         self._unreached = set(self._unhooked)
         self._hooks = ExitStack()
@@ -156,14 +155,14 @@ class RunningSums:
         self._in_leaves, self._targets = k, [(k, 1.0)]
 
     @contextmanager
-    def fold_into(self, first: int, factors: Sequence[float]) -> Iterator[None]:
-        """Add the one backward of the block, times `factors[k]`, to sum `first + k`. `factors[0]` is 1."""
+    def fold_into(self, first: int, factors: Sequence[Factor]) -> Iterator[None]:
+        """Add the one backward of the block, times `factors[k]`, to sum `first + k`. `factors[0]` is the number 1."""
         self._put_back()
         if self._large:
             self._hook(self._large)
             self._large = []
         # The last target may take over the gradient; it is the sum whose factor is 1.
-        self._targets = [(first + k, factor) for k, factor in enumerate(factors) if factor != 0][::-1]
+        self._targets = [(first + k, factor) for k, factor in enumerate(factors) if _may_count(factor)][::-1]
         for k, _ in self._targets:
             self._sum(k)
         yield
@@ -176,11 +175,11 @@ class RunningSums:
         for k, factor in self._targets if reached else ():
             self._fold(k, reached, gradients, factor)
 
-    def _fold(self, k: int, reached: list[int], gradients: list[Tensor], factor: float) -> None:
+    def _fold(self, k: int, reached: list[int], gradients: list[Tensor], factor: Factor) -> None:
         """Add the gradients of the leaves `reached` to sum `k`, which may lack some of them."""
         known, totals = self._dense.get(k, ([], []))
         if known == reached:  # the common path: no Python per parameter
-            torch._foreach_add_(totals, gradients, alpha=factor)
+            add_dense(totals, gradients, factor)
             return
         sums, copy = self._sums[k], k != self._targets[-1][0]
         for index, gradient in zip(reached, gradients, strict=True):
@@ -203,18 +202,18 @@ class RunningSums:
     def _sum(self, k: int) -> Gradients:
         return self._sums.setdefault(k, [None] * len(self._leaves))
 
-    def rescale(self, first: int, factor: float, shifts: Sequence[float]) -> None:
+    def rescale(self, first: int, factor: Factor, shifts: Sequence[Factor]) -> None:
         """Add `shifts[k]` times sum `first` to sum `first + k + 1`, then multiply all of these sums by `factor`.
 
-        The factor 0 sets them to zero, also where they are not finite.
+        The number 0 as factor sets them to zero, also where they are not finite.
         """
         self._put_back()
         sums = [self._sum(first + k) for k in range(1 + len(shifts))]
         for other, shift in zip(sums[1:], shifts, strict=True):
-            if shift and factor:
+            if _may_count(shift) and _may_count(factor):
                 add_into(other, sums[0], shift, copy=True)
         for each in sums:
-            if factor:
+            if _may_count(factor):
                 scale_(each, factor)
             else:
                 zero_(each)
@@ -248,3 +247,8 @@ class RunningSums:
         for leaf in self._leaves:
             leaf.grad = None
         self._sums, self._dense = {}, {}
+
+
+def _may_count(factor: Factor) -> bool:
+    """Return whether a factor is not 0, as far as the host knows."""
+    return isinstance(factor, Tensor) or factor != 0

@@ -75,7 +75,11 @@ class StackedPoses:
         return sum(tensor.nbytes for _, tensor in tensors_in(self.slice(start, stop)))
 
     def select(self, indices: Sequence[int]) -> Any:
-        return map_tensors(lambda tensor: tensor[list(indices)], self._stack)
+        rows = torch.tensor(indices)
+        # Not tensor[indices], which waits for the device.
+        return map_tensors(
+            lambda tensor: tensor.index_select(0, rows.to(tensor.device, non_blocking=True)), self._stack
+        )
 
     def original_index(self, index: int) -> int:
         return self._first + index

@@ -9,6 +9,7 @@ prediction does not depend on the other poses of its chunk.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from gradhooks.engine.accumulation import Chunk
@@ -67,7 +68,8 @@ class SecondRun:
         if not jobs:
             return [None] * len(self._context.leaves.shadows)
         if not selected.all():
-            cotangents = cotangents * per_row(selected.to(cotangents), cotangents)
+            mask = selected.to(cotangents.device, cotangents.dtype, non_blocking=True)
+            cotangents = cotangents * per_row(mask, cotangents)
         batch = self._context.batch
 
         def attempt() -> Gradients:
@@ -120,18 +122,20 @@ class SecondRun:
         drift = DriftCheck(context, predictions, packed=packed)
         done = 0
         total = sum(job.selected for job in jobs)
+        every = torch.arange(len(predictions))
+        rows = torch.cat([every[job.rows] for job in jobs])
         with (
             context.rerunning(),
             RunningSums(context.leaves.hooks, count=1) as sums,
             progress_of(batch.options.progress, total, "second run") as report_progress,
         ):
-            for job in jobs:
+            for job, of_job in zip(jobs, _cotangents_of(jobs, cotangents, rows, packed=packed), strict=True):
                 if not (self._stateless and done):  # a stateless model is still in the state before
                     batch.parts.state.restore(job.chunk.before)
                 live = context.run(job.poses, job.chunk)
                 drift.add(job.rows, live.detach())
                 if live.requires_grad:
-                    context.backward(live, cotangents[job.rows])
+                    context.backward(live, of_job)
                 del live
                 done += job.selected
                 report_progress(done)
@@ -139,6 +143,15 @@ class SecondRun:
             batch.report.backwards += done
             batch.report.recomputed += done
             return sums.take()[0]
+
+
+def _cotangents_of(jobs: Sequence[RerunJob], cotangents: Tensor, rows: Tensor, *, packed: bool) -> Sequence[Tensor]:
+    """Return the cotangents of each job; those of packed jobs by one kernel, since each list of rows would wait."""
+    if not packed:
+        return [cotangents[job.rows] for job in jobs]
+    in_order = cotangents[rows.to(cotangents.device, non_blocking=True)]
+    parts: Sequence[Tensor] = in_order.split([_length(job) for job in jobs])
+    return parts
 
 
 def _length(job: RerunJob) -> int:

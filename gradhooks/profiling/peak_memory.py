@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 from typing_extensions import Self
@@ -12,7 +13,7 @@ from gradhooks.engine.live_bytes import LiveBytes
 class PeakMemory:
     """Measures the peak of the tensor memory that a `with` block allocates, in addition to what existed before.
 
-    On CUDA it reads the statistics of the caching allocator. On a CPU the resident size of the process shows nothing
+    On a device it reads the statistics of its allocator. On a CPU the resident size of the process shows nothing
     below 100 MB, so it counts the storages that operations return, from their creation to their release: the same
     number in every run.
 
@@ -30,23 +31,25 @@ class PeakMemory:
         device: The device whose memory is measured.
 
     Attributes:
-        peak: Bytes. On CUDA it is set at the end of the block.
+        peak: Bytes. On a device it is set at the end of the block.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
         self._counter: LiveBytes | None = None
-        self._before = self._cuda_peak = 0
+        self._before = self._device_peak = 0
+        module = None if self._device.type == "cpu" else torch.get_device_module(self._device)
+        self._statistics: Any = module if hasattr(module, "max_memory_allocated") else None
 
     @property
     def peak(self) -> int:
-        return self._cuda_peak if self._counter is None else self._counter.peak
+        return self._device_peak if self._counter is None else self._counter.peak
 
     def __enter__(self) -> Self:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._before = torch.cuda.memory_allocated(self._device)
+        if self._statistics is not None:
+            self._statistics.synchronize(self._device)
+            self._statistics.reset_peak_memory_stats(self._device)
+            self._before = self._statistics.memory_allocated(self._device)
         else:
             self._eager = torch.compiler.set_stance("force_eager")
             self._eager.__enter__()
@@ -61,8 +64,8 @@ class PeakMemory:
             self._counter.__exit__(kind, error, trace)
             self._eager.__exit__(kind, error, trace)
         else:
-            torch.cuda.synchronize(self._device)
-            self._cuda_peak = torch.cuda.max_memory_allocated(self._device) - self._before
+            self._statistics.synchronize(self._device)
+            self._device_peak = self._statistics.max_memory_allocated(self._device) - self._before
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:

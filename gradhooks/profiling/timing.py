@@ -12,8 +12,8 @@ Step = Callable[[], object]
 
 def synchronize(device: torch.device) -> None:
     """Wait until `device` has finished what was queued, so that a clock measures it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
 
 
 def seconds_of(step: Step, device: torch.device) -> float:

@@ -8,8 +8,9 @@ from torch import Tensor
 from gradhooks.combination import BoundCombination
 from gradhooks.combined import result_of
 from gradhooks.group_index import GroupIndex
-from gradhooks.group_loop import loop_over_groups, row_arguments
+from gradhooks.group_loop import loop_over_groups
 from gradhooks.numerics import per_row
+from gradhooks.row_arguments import row_arguments
 from gradhooks.testing.errors import CheckFailed, conformance_check
 from gradhooks.testing.inputs import Sample, largest_difference, make_sample, trainable_parameters
 
