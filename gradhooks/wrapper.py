@@ -61,9 +61,7 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
             mode of the model, so that models whose gradients would be wrong are refused.
         progress: True for a bar (needs tqdm), or a function of `(done, total)`, called after each chunk.
 
-    All options are attributes, validated when they are set.
-
-    Attributes:
+    Attributes (and all options, validated when they are set):
         model: The bare model.
         report: The `Report` of the last batch.
         learned: What earlier batches have shown; save it beside the state dict, and assign it on resuming.

@@ -61,7 +61,7 @@ LAYERS = [
         "engine.tensor_names",
         "engine.pose_description",
     ],
-    ["engine.pose_forms"],
+    ["engine.pose_forms", "engine.running_sums"],
     ["engine.shadow_parameters", "engine.accumulation", "engine.schedule", "engine.graph_watch"],
     [
         "engine.leaves",
@@ -166,7 +166,7 @@ def test_an_upward_import_is_found() -> None:
 
 def test_accumulators_use_the_protocol_that_plugins_have() -> None:
     """Built-in accumulators see `Engine` only; the one for sharded parameters is not chosen by name."""
-    allowed = {"accumulation", "findings", "gradient_sums", "parameter_hooks", "report"}
+    allowed = {"accumulation", "findings", "gradient_sums", "parameter_hooks", "report", "running_sums"}
     for path in (PACKAGE / "accumulators").glob("*.py"):
         engine = {name.removeprefix("engine.") for name in imports_of(path.read_text()) if name.startswith("engine.")}
         assert path.name == "sharded_recompute.py" or engine <= allowed, path.name

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from gradhooks.engine.gradient_sums import add_into, all_finite, weighted_sum, zero_, zeros_like_gradient
-from gradhooks.engine.parameter_hooks import HOOKED_BYTES, ParameterHooks, RunningSums
+from gradhooks.engine.parameter_hooks import ParameterHooks
+from gradhooks.engine.running_sums import HOOKED_BYTES, RunningSums
 
 LARGE = HOOKED_BYTES // 4
 Step = tuple[int, Sequence[float]]

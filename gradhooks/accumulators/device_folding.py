@@ -13,7 +13,7 @@ from gradhooks.accumulators.base import Engine
 from gradhooks.accumulators.declared_weights import DeclaredWeights
 from gradhooks.accumulators.online_softmax import factor_rows, largest_size
 from gradhooks.engine.gradient_sums import Factor, Gradients
-from gradhooks.engine.parameter_hooks import RunningSums
+from gradhooks.engine.running_sums import RunningSums
 from gradhooks.numerics import per_row, to_float64
 
 

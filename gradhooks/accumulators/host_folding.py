@@ -9,7 +9,7 @@ from gradhooks.accumulators.base import Engine
 from gradhooks.accumulators.declared_weights import DeclaredWeights
 from gradhooks.accumulators.online_softmax import OnlineSoftmax
 from gradhooks.engine.gradient_sums import Gradients
-from gradhooks.engine.parameter_hooks import RunningSums
+from gradhooks.engine.running_sums import RunningSums
 
 
 class HostFolding:

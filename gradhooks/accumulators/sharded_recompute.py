@@ -11,8 +11,8 @@ from gradhooks.accumulators.recompute import refuse_second_run, significant_pose
 from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
 from gradhooks.engine.drift import refuse_drift
 from gradhooks.engine.gradient_sums import Gradients
-from gradhooks.engine.parameter_hooks import RunningSums
 from gradhooks.engine.pose_engine import PoseEngine
+from gradhooks.engine.running_sums import RunningSums
 
 
 def begin_sharded(engine: PoseEngine, predictions: Tensor) -> Accumulation:

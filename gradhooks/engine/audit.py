@@ -31,7 +31,7 @@ from gradhooks.engine.graph_leaves import reached_leaves
 from gradhooks.engine.graph_watch import GraphWatch, describe_holders, describe_places, tensors_with_graph
 from gradhooks.engine.hidden_generators import HiddenGenerators
 from gradhooks.engine.model_state import Snapshot
-from gradhooks.engine.parameter_hooks import RunningSums
+from gradhooks.engine.running_sums import RunningSums
 from gradhooks.engine.shadow_parameters import ShadowParameters
 from gradhooks.errors import OutlivingGraphError
 

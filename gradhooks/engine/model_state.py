@@ -17,8 +17,7 @@ Rules:
        says so, and the batch has to start again.
     4. A forward of a normalization layer in training writes the running statistics and does not read them, so a second
        run does not need their old values. They are still restored after a second run.
-    5. Not recorded: what hangs on objects of installed packages that are neither modules nor containers, and tensors
-       with a graph.
+    5. Not recorded: objects of installed packages that are no modules and no containers, and tensors with a graph.
 """
 
 import operator

@@ -16,9 +16,9 @@ from gradhooks.engine.accumulation import Chunk
 from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.drift import DriftCheck
 from gradhooks.engine.gradient_sums import Gradients
-from gradhooks.engine.parameter_hooks import RunningSums
 from gradhooks.engine.pose_inputs import Poses, PoseSubset
 from gradhooks.engine.progress import progress_of
+from gradhooks.engine.running_sums import RunningSums
 from gradhooks.errors import ReplayError
 from gradhooks.numerics import per_row
 
