@@ -17,6 +17,37 @@ from gradhooks.testing import full_graph
 ACCUMULATORS = ["stream", "store", "recompute", "auto"]
 
 
+class NoisyRows(nn.Module):
+    """Random numbers in each forward: a chunk cannot be run again without one of its poses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 1)
+
+    def forward(self, poses: Tensor) -> Tensor:
+        return self.last(nn.functional.dropout(self.first(poses).tanh(), 0.3)).squeeze(-1)
+
+
+@pytest.mark.parametrize("accumulator", ACCUMULATORS)
+@pytest.mark.parametrize("combination", ["mean", "boltzmann"])
+def test_poses_dropped_from_chunks_of_a_model_with_dropout(combination: str, accumulator: str) -> None:
+    model, poses = NoisyRows().double(), torch.randn(7, 4, dtype=torch.float64)
+    poses[3] = torch.nan
+    combiner = gradhooks.registry.combinations.create(combination)
+    torch.manual_seed(2)
+    rows = [model(pose.unsqueeze(0)) for pose in poses]
+    combiner(torch.cat([*rows[:3], *rows[4:]])).square().backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    torch.manual_seed(2)
+    scorer = gradhooks.MultiPose(
+        model, combiner, accumulator=accumulator, chunk_size=3, nonfinite="drop", memory=0, audit=False
+    )
+    scorer(poses).combined.square().backward()
+    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], expected)
+    assert scorer.report.chunks == len(poses)
+
+
 class Words(nn.Module):
     """A sparse embedding, used by poses that have a word."""
 

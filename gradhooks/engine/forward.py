@@ -129,11 +129,20 @@ def _run_local_poses(context: ForwardContext, begin: Begin, before: Snapshot) ->
             else:
                 live = run_without_graph(context, chunk)
             differentiable |= live.requires_grad
-    batch.report.chunks += len(engine.chunks)
-    engine.end_first_run(stateless=state.unchanged_since(before))
+    stateless = state.unchanged_since(before)
+    engine.end_first_run(stateless=stateless)
     if state.noticed_late and len(engine.chunks) > 1:
         raise StartAgainError("the forward changed state that no forward changed before")
+    if not stateless and _would_spread(batch, rows, len(engine.chunks)):
+        schedule.split_chunks()
+        raise StartAgainError("the backward of a chunk would spread the NaN of a dropped pose to its other poses")
+    batch.report.chunks += len(engine.chunks)
     return accumulation, rows, differentiable
+
+
+def _would_spread(batch: Batch, rows: Tensor, chunk_count: int) -> bool:
+    """Return whether a pose is dropped from a chunk of several. A model without state runs the others again."""
+    return batch.options.nonfinite == "drop" and chunk_count < len(rows) and not rows.isfinite().all()
 
 
 def predict(batch: Batch) -> Tensor:

@@ -75,6 +75,7 @@ class Schedule:
         self._last_chunk = self._plain_chunk = 1
         self._planned = 0
         self.one_by_one = False
+        self._splits_chunks = False
 
     @property
     def limit(self) -> int:
@@ -162,7 +163,9 @@ class Schedule:
         return self._last_chunk
 
     def _size(self, fitting: int, remaining: int) -> int:
-        if self._chunk_size is not None:
+        if self._splits_chunks:
+            size = 1
+        elif self._chunk_size is not None:
             size = min(self._chunk_size, remaining)
         elif not self._batched or self.one_by_one or self.need.known is None:
             size = 1
@@ -171,6 +174,10 @@ class Schedule:
         if self._chunk_size is None and self._learned.largest_chunk is not None:
             size = min(size, self._learned.largest_chunk)
         return size
+
+    def split_chunks(self) -> None:
+        """Run the poses of this batch one by one from now on, also where the user set another size."""
+        self._splits_chunks = True
 
     def retry_smaller(self, attempt: Callable[[], Result], *, resizable: bool = True) -> Result:
         """Return the result of `attempt`; after running out of memory, ask for less and call it again (Rule 4).
