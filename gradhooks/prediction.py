@@ -72,8 +72,8 @@ class MultiPosePrediction(_Fields):
         per_pose: Tensor,
         combination: BoundCombination | None = None,
         selected: Tensor | None = None,
-        side: Tensor | None = None,
         outputs: Combined | None = None,
+        side: Tensor | None = None,
     ) -> "MultiPosePrediction":
         self = super().__new__(cls, (combined, per_pose))
         tensors = [tensor for tensor in (per_pose, combined) if isinstance(tensor, Tensor)]
@@ -186,9 +186,9 @@ def combine(
     combination: BoundCombination,
     predictions: Tensor,
     per_pose: Tensor,
-    side: Tensor | None,
-    *,
     nonfinite: Nonfinite,
+    *,
+    side: Tensor | None = None,
 ) -> MultiPosePrediction:
     """Combine the predictions of a batch.
 
@@ -197,8 +197,8 @@ def combine(
         predictions: Shape `(M, *prediction)`, for the combination.
         per_pose: Shape `(M, *prediction)`, equal to `predictions`, for the user; also the result if there is no
             combination.
-        side: Shape `(M, *side)`, or None.
         nonfinite: The option `nonfinite`.
+        side: Shape `(M, *side)`, or None.
 
     Raises:
         PredictionError: Poses without a finite prediction are dropped, and no other pose of a group is left.
@@ -218,7 +218,7 @@ def combine(
             raise PredictionError(f"none of the {len(finite)} predictions of the group is finite, so none is left")
     combined = combination.combine(predictions, finite)
     outputs = combined if isinstance(combined, Combined) else None
-    return MultiPosePrediction(result_of(combined), per_pose, combination, finite, side, outputs)
+    return MultiPosePrediction(result_of(combined), per_pose, combination, finite, outputs, side)
 
 
 def _outside_inference(tensor: Tensor) -> Tensor:
@@ -228,12 +228,13 @@ def _outside_inference(tensor: Tensor) -> Tensor:
 
 def _flatten(prediction: MultiPosePrediction) -> tuple[list[Any], Any]:
     details = prediction._details()
-    return [*prediction, details.pop("side")], details
+    side = details.pop("side")
+    return [*prediction, *([] if side is None else [side])], details
 
 
 def _unflatten(tensors: Iterable[Any], details: Any) -> MultiPosePrediction:
-    combined, per_pose, side = tensors
-    return MultiPosePrediction(combined, per_pose, **details, side=side)
+    combined, per_pose, *side = tensors
+    return MultiPosePrediction(combined, per_pose, **details, side=side[0] if side else None)
 
 
 # DistributedDataParallel flattens and rebuilds outputs.

@@ -235,8 +235,8 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
             agreement=self._agreement,
         )
         self.report = batch.report
-        predictions = run_batch(batch, accumulator)
-        return combine(batch.combination, *predictions, nonfinite=options.nonfinite)
+        for_combination, for_user, side = run_batch(batch, accumulator)
+        return combine(batch.combination, for_combination, for_user, options.nonfinite, side=side)
 
 
 # The signature that help() and editors show at run time; type checkers read `Unpack[OptionTypes]`.

@@ -16,6 +16,8 @@ class Device:
         chunk_sizes: The size of each chunk that ran.
     """
 
+    __slots__ = ("chunk_sizes", "limit", "most", "used")
+
     def __init__(self, limit: float) -> None:
         self.limit = limit
         self.used = self.most = 0.0

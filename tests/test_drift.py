@@ -88,6 +88,8 @@ class TotalEnergy(nn.Module):
 
 
 def test_random_numbers_below_a_large_constant_are_found() -> None:
-    combined, _ = gradhooks.MultiPose(TotalEnergy(), "mean", accumulator="recompute")(list(torch.randn(6, 4)))
+    combined, _ = gradhooks.MultiPose(TotalEnergy(), "mean", accumulator="recompute", audit=False)(
+        list(torch.randn(6, 4))
+    )
     with pytest.raises(ReplayError, match=r"pose \d of 6: its second run differs from its first by"):
         combined.sum().backward()

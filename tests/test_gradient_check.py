@@ -144,12 +144,12 @@ def test_a_prediction_that_depends_on_nothing_is_named() -> None:
 
 def without_restoring(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(model_state.ModelState, "_restore", lambda *_, **__: None)
-    patch.setattr(rerun, "refuse_drift", lambda *_, **__: None)
+    patch.setattr(rerun.DriftCheck, "refuse", lambda *_: None)
 
 
 def without_fresh_containers(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pose_runner, "fresh_containers", lambda pose: pose)
-    patch.setattr(rerun, "refuse_drift", lambda *_, **__: None)
+    patch.setattr(rerun.DriftCheck, "refuse", lambda *_: None)
 
 
 def without_carrying_over(patch: pytest.MonkeyPatch) -> None:

@@ -57,9 +57,10 @@ def test_two_processes_train_to_the_same_bits() -> None:
 
 
 def test_only_profiling_imports_a_clock() -> None:
+    """And what waits for other ranks, until they are taken for lost."""
     package = Path(gradhooks.__file__).parent
     for path in package.rglob("*.py"):
-        if "profiling" in path.parts:
+        if "profiling" in path.parts or path.name in ("lost_ranks.py", "plugin_check.py"):
             continue
         imported = {
             alias.name.split(".")[0]

@@ -13,7 +13,7 @@ from gradhooks.engine.batch import Batch
 from gradhooks.engine.chunk_fitting import next_chunk
 from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.grad_mode import run_without_graph
-from gradhooks.engine.leaf_validation import refuse_differentiable
+from gradhooks.engine.leaf_validation import refuse_outside_leaves
 from gradhooks.engine.model_output import check_shape, refuse_detached
 from gradhooks.engine.model_state import Snapshot
 from gradhooks.engine.parameter_values import carry_over_data
@@ -173,7 +173,7 @@ def _predict_local_poses(batch: Batch) -> Tensor:
                     f"the prediction of pose {start} requires grad, although no parameter of the model does; poses "
                     "that are read while they run are not searched for tensors that require grad: pass list(poses)"
                 )
-            refuse_differentiable(batch.model, run.predictions, start)
+            refuse_outside_leaves(batch, run.predictions, start)
             live = run.predictions.detach()
             if start == 0:
                 first = live

@@ -90,7 +90,8 @@ def describe_holders(model: nn.Module, leaves: Sequence[Tensor]) -> str:
 def describe_places(model: nn.Module, tensors: Sequence[Tensor]) -> str:
     """Describe where some tensors are kept."""
     paths = {id(value): path for path, value in _attributes(model)}
-    places = [paths.get(id(tensor)) or _describe_referrer(tensor, tensors) for tensor in tensors]
+    places = [paths[id(tensor)] for tensor in tensors if id(tensor) in paths]
+    places = places or [_describe_referrer(tensor, tensors) for tensor in tensors]
     return ", ".join(dict.fromkeys(places)) or "an object that is not visible from Python"
 
 

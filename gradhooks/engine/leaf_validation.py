@@ -5,9 +5,11 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from gradhooks.engine.accumulation import Chunk
+from gradhooks.engine.batch import Batch
 from gradhooks.engine.graph_leaves import leaves_inside_checkpoint, other_leaves, reached_leaves
 from gradhooks.engine.leaves import Leaves
 from gradhooks.engine.model_state import ModelState
+from gradhooks.engine.nested import tensors_in
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.pose_runner import PoseRunner
 from gradhooks.engine.tensor_names import tensors_of_modules
@@ -88,19 +90,30 @@ class LeafValidator:
             _refuse(self._model, leaves, chunk.start)
 
 
-def refuse_differentiable(model: nn.Module, predictions: Tensor, start: int) -> None:
-    """Refuse predictions that require grad although neither the model nor a pose does.
+def refuse_outside_leaves(batch: Batch, predictions: Tensor, start: int) -> None:
+    """Refuse predictions that depend on a leaf outside the model, although neither the model nor a pose is trained.
+
+    Leaves that the model makes, or marks, in its forward are other tensors in each run.
 
     Args:
-        model: The bare model.
+        batch: The batch.
         predictions: Live predictions of some poses.
         start: The index of the first of these poses.
 
     Raises:
         UnregisteredTensorError: They do.
     """
-    if predictions.requires_grad:
-        _refuse(model, reached_leaves(predictions)[0], start)
+    if not predictions.requires_grad:
+        return
+    own = {id(tensor) for _, tensor in tensors_in(batch.poses.slice(start, start + len(predictions)))}
+    leaves = [leaf for leaf in reached_leaves(predictions)[0] if id(leaf) not in own]
+    if leaves:
+        with batch.parts.state.preserved():
+            again = batch.runner.run(batch.poses, start, start + len(predictions))
+        persistent = set(map(id, reached_leaves(again)[0]))
+        outside = [leaf for leaf in leaves if id(leaf) in persistent]
+        if outside:
+            _refuse(batch.model, outside, start)
 
 
 def _refuse(model: nn.Module, leaves: list[Tensor], start: int) -> NoReturn:

@@ -36,6 +36,7 @@ def refuse_broken_promise(
         return
     with uncached_parametrizations(), state.preserved(probe=True):
         output = _run(model, inputs, options)
+        state.end_probe()
         output = output[0] if isinstance(output, tuple) and output else output  # `call=` may return a side output
     if isinstance(output, Tensor) and (output.dim() == 0 or len(output) != _PAIR):
         raise PosesError(_describe(tuple(output.shape), inputs))

@@ -88,4 +88,4 @@ class TrainingBatch:
         predictions = rows[0] if len(rows) == 1 else torch.cat(list(rows))
         predictions, side = self.unpacked(predictions)
         wide = predictions.to(at_least_float32(predictions.dtype))
-        return combine(self.bound, wide, predictions, side, nonfinite="propagate")
+        return combine(self.bound, wide, predictions, "propagate", side=side)

@@ -108,7 +108,7 @@ def full_graph_prediction(
     predictions, side = batch.unpacked(torch.stack(list(rows)))
     if nonfinite == "drop" or batch.bound.combination is None:
         wide = predictions.to(at_least_float32(predictions.dtype))
-        return combine(batch.bound, wide, predictions, side, nonfinite=nonfinite)
+        return combine(batch.bound, wide, predictions, nonfinite, side=side)
     poses = predictions.unbind()
     prediction = full_graph(batch.model, poses, batch.bound.combination, batch.index, call=lambda _, row: row)
     return MultiPosePrediction(*prediction, combination=batch.bound, side=side)

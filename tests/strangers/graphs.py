@@ -141,7 +141,7 @@ def e3nn_network() -> Stranger:
     return Stranger(model, poses, lambda model, pose: model(pose)[0])
 
 
-@stranger("torch_geometric", quick=True)
+@stranger("torch_geometric", quick=True, refusal="holds a tensor with a graph")
 def SuperGAT() -> Stranger:  # noqa: N802
     """It draws edges at random, and keeps what its own loss needs, with a graph, in attributes."""
     from torch_geometric import nn as layers  # noqa: PLC0415

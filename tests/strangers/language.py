@@ -190,7 +190,7 @@ def switch_transformers() -> Stranger:
     return Stranger(library.SwitchTransformersEncoderModel(config).train(), token_poses(), mean_hidden)
 
 
-@stranger("transformers", quick=True)
+@stranger("transformers", quick=True, refusal="recurrent_states holds a tensor with a graph")
 def recurrent_gemma() -> Stranger:
     """It keeps its last states, with their graph, in attributes."""
     library = _transformers()
