@@ -161,8 +161,8 @@ class Injection:
             self._event()
         return self._trace
 
-    def _on_signal(self, *_: object) -> None:
-        if self._inside:
+    def _on_signal(self, _: int, frame: FrameType | None) -> None:
+        if self._inside and _is_in_library(frame):  # else the call has not begun, or is over
             raise self.fault
 
     def __enter__(self) -> None:

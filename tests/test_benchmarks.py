@@ -44,6 +44,7 @@ def test_report_prints_the_summary(
     assert "unknown model nonsense; available: schnet, transformer, resnet" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_sibling_imports")
 def test_targets_are_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -103,6 +104,7 @@ def test_batches_above_their_limit_are_bold() -> None:
     assert cells[0][2] == "1.30"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_sibling_imports")
 def test_the_curve_of_memory_stays_below_its_bound(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

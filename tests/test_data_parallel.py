@@ -33,6 +33,9 @@ NEEDS_WRAPPED_REFERENCE = {"buffers", "buffers of several forwards", "statistics
 # With four ranks each has another accumulator, and most ranks do not use a parameter that one uses.
 ON_FOUR_RANKS = ["one group", "several forwards", "other parameters", "other parameters each time", "statistics"]
 
+# The others have the marker "long".
+IN_SHORT = {"one group", "several forwards", "other parameters", "statistics"}
+
 
 def ddp_modes(name: str, world_size: int) -> dict[str, dict[str, Any]]:
     if world_size == 4:
@@ -84,7 +87,11 @@ def check(name: str, world_size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "world_size"), [*((name, 2) for name in SCENARIOS), *((name, 4) for name in ON_FOUR_RANKS)]
+    ("name", "world_size"),
+    [
+        *(pytest.param(name, 2, marks=() if name in IN_SHORT else pytest.mark.long) for name in SCENARIOS),
+        *(pytest.param(name, 4, marks=() if name == "one group" else pytest.mark.long) for name in ON_FOUR_RANKS),
+    ],
 )
 def test_every_mode_of_data_parallel_training(name: str, world_size: int) -> None:
     check(name, world_size)

@@ -205,7 +205,10 @@ def _tensors_and_hooks_alive() -> tuple[int, int]:
     return len(tensors), sum(len(tensor._backward_hooks or ()) for tensor in tensors)
 
 
-@pytest.mark.parametrize("accumulator", ACCUMULATORS_AND_PLAIN)
+@pytest.mark.parametrize(
+    "accumulator",
+    ["auto", "plain", *(pytest.param(name, marks=pytest.mark.long) for name in ("store", "stream", "recompute"))],
+)
 def test_five_hundred_groups_some_of_them_failing(accumulator: str) -> None:
     model = small_mlp()
 

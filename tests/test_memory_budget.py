@@ -58,7 +58,14 @@ def gradients_of_full_graph(model: nn.Module, combination: str, loss: Any, poses
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("loss", GROUP_LOSSES)
-@pytest.mark.parametrize("combination", ["mean", "min of scale 1", "boltzmann", "attention", "function"])
+@pytest.mark.parametrize(
+    "combination",
+    [
+        "mean",
+        "boltzmann",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("min of scale 1", "attention", "function")),
+    ],
+)
 def test_every_budget(combination: str, loss: str, form: str) -> None:
     model, poses = small_mlp(), rows()
     make_poses, options = FORMS[form]

@@ -152,7 +152,11 @@ def train_all(rank: int, all_counts: list[list[int]], combinations: list[str]) -
 
 
 @pytest.mark.parametrize(
-    ("world_size", "combinations"), [(2, ["mean", "min", "boltzmann learnable", "attention"]), (4, ["boltzmann"])]
+    ("world_size", "combinations"),
+    [
+        (2, ["mean", "min", "boltzmann learnable", "attention"]),
+        pytest.param(4, ["boltzmann"], marks=pytest.mark.long),
+    ],
 )
 def test_every_rank_has_the_gradients_of_one_process(world_size: int, combinations: list[str]) -> None:
     all_counts = COUNTS[world_size]

@@ -166,7 +166,7 @@ def train_all(rank: int, arrangements: list[str]) -> dict[str, float]:
     ("world_size", "arrangements"),
     [
         (2, ["whole_model", "nested", "around_multipose", "tensor_parallel"]),
-        (4, ["nested_and_replicated"]),  # a mesh with two axes
+        pytest.param(4, ["nested_and_replicated"], marks=pytest.mark.long),  # a mesh with two axes
     ],
 )
 def test_gradients_are_those_of_one_process(world_size: int, arrangements: list[str]) -> None:
