@@ -7,19 +7,15 @@ list, a closure, an object of another library.
 
 import gc
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradhooks.engine.graph_leaves import reached_leaves
-from gradhooks.engine.module_attributes import MACHINERY
-from gradhooks.engine.module_watch import modules_in_use
+from gradhooks.engine.tensor_names import places_of_tensors
 from gradhooks.errors import OutlivingGraphError
-
-_DEPTH = 4
 
 
 class _Sentinel:
@@ -89,34 +85,10 @@ def describe_holders(model: nn.Module, leaves: Sequence[Tensor]) -> str:
 
 def describe_places(model: nn.Module, tensors: Sequence[Tensor]) -> str:
     """Describe where some tensors are kept."""
-    paths = {id(value): path for path, value in _attributes(model)}
-    places = [paths[id(tensor)] for tensor in tensors if id(tensor) in paths]
+    known = places_of_tensors(model)
+    places = [known[id(tensor)][1] for tensor in tensors if id(tensor) in known]
     places = places or [_describe_referrer(tensor, tensors) for tensor in tensors]
     return ", ".join(dict.fromkeys(places)) or "an object that is not visible from Python"
-
-
-def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield all values that modules hold, to a certain depth, with their paths."""
-    for path, module in modules_in_use(model).items():
-        prefix = f"{path}." if path else ""
-        for name, value in [*vars(module).items(), *module._buffers.items()]:
-            if name not in MACHINERY:
-                yield from _parts(f"{prefix}{name}", value, _DEPTH)
-
-
-def _parts(path: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
-    yield path, value
-    if depth == 0 or isinstance(value, (nn.Module, Tensor)):
-        return
-    items: Any = ()
-    if isinstance(value, Mapping):
-        items = [(f"{path}[{key!r}]", part) for key, part in value.items()]
-    elif isinstance(value, (list, tuple)):
-        items = [(f"{path}[{number}]", part) for number, part in enumerate(value)]
-    elif hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value):
-        items = [(f"{path}.{name}", part) for name, part in vars(value).items()]
-    for inner, part in items:
-        yield from _parts(inner, part, depth - 1)
 
 
 def _describe_referrer(tensor: Tensor, ours: object) -> str:
