@@ -7,8 +7,8 @@ from torch import Tensor
 from gradhooks.engine.pose_inputs import Poses, StackedPoses
 from gradhooks.errors import PosesError
 
-INSPECTED = 64
-"""How many poses of a list are looked at."""
+INSPECTED = 4
+"""How many poses of a list are looked at, in every batch."""
 
 
 def describe_poses(poses: Poses) -> str:
