@@ -5,7 +5,8 @@
 
 The embeddings of the conformers of a molecule are pooled, and every other molecule of the batch is a negative: groups
 and negatives in one loss. The measure is retrieval among molecules that were held out: is the conformers' embedding
-nearest to that of the right graph? Larger batches have more negatives. At the end, a step on a large batch is measured
+nearest to that of the right graph? Larger batches have more negatives; each size has as many optimizer steps, so they
+also see more molecules. At the end, a step on a large batch is measured
 beside one full graph and GradCache's two passes. The molecules come with the rdkit wheel.
 """
 
@@ -46,9 +47,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=160, help="optimizer steps with each size of a batch")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 8, 32], help="molecules of a batch")
     parser.add_argument("--combination", default="mean", help="pools the embeddings of the conformers")
-    parser.add_argument(
-        "--memory", type=_memory, default="1GiB", help="of a step beyond that of one conformer: bytes, 64MiB, ..."
-    )
+    parser.add_argument("--memory", default="1GiB", help="of a step beyond that of one conformer: bytes, 64MiB, ...")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="of Adam, at its peak")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the conformers, the weights and the order")
@@ -61,10 +60,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if getattr(options, name) < minimum:
             parser.error(f"--{name} must be at least {minimum}")
     return options
-
-
-def _memory(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
 
 
 def load(options: argparse.Namespace) -> tuple[Molecules, Molecules]:

@@ -17,6 +17,8 @@ def parse_bytes(memory: str | float) -> int | float:
     Raises:
         ValueError: `memory` is neither a number of bytes, nor a string such as `"2GiB"`, nor a float from 0 to 1.
     """
+    if isinstance(memory, str) and memory.strip().isdecimal():  # from a command line
+        return int(memory)
     if isinstance(memory, str):
         written = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w+)", memory.strip())
         if written is not None and written[2] in PARSED_UNITS:

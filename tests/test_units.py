@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradhooks.units import format_bytes, format_seconds
+from gradhooks.units import format_bytes, format_seconds, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,7 @@ def test_bytes(count: int, expected: str) -> None:
 )
 def test_seconds(seconds: float, expected: str) -> None:
     assert format_seconds(seconds) == expected
+
+
+def test_bytes_of_a_command_line() -> None:
+    assert [parse_bytes(text) for text in ("0", "2048", "1.5KiB", "2 GiB")] == [0, 2048, 1536, 2**31]
