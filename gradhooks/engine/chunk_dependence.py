@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.model_state import Snapshot
-from gradhooks.engine.nested import fresh_containers, map_tensors
+from gradhooks.engine.nested import independent_copy
 from gradhooks.engine.parametrization_cache import uncached_parametrizations
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.side_outputs import output_rows
@@ -59,7 +59,7 @@ def _differ_together(batch: Batch, poses: Poses, alone: Tensor, *, drew: bool, b
 
 def _predict(batch: Batch, inputs: Any, count: int) -> Tensor:
     with torch.enable_grad():  # a model may differentiate in its forward; no graph outlives this function
-        copied = fresh_containers(map_tensors(_copy, inputs))  # a model may change them
+        copied = independent_copy(inputs)  # a model may change them
         output = batch.options.call(batch.model, copied)
     return output_rows(output, 0, count, batched=True, may_have_side=True)[0].detach()
 
@@ -83,10 +83,6 @@ def _with_other_second_pose(poses: Poses) -> Poses | None:
         if any(changed):
             return others
     return None
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _scaled(tensor: Tensor) -> Tensor:

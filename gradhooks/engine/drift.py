@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradhooks.engine.context import ForwardContext
 from gradhooks.errors import ReplayError
+from gradhooks.row_arguments import rows_of
 
 BLOCK_BYTES = 2**16
 """How many predictions of the second run are kept until they are compared."""
@@ -87,7 +88,7 @@ class DriftCheck:
 
     def _compare(self, rows: list[Rows], second: Tensor) -> None:
         """Keep how far each pose differs, 0 where rounding explains it."""
-        parts = [_rows_of(self._predictions, each) for each in rows]
+        parts = [rows_of(self._predictions, each if isinstance(each, slice) else torch.tensor(each)) for each in rows]
         drifts = _differences(parts[0] if len(parts) == 1 else torch.cat(parts), second)
         drifts = torch.where(drifts > self._allowed, drifts, 0).reshape(len(second), -1)
         self._worst.append(drifts.amax(1))
@@ -112,12 +113,6 @@ def refuse_drift(
     check = DriftCheck(context, predictions, packed=packed)
     check.add(indices.tolist(), second)
     check.refuse()
-
-
-def _rows_of(predictions: Tensor, rows: Rows) -> Tensor:
-    if isinstance(rows, slice):
-        return predictions[rows]
-    return predictions.index_select(0, torch.tensor(rows).to(predictions.device, non_blocking=True))  # without a wait
 
 
 def _numbers(rows: Rows) -> Sequence[int]:

@@ -10,14 +10,14 @@ from contextlib import ExitStack, contextmanager
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from gradhooks.engine.generator_states import GeneratorStates
 from gradhooks.engine.module_values import ModuleValues
 from gradhooks.engine.module_watch import modules_in_use
-from gradhooks.engine.nested import fresh_containers, map_tensors
+from gradhooks.engine.nested import independent_copy
 from gradhooks.engine.parameter_values import ParameterValues
 from gradhooks.engine.parametrization_cache import uncached_parametrizations
 from gradhooks.engine.pose_inputs import Poses
@@ -43,7 +43,7 @@ def initialize_lazy_parameters(model: nn.Module, poses: Poses, call: Call, devic
         draws.begin()
         before = draws.states
         with _nothing_else_changed(model, lazy_before):
-            call(model, fresh_containers(map_tensors(_copy, poses.slice(index, index + 1))))
+            call(model, independent_copy(poses.slice(index, index + 1)))
         if len(_lazy_modules(model)) == len(lazy_before):  # nothing was initialized
             draws.restore(before, every=True)
 
@@ -112,7 +112,3 @@ def _restored_after_initialization(module: nn.Module) -> Iterator[None]:
         handle = module.register_forward_pre_hook(record)
         stack.callback(handle.remove)
         yield
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)

@@ -36,6 +36,15 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return _with_parts(value, mapped)
 
 
+def independent_copy(inputs: Any) -> Any:
+    """Return a copy of containers and tensors, which a model may change; tensors keep `requires_grad`, not graphs."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+    return fresh_containers(map_tensors(copied, inputs))
+
+
 def fresh_containers(pose: Any) -> Any:
     """Return a copy of the containers of a pose that shares everything else, tensors above all.
 

@@ -21,6 +21,7 @@ from gradhooks.engine.progress import progress_of
 from gradhooks.engine.running_sums import RunningSums
 from gradhooks.errors import ReplayError
 from gradhooks.numerics import per_row
+from gradhooks.row_arguments import rows_of
 
 
 class RerunJob(NamedTuple):
@@ -122,14 +123,12 @@ class SecondRun:
         drift = DriftCheck(context, predictions, packed=packed)
         done = 0
         total = sum(job.selected for job in jobs)
-        every = torch.arange(len(predictions))
-        rows = torch.cat([every[job.rows] for job in jobs])
         with (
             context.rerunning(),
             RunningSums(context.leaves.hooks, count=1) as sums,
             progress_of(batch.options.progress, total, "second run") as report_progress,
         ):
-            for job, of_job in zip(jobs, _cotangents_of(jobs, cotangents, rows, packed=packed), strict=True):
+            for job, of_job in zip(jobs, _cotangents_of(jobs, cotangents, packed=packed), strict=True):
                 if not (self._stateless and done):  # a stateless model is still in the state before
                     batch.parts.state.restore(job.chunk.before)
                 live = context.run(job.poses, job.chunk)
@@ -145,11 +144,11 @@ class SecondRun:
             return sums.take()[0]
 
 
-def _cotangents_of(jobs: Sequence[RerunJob], cotangents: Tensor, rows: Tensor, *, packed: bool) -> Sequence[Tensor]:
+def _cotangents_of(jobs: Sequence[RerunJob], cotangents: Tensor, *, packed: bool) -> Sequence[Tensor]:
     """Return the cotangents of each job; those of packed jobs by one kernel, since each list of rows would wait."""
     if not packed:
         return [cotangents[job.rows] for job in jobs]
-    in_order = cotangents[rows.to(cotangents.device, non_blocking=True)]
+    in_order = rows_of(cotangents, torch.cat([torch.tensor(job.rows) for job in jobs]))
     parts: Sequence[Tensor] = in_order.split([_length(job) for job in jobs])
     return parts
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gradhooks.engine.learned import Learned, StackForm
 from gradhooks.engine.model_state import ModelState
-from gradhooks.engine.nested import fresh_containers, map_tensors
+from gradhooks.engine.nested import independent_copy, map_tensors
 from gradhooks.engine.parametrization_cache import uncached_parametrizations
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.errors import PosesError
@@ -47,7 +47,7 @@ def _run(model: nn.Module, inputs: Any, options: Options) -> Any:
     """Return what the model makes of two rows; None if it fails, which says nothing about chunks of one."""
     for grad_mode in (False, True):  # without it two poses need less memory, but some models refuse that
         with suppress(Exception), torch.set_grad_enabled(grad_mode):
-            return options.call(model, fresh_containers(map_tensors(_copy, inputs)))
+            return options.call(model, independent_copy(inputs))
     return None
 
 
@@ -69,7 +69,3 @@ def _describe(shape: tuple[int, ...], inputs: Any) -> str:
         f"is the pose, and the model returns a row for each. Is this {kind} one pose? Then pass [pose]. If the "
         f"model takes single poses without that axis, pass a list: {one}"
     )
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
