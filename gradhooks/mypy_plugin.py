@@ -8,7 +8,7 @@ Pyright needs no plugin.
 
 from collections.abc import Callable
 
-from mypy.nodes import TypeInfo
+from mypy.nodes import SymbolTableNode, TypeInfo
 from mypy.plugin import ClassDefContext, Plugin
 from mypy.plugins.common import add_attribute_to_class
 from mypy.types import Instance
@@ -31,7 +31,9 @@ def _add_members(context: ClassDefContext) -> bool:
         return False  # not analyzed yet: mypy calls again
     info = context.cls.info
     for name in MEMBERS:
-        info.names[name] = symbol.node.names[name].copy()
+        member = symbol.node.names[name]
+        # Not `member.copy()`: of a class from mypy's cache, it loses what has not been read yet.
+        info.names[name] = SymbolTableNode(member.kind, member.node, plugin_generated=True)
     add_attribute_to_class(context.api, context.cls, "model", Instance(info, []))
     return True
 
