@@ -44,3 +44,8 @@ def largest_per_row(tensor: Tensor) -> Tensor:
     """Return the largest absolute value in each row of a real tensor, NaN if there is one, without a copy of it."""
     smallest, largest = tensor.reshape(len(tensor), -1).aminmax(dim=1)
     return torch.maximum(largest, -smallest)
+
+
+def even_size(count: int, most: int) -> int:
+    """Return the size of chunks of at most `most` that share `count` evenly."""
+    return -(-count // -(-count // most))

@@ -83,6 +83,7 @@ LAYERS = [
     ["engine.forward"],
     ["accumulators.base"],
     ["accumulators.online_softmax", "accumulators.declared_fit", "accumulators.declaration_warning"],
+    ["accumulators.stream_chunks"],
     ["accumulators.host_memory", "accumulators.declared_weights"],
     ["accumulators.host_folding", "accumulators.device_folding"],
     ["accumulators.pose_shares"],

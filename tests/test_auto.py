@@ -64,6 +64,35 @@ def test_equal_weights_are_streamed_at_once() -> None:
     assert set(choices(scorer, torch.randn(COUNT, 1), groups=3)) == {"stream"}
 
 
+class TokenScorer(nn.Sequential):
+    """A pose has more tokens than the model has parameters, so that copies of the gradients fit beside few poses."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+        self.chunk_sizes: list[int] = []
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        self.chunk_sizes.append(len(tokens))
+        return super().forward(tokens).mean((1, 2))
+
+
+def test_chunks_of_a_stream_end_where_groups_do() -> None:
+    model, poses, sorted_groups = TokenScorer(), torch.randn(40, 64, 8), torch.arange(4).repeat_interleave(10)
+    scorer = gradhooks.MultiPose(model, "mean", memory="64KiB")
+    for groups in (sorted_groups, sorted_groups, sorted_groups.flip(0)):
+        scorer.zero_grad()
+        del model.chunk_sizes[:]
+        scorer(poses, groups=groups).combined.square().sum().backward()
+        found = [parameter.grad for parameter in model.parameters()]
+        ends = set(torch.tensor(model.chunk_sizes).cumsum(0).tolist())
+        assert scorer.report.accumulator == "stream"
+        assert max(model.chunk_sizes) > 1
+        assert {10, 20} <= ends
+        means = torch.stack([model(poses[groups == group]).mean() for group in range(4)])
+        expected = torch.autograd.grad(means.square().sum(), list(model.parameters()))
+        torch.testing.assert_close(found, list(expected))
+
+
 def test_the_choice_changes_only_for_a_clear_advantage() -> None:
     scorer = scorer_of(gradhooks.combinations.Min(scale=100.0))
     assert choices(scorer, heights(4, 4), groups=3)[-1] == "stream"

@@ -1,18 +1,17 @@
 """The numbers of the accumulators "stream" and "auto": online softmax, the fit of each group, shares of poses."""
 
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gradhooks.accumulators.auto import Auto, _backwards_per_chunk
+from gradhooks.accumulators.auto import Auto
 from gradhooks.accumulators.declared_fit import fit_groups
 from gradhooks.accumulators.declared_weights import DeclaredWeights
 from gradhooks.accumulators.online_softmax import Declaration, OnlineSoftmax
 from gradhooks.accumulators.pose_shares import NEWEST_SHARE, PoseShares, observe, observe_plain
+from gradhooks.accumulators.stream_chunks import StreamChunks
 from gradhooks.engine.accumulation import Coefficients
 
 ROUNDING = 2.0**-53
@@ -189,20 +188,23 @@ def test_auto_compares_the_costs(shares: PoseShares, uniform: bool, backwards: f
 
 
 @pytest.mark.parametrize(
-    ("groups", "size", "sums", "backwards"),
+    ("groups", "fixed", "size", "sums", "expected"),
     [
-        (None, 1, 2, 1.0),
-        (None, 3, 1, 1.0),
-        (None, 3, 2, 2.0),
-        ([0, 1, 2, 0, 1, 2], 3, 2, 3.0),
-        ([0, 0, 1, 1, 1, 1], 3, 2, 2.5),
-        ([0, 0, 1, 1, 1, 1], 3, 1, 1.5),
+        (None, False, 1, 2, (1.0, [6, 3])),
+        (None, False, 3, 1, (1.0, [6, 3])),
+        (None, True, 3, 2, (2.0, [None, None])),
+        ([0, 1, 2, 0, 1, 2], False, 3, 2, (3.0, [None, None])),
+        ([0, 0, 1, 1, 1, 1], True, 3, 2, (2.5, [None, None])),
+        ([0, 0, 1, 1, 1, 1], True, 3, 1, (1.5, [None, None])),
+        ([0, 0, 1, 1, 1, 1], False, 3, 1, (1.0, [2, 3])),
+        ([0, 0, 1, 1, 1, 1], False, 3, 2, (2.0, [2, 3])),
     ],
 )
-def test_backwards_of_a_chunk(groups: list[int] | None, size: int, sums: int, backwards: float) -> None:
-    engine: Any = SimpleNamespace(groups=groups, pose_count=6)
-    declaration = DeclaredWeights(size, torch.zeros(size), torch.zeros(size, sums - 1))
-    assert _backwards_per_chunk(engine, declaration) == backwards
+def test_chunks_of_a_stream(
+    groups: list[int] | None, fixed: bool, size: int, sums: int, expected: tuple[float, list[int | None]]
+) -> None:
+    chunks = StreamChunks(groups, 6, fixed=fixed)
+    assert (chunks.backwards(size, sums), [chunks.longest(start) for start in (0, 3)]) == expected
 
 
 def test_auto_keeps_a_choice_that_costs_as_much() -> None:

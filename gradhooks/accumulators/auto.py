@@ -1,6 +1,5 @@
 """Auto: choose the cheapest exact accumulator for each batch."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from gradhooks.accumulators.declared_weights import DeclaredWeights, declared_we
 from gradhooks.accumulators.pose_shares import Observation, PoseShares, as_plain_values, observe, observe_plain
 from gradhooks.accumulators.recompute import Recompute
 from gradhooks.accumulators.store import Store
-from gradhooks.accumulators.stream import StreamAccumulation, why_not_streamed
+from gradhooks.accumulators.stream import StreamAccumulation, chunks_of, why_not_streamed
 from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
 from gradhooks.engine.gradient_sums import Gradients
 
@@ -33,7 +32,8 @@ class Auto(Accumulator):
     log-weight was significant when the pose ran, and r the share that the loss reads directly. Let m be the backwards
     of a chunk in stream: one for each group, times R where the chunk has several poses of a group and R > 1. With a
     forward without a graph costing f = `FORWARD_SHARE` of a training step, a pose costs f + b (1 - f) m + r steps in
-    stream and f + max(k, r) in recompute. A declaration of equal weights has b = k = 1 in the first batch too.
+    stream and f + max(k, r) in recompute. Chunks of n poses cost 1 + o / n times as much, where o is the overhead of a
+    chunk, and those of stream may be smaller. A declaration of equal weights has b = k = 1 in the first batch too.
     Otherwise the first batch is recomputed, which is never much more expensive, while streaming is where every pose has
     the largest log-weight so far. Several groups are streamed only where their sums fit in memory.
     """
@@ -71,10 +71,20 @@ class Auto(Accumulator):
         if engine.group_count > 1 and copies * engine.gradient_bytes > engine.memory_left:
             self._streams = False
             return f"streaming needs {copies} copies of the gradients, which do not fit in memory"
-        return self._decide(declaration, _backwards_per_chunk(engine, declaration))
+        size, chunks = declaration.pose_count, chunks_of(engine)
+        backwards = chunks.backwards(size, 1 + declaration.feature_count)
+        overhead = engine.chunk_overhead
+        smaller = (1 + overhead / chunks.mean_size(size)) / (1 + overhead / size)
+        return self._decide(declaration, backwards, smaller)
 
-    def _decide(self, declaration: DeclaredWeights, backwards: float) -> str:
-        """Choose by the costs, and return them."""
+    def _decide(self, declaration: DeclaredWeights, backwards: float, smaller_chunks: float = 1.0) -> str:
+        """Choose by the costs, and return them.
+
+        Args:
+            declaration: What the combination declares for the first chunk.
+            backwards: How many backwards a chunk of the stream needs.
+            smaller_chunks: The cost of the chunks of the stream relative to those of a second run.
+        """
         shares = self._shares
         if not shares.batches and not declaration.uniform:
             self._streams = False
@@ -82,7 +92,8 @@ class Auto(Accumulator):
         # On a device, nobody waits to see which log-weights are significant: all poses get a backward.
         all_run = declaration.uniform or not declaration.is_on_host
         online = 1.0 if all_run else shares.significant_online
-        streamed = FORWARD_SHARE + online * (1 - FORWARD_SHARE) * backwards + shares.read_directly
+        run_once = FORWARD_SHARE + online * (1 - FORWARD_SHARE) * backwards
+        streamed = run_once * smaller_chunks + shares.read_directly
         recomputed = FORWARD_SHARE + max(shares.significant, shares.read_directly)
         self._streams = streamed * (1 / INERTIA if self._streams else INERTIA) <= recomputed
         costs = f"a pose costs {streamed:.2f} steps streamed, {recomputed:.2f} recomputed"
@@ -147,16 +158,6 @@ def _begin_single_run(engine: Engine, predictions: Tensor, declaration: Declared
     return Recompute().begin_because(engine, reason)  # refuses, and says why
 
 
-def _backwards_per_chunk(engine: Engine, declaration: DeclaredWeights) -> float:
-    """Return how many backwards a chunk of the size of the first one needs in stream, on average."""
-    size, sums = declaration.pose_count, 1 + declaration.feature_count
-    if size == 1:
-        return 1.0
-    groups = engine.groups or [0] * engine.pose_count
-    chunks = [Counter(groups[start : start + size]) for start in range(0, len(groups), size)]
-    return sum(sums if count > 1 else 1 for chunk in chunks for count in chunk.values()) / len(chunks)
-
-
 class ObservedAccumulation(Accumulation):
     """Delegates to another accumulation, and passes the predictions and coefficients to an observer afterwards."""
 
@@ -170,6 +171,9 @@ class ObservedAccumulation(Accumulation):
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
         self._accumulation.add(chunk, predictions)
+
+    def longest_chunk(self, start: int) -> int | None:
+        return self._accumulation.longest_chunk(start)
 
     def close(self, predictions: Tensor) -> Sequence[Tensor]:
         return [predictions, *self._accumulation.close(predictions)]

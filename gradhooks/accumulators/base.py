@@ -54,6 +54,10 @@ class Engine(Protocol):
         """The bytes that an accumulator may use beyond the step of one pose, after what open batches hold."""
 
     @property
+    def chunk_overhead(self) -> float:
+        """What a chunk costs beside its poses, in training steps of a pose, estimated from bytes; 0 if unknown."""
+
+    @property
     def findings(self) -> Findings:
         """Whether a second run of a pose agrees with the first, and whether its backward is linear."""
 

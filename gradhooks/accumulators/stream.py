@@ -19,6 +19,7 @@ from gradhooks.accumulators.declared_weights import DeclaredWeights, declared_we
 from gradhooks.accumulators.device_folding import DeviceFolding
 from gradhooks.accumulators.host_folding import HostFolding
 from gradhooks.accumulators.recompute import Recompute
+from gradhooks.accumulators.stream_chunks import StreamChunks
 from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
 from gradhooks.engine.gradient_sums import Gradients, add_into, all_finite, weighted_sum
 from gradhooks.errors import CombinationError
@@ -30,6 +31,7 @@ class Stream(Accumulator):
 
     Needs a combination that declares `stream_weights`, and predictions of one number. Other batches are recomputed.
     A chunk of several poses needs one backward for each of its groups, times R where several poses of a group count.
+    Where the poses of each group follow one another, chunks end where groups do, unless `chunk_size` is set.
 
     On the CPU a pose whose log-weight is negligible beside those before it gets no backward. On a device the host would
     have to wait to know; there all poses get one, and batches with `nonfinite="drop"` are recomputed.
@@ -59,6 +61,11 @@ def why_not_streamed(engine: Engine, predictions: Tensor, declared: DeclaredWeig
     return ""
 
 
+def chunks_of(engine: Engine) -> StreamChunks:
+    """Return where the chunks of a batch end if it is streamed."""
+    return StreamChunks(engine.groups, engine.pose_count, fixed=engine.options.chunk_size is not None)
+
+
 class StreamAccumulation(Accumulation):
     """`R = 1 + K` running sums of gradients per group, with the factors of an online softmax.
 
@@ -76,6 +83,7 @@ class StreamAccumulation(Accumulation):
 
     def __init__(self, engine: Engine, declared: DeclaredWeights, predictions: Tensor) -> None:
         self._engine = engine
+        self._chunks = chunks_of(engine)
         self._first: DeclaredWeights | None = declared
         self._feature_count = declared.feature_count
         self._threshold = engine.skip_threshold(predictions.dtype)
@@ -88,9 +96,11 @@ class StreamAccumulation(Accumulation):
             self._folding = DeviceFolding(engine, declared.feature_count, predictions.device)
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
-        groups = self._engine.groups
-        of_rows = [0] * len(predictions) if groups is None else groups[chunk.start : chunk.stop]
+        of_rows = list(self._chunks.groups[chunk.start : chunk.stop])
         self._folding.add(predictions, of_rows, self._declaration(chunk, predictions), self._fp16_scale)
+
+    def longest_chunk(self, start: int) -> int | None:
+        return self._chunks.longest(start)
 
     def _declaration(self, chunk: Chunk, predictions: Tensor) -> DeclaredWeights:
         first, self._first = self._first, None
@@ -143,7 +153,7 @@ class StreamAccumulation(Accumulation):
         """Return the numbers `a`, and what they leave of each coefficient: exactly 0 where that is rounding."""
         engine = self._engine
         count = len(coefficients)
-        groups = torch.zeros(count, dtype=torch.int64) if engine.groups is None else torch.tensor(engine.groups)
+        groups = torch.tensor(self._chunks.groups)
         fit = fit_groups(self._folding.factors(), coefficients, groups, engine.group_count)
         summed = fit.fitted & ~torch.tensor(self._folding.postponed, dtype=torch.bool)
         left = torch.where(summed & (fit.left.abs() <= self._rounding(fit.terms, dtype)), 0.0, fit.left)

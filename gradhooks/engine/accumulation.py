@@ -73,6 +73,11 @@ class Accumulation(ABC):
                 this call unless the accumulation keeps `predictions`.
         """
 
+    def longest_chunk(self, start: int) -> int | None:
+        """Return how many poses the chunk that begins at `start` should have at most; None for any number."""
+        del start
+        return None
+
     @abstractmethod
     def close(self, predictions: Tensor) -> Sequence[Tensor]:
         """End the first run.

@@ -4,9 +4,12 @@ from gradhooks.engine.accumulation import Chunk
 from gradhooks.engine.model_state import Snapshot
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.schedule import Schedule
+from gradhooks.numerics import even_size
 
 
-def next_chunk(poses: Poses, schedule: Schedule, previous: Chunk | None, before: Snapshot) -> Chunk:
+def next_chunk(
+    poses: Poses, schedule: Schedule, previous: Chunk | None, before: Snapshot, longest: int | None = None
+) -> Chunk:
     """Return the next intercepted chunk.
 
     A padded chunk costs its number of poses times its longest pose, which shows in the bytes of its input. As many
@@ -17,10 +20,13 @@ def next_chunk(poses: Poses, schedule: Schedule, previous: Chunk | None, before:
         schedule: The sizes of the batch.
         previous: The chunk before, None for the first.
         before: The state of the model.
+        longest: How many poses it has at most. If they do not fit, they are shared evenly over several chunks.
     """
     start, pose_bytes = (0, 0) if previous is None else (previous.stop, previous.pose_bytes)
-    remaining = len(poses) - start
+    remaining = len(poses) - start if longest is None else longest
     size = schedule.chunk_size(remaining, pose_bytes)
+    if longest is not None:
+        size = even_size(longest, size)
     if not (poses.collated and schedule.depends_on_lengths):
         return Chunk(start, start + size, before)
     while True:

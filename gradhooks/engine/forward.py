@@ -122,7 +122,7 @@ def _run_local_poses(context: ForwardContext, begin: Begin, before: Snapshot) ->
             report_progress(chunk.stop)
             if chunk.stop == count:
                 break
-            chunk = next_chunk(poses, schedule, chunk, state.snapshot())
+            chunk = next_chunk(poses, schedule, chunk, state.snapshot(), accumulation.longest_chunk(chunk.stop))
             # While no prediction requires grad, a graph shows whether this one does.
             if accumulation.keeps_graph or not differentiable:
                 live = context.run(poses, chunk)

@@ -43,6 +43,8 @@ class Learned:
 
     Attributes:
         pose_needs: Written by `memory_need.py`.
+        saved_tensors: How many tensors the graph of a chunk saves, which tells how many operators are launched. Written
+            by `memory_need.py`.
         hooks_refused: Whether the model refuses hooks on saved tensors (transforms of `torch.func`). Written by
             `memory_need.py`.
         memory_limit: The bytes that the option `memory` stands for, after running out of memory a part of them, with
@@ -57,6 +59,7 @@ class Learned:
     """
 
     pose_needs: dict[Mode, NeedRange] = field(default_factory=dict)
+    saved_tensors: dict[Mode, int] = field(default_factory=dict)
     hooks_refused: bool = False
     memory_limit: tuple[str | float, int] | None = None
     largest_chunk: int | None = None
@@ -75,6 +78,7 @@ class Learned:
             "needs_grad_mode": sorted(self.needs_grad_mode),
             "chunk_dependent": dict(self.chunk_dependent),
             "unused_count": dict(self.unused_count),
+            "saved_tensors": dict(self.saved_tensors),
         }
 
     @classmethod
@@ -84,5 +88,6 @@ class Learned:
         needs = values.get("pose_needs", {}).items()
         learned.pose_needs = {mode: NeedRange(*(PoseNeed(*need) for need in ends)) for mode, ends in needs}
         learned.chunk_dependent, learned.unused_count = dict(learned.chunk_dependent), dict(learned.unused_count)
+        learned.saved_tensors = dict(learned.saved_tensors)
         learned.row_per_pose, learned.needs_grad_mode = set(learned.row_per_pose), set(learned.needs_grad_mode)
         return learned

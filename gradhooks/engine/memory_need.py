@@ -23,10 +23,13 @@ from gradhooks.engine.live_bytes import LiveBytes
 from gradhooks.engine.saved_tensors import record_saved_tensors
 
 TEMPORARIES = 3
+LAUNCH_BYTES = {"cpu": 2**15}
+"""The bytes that a device handles while an operator is launched: some microseconds, at gigabytes per second."""
+LAUNCH_BYTES_OF_DEVICES = 2**24
 _HOOKS_REFUSED = "saved tensor hooks"
 
-Sizes = Callable[[Tensor], tuple[int, int]]
-"""Returns the bytes that the graph of some predictions keeps, and those of temporary tensors."""
+Sizes = Callable[[Tensor], tuple[int, int, int]]
+"""Returns the bytes that the graph of some predictions keeps, those of temporary tensors, and how many are saved."""
 
 
 class HooksRefusedError(Exception):
@@ -68,6 +71,12 @@ class MemoryNeed:
     def step_bytes(self) -> int:
         """What the step of one pose needs, with the largest input."""
         return self.graph_bytes + self.temporary_bytes
+
+    @property
+    def chunk_overhead(self) -> float:
+        """What a chunk costs beside its poses, in steps of a pose: its operators are launched once; 0 if unknown."""
+        launches = self._learned.saved_tensors.get(self._mode, 0)
+        return launches * LAUNCH_BYTES.get(self._device.type, LAUNCH_BYTES_OF_DEVICES) / self.graph_bytes
 
     def step_bytes_of(self, pose_bytes: int) -> int:
         """Return what the step of a pose needs, given the bytes of its input; 0 if they are unknown (Rules 2 and 3)."""
@@ -128,7 +137,8 @@ class MemoryNeed:
                     raise
                 self._learned.hooks_refused = True
                 raise HooksRefusedError(str(error)) from error
-            graph, temporary = sizes(predictions)
+            graph, temporary, tensors = sizes(predictions)
+        self._learned.saved_tensors[self._mode] = max(tensors, self._learned.saved_tensors.get(self._mode, 0))
         self._learn(PoseNeed(-(-graph // count), -(-temporary // count), -(-input_bytes // count)))
         return predictions, graph
 
@@ -163,14 +173,18 @@ def _raised(end: PoseNeed, expected: PoseNeed, measured: PoseNeed) -> PoseNeed:
 @contextmanager
 def _counting_saved_tensors(excluded: Container[int]) -> Iterator[Sizes]:
     with record_saved_tensors(excluded) as saved:
-        yield lambda predictions: (sum(saved.values()), TEMPORARIES * max([predictions.nbytes, *saved.values()]))
+        yield lambda predictions: (
+            sum(saved.values()),
+            TEMPORARIES * max([predictions.nbytes, *saved.values()]),
+            len(saved),
+        )
 
 
 @contextmanager
 def _counting_storages(device: torch.device) -> Iterator[Sizes]:
     # A dispatch mode would leave compiled code uncompiled for good; this way it runs uncompiled once.
     with torch.compiler.set_stance("force_eager"), LiveBytes(device.type) as counter:
-        yield lambda predictions: (counter.live, max(predictions.nbytes, counter.peak - counter.live))
+        yield lambda predictions: (counter.live, max(predictions.nbytes, counter.peak - counter.live), 0)
 
 
 def mode_of(training: bool, autocast_dtypes: Sequence[torch.dtype]) -> Mode:

@@ -80,6 +80,10 @@ class PoseEngine:
     def memory_left(self) -> int:
         return self.context.batch.schedule.left
 
+    @property
+    def chunk_overhead(self) -> float:
+        return self.context.batch.schedule.need.chunk_overhead
+
     def declare(self, predictions: Tensor, start: int) -> StreamWeights | None:
         return self.combination.declare(predictions, self.context.first + start)
 

@@ -2,9 +2,10 @@
 
 Rules:
     1. A step may need the allowed memory and the step of one pose: a graph of g bytes and temporary tensors of t. All M
-       poses run plainly if M graphs fit, and temporary tensors for each pose of a chunk: in one chunk, else in chunks
-       that take `1 / PARTS` of the memory. If they do not fit, as many of the last poses as fit beside one copy of the
-       gradients: their graphs are freed in the backward before the first second run begins.
+       poses run plainly if M graphs fit, and temporary tensors for each pose of a chunk: in one chunk, else in smaller
+       ones. If they do not fit, as many of the last poses as fit beside one copy of the gradients: their graphs are
+       freed in the backward before the first second run begins. Smaller chunks cost more launches of operators, larger
+       ones leave less memory to graphs, and a pose whose graph does not fit costs `SECOND_RUN` of a step more.
     2. Intercepted poses run in chunks whose graphs fit beside two copies: the sum, and what plain chunks have added.
        The longer the poses of a chunk, the fewer they are (`chunk_fitting.py`).
     3. What earlier batches hold until their backward is not allowed a second time.
@@ -14,6 +15,7 @@ Rules:
 """
 
 from collections.abc import Callable
+from math import isqrt
 from typing import TypeVar
 
 import torch
@@ -27,7 +29,9 @@ from gradhooks.engine.report import MemoryUse
 from gradhooks.units import format_bytes
 
 PARTS = 8
-"""Rule 1."""
+"""A plain chunk of several takes at least this part of the memory (Rule 1)."""
+SECOND_RUN = 0.25
+"""Rule 1. This is what a forward without a graph costs, in steps."""
 
 Result = TypeVar("Result")
 
@@ -110,7 +114,7 @@ class Schedule:
     def first_plain(self, count: int) -> int:
         """Return the index of the first of `count` poses that runs plainly; those before are intercepted (Rule 1)."""
         graph = self.need.graph_bytes
-        for fitting in (count, self.room // (PARTS * self.need.step_bytes)):
+        for fitting in (count, self._plain_part()):
             self._plain_chunk = self._capped(fitting, count)
             if count * graph <= self.graph_room:
                 self._planned = count * graph
@@ -119,6 +123,17 @@ class Schedule:
         self._planned = plain * graph
         size = self._chunk_size or 1  # chunks of a fixed size begin at its multiples
         return min(count, -(-(count - plain) // size) * size)
+
+    def _plain_part(self) -> int:
+        """Return the size of plain chunks if the poses are more than one.
+
+        With room for P graphs of g bytes, temporary tensors of t bytes and an overhead of o poses, chunks of n poses
+        cost `P o / n` in launches, and `SECOND_RUN n t / g` for poses whose graphs do not fit: least for the n below.
+        """
+        need, room = self.need, self.room
+        graphs, temporary = room / need.graph_bytes, max(1, need.temporary_bytes)
+        cheapest = isqrt(int(graphs * need.chunk_overhead * need.graph_bytes / (SECOND_RUN * temporary)))
+        return max(room // (PARTS * need.step_bytes), min(cheapest, room // (2 * need.step_bytes)))
 
     def split_beyond(self, room: int) -> int | None:
         """Return beyond which need a chunk is split, given the bytes left; None if chunks have a fixed size."""
