@@ -252,8 +252,9 @@ def _print_stack_after(seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-# The fork server imports torch once for all processes, and starts no threads before it forks.
+# The fork server imports once for all processes, and starts no threads before it forks. DDP and FSDP2 import
+# torch._dynamo when they are used first, which takes longer than most tests.
 _context: Any = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-_context.set_forkserver_preload(["torch.distributed"])
+_context.set_forkserver_preload(["torch.distributed.checkpoint.state_dict", "torch._dynamo", "gradhooks.testing"])
 _pool = _Pool()
 atexit.register(_pool.close)
