@@ -20,6 +20,7 @@ Rules:
 import atexit
 import contextlib
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -211,6 +212,7 @@ def _serve(pipe: Connection) -> None:
     """Run tasks until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent kills its workers itself
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is never garbage: without it, a full collection takes no time
     loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
     if loopback:  # independent of what the host name resolves to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])

@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
     parameters: Sequence[Tensor] = ()
 
 
-def train(rank: int, name: str, way: str, plain: bool) -> Outcome:  # noqa: FBT001 - passed by position to ranks
+def train(rank: int, name: str, way: str, plain: bool) -> Outcome:
     """Run the event on this rank."""
     dist.barrier()
     if EVENTS[name].kind == "lost" or not plain:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gradhooks.combination import BoundCombination
 from gradhooks.combination_arguments import refuse_unknown_arguments
-from gradhooks.distributed.agreement import Agreement
+from gradhooks.distributed.agreement import Agreement, begin_batch
 from gradhooks.distributed.collectives import Collectives
 from gradhooks.distributed.pose_parallel import PosePartition
 from gradhooks.distributed.sharded_model import ShardedModel
@@ -72,26 +72,29 @@ def read_batch(
     """
     collectives = Collectives(options.process_group, agreement.call)
     autocast = AutocastState(device.type for device in parts.state.devices)
-    subject = Subject(model, combination, _settings(options, autocast))
-    with collectives.all_or_none("reading of the poses") as message:
+    mode = mode_of(getattr(model, "training", False), autocast.dtypes)
+    with begin_batch(agreement, collectives, sharded) as beginning:
         refuse_unknown_arguments(combination, arguments)
         poses, index, group_count = _separate(poses, groups)
         prepared = _prepare(poses, options, may_be_empty=not collectives.is_single)
-        if not collectives.is_single:
-            refuse_pose_parallel(inputs_that_require_grad(prepared), combination)
         index = None if index is None else read_index(index, len(prepared))
         if parts.has_lazy_parameters:
             initialize_lazy_parameters(model, prepared, options.call, parts.device)
             parts = cache.get(model, options.generators)
         if not sharded:
             refuse_broken_promise(model, prepared, options, parts.state, learned)
-        message.sent = [*agreement.summary(subject), len(prepared), -1 if index is None else group_count or 0]
-    rows = agreement.confirm(collectives, message.received, subject)
+        if sharded:
+            beginning.subject = Subject(model, None, _settings_with_shards(prepared))
+        elif not collectives.is_single:
+            refuse_pose_parallel(inputs_that_require_grad(prepared), combination)
+            beginning.subject = Subject(model, combination, _settings(options, autocast))
+        beginning.audit_is_due = beginning.subject is not None and _audit_is_due(options, mode, parts)
+        beginning.counts = [len(prepared), -1 if index is None else group_count or 0]
+    rows = beginning.of_all_ranks
     partition = PosePartition(collectives, [int(count) for count, *_ in rows])
     if partition.total == 0:
         raise PosesError("there are no poses on any rank: a group needs at least one pose")
     gathered = _gather_groups(index, [int(count) for _, count, *_ in rows], partition, combination)
-    mode = mode_of(getattr(model, "training", False), autocast.dtypes)
     schedule = _schedule(options, mode, parts, learned, cache, batched=prepared.batched and not sharded)
     batch = Batch(
         model=model,
@@ -108,6 +111,7 @@ def read_batch(
         open_graphs=cache.open_graphs,
         learned=learned,
         report=Report(len(prepared), 1 if gathered is None else gathered.count, describe_poses(prepared)),
+        ranks_audit=beginning.audit_is_due,
     )
     return _ready(batch)
 
@@ -129,14 +133,27 @@ def _separate(poses: Any, groups: Any) -> tuple[Any, Any, int | None]:
     return poses.poses, poses.index, poses.count
 
 
+def _settings_with_shards(prepared: Poses) -> dict[str, object]:
+    """Return the modes in which ranks must agree that share shards. They decide in which order FSDP2 communicates."""
+    return {"grad mode": _grad_mode(), "whether poses require grad": bool(inputs_that_require_grad(prepared))}
+
+
 def _settings(options: Options, autocast: AutocastState) -> dict[str, object]:
     """Return the options and modes in which the ranks of a process group must agree."""
     return {
-        "grad mode": "on" if torch.is_grad_enabled() else "off",
+        "grad mode": _grad_mode(),
         "autocast": autocast.dtypes or "off",
         "nonfinite=": options.nonfinite,
         "tolerance=": options.tolerance,
     }
+
+
+def _grad_mode() -> str:
+    return "on" if torch.is_grad_enabled() else "off"
+
+
+def _audit_is_due(options: Options, mode: Mode, parts: ModelParts) -> bool:
+    return options.audit and torch.is_grad_enabled() and (mode, parts.state.training_flags) not in parts.findings
 
 
 def _prepare(poses: Any, options: Options, *, may_be_empty: bool) -> Poses:

@@ -119,7 +119,7 @@ def other_learned_temperature(run: Run) -> None:
     run.train(2)
 
 
-@event("differs")
+@event("differs", ways=(POSE_PARALLEL, DDP))
 def a_temperature_is_learned(run: Run) -> None:
     run.combination = Boltzmann(1.0, learnable=run.affected)
     run.train(2)
@@ -159,7 +159,7 @@ def another_accumulator(run: Run) -> None:
 @event("differs", exact=WAYS)
 def other_chunk_size_and_progress(run: Run) -> None:
     if run.affected:
-        run.options |= {"chunk_size": 2, "collate": torch.stack, "progress": lambda done, total: None}
+        run.options |= {"chunk_size": 2, "collate": torch.stack, "progress": lambda *_: None}
     run.train(2)
 
 
@@ -199,7 +199,7 @@ def a_hook_that_reads(run: Run) -> None:
     run.train(2)
 
 
-@event("differs", exact=WAYS)
+@event("differs", exact=(POSE_PARALLEL, DDP))
 def compiled(run: Run) -> None:
     if run.affected and not run.plain:
         run.model.compile(backend="eager")
@@ -213,7 +213,7 @@ def another_learning_rate(run: Run) -> None:
     run.train(3)
 
 
-@event("differs", exact=WAYS)
+@event("differs", exact=(POSE_PARALLEL, DDP), refused=(FSDP2,))
 def a_parameter_is_unused(run: Run) -> None:
     run.for_ddp["find_unused_parameters"] = True
     run.options["call"] = lambda model, pose: model.first(pose).sum().view(1) if pose[0] > 50 else model(pose)

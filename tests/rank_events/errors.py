@@ -226,7 +226,7 @@ def a_hook_on_the_prediction_raises(run: Run) -> None:
     run.backward(loss)
 
 
-@event("raises")
+@event("raises", ways=(POSE_PARALLEL, DDP))
 def the_optimizer_raises(run: Run) -> None:
     good_step(run)
     run.backward(run.forward())
@@ -244,7 +244,7 @@ def weights_change_before_the_backward(run: Run) -> None:
     loss = run.forward()
     if run.affected:
         with torch.no_grad():
-            run.model.second.weight.mul_(1.01)
+            run.model.first.weight.mul_(1.01)
     run.backward(loss)
 
 

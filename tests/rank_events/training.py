@@ -2,8 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradhooks
 from gradhooks.testing import full_graph
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 POSE_PARALLEL, DDP, FSDP2 = WAYS = ("pose parallel", "DDP", "FSDP2")
 AFFECTED = 1
@@ -96,11 +98,21 @@ class Run:
         group = dist.group.WORLD if self.way == POSE_PARALLEL else None
         if self.plain:
             self.scorer: Any = FullGraphOf(self)
+            for parameter in () if self.way == POSE_PARALLEL else self.scorer.parameters():
+                self._share(parameter.data)
         else:
             self.scorer = gradhooks.MultiPose(self.model, self.combination, process_group=group, **self.options)
         data_parallel = self.way == DDP and not self.plain
         self.module = DistributedDataParallel(self.scorer, **self.for_ddp) if data_parallel else self.scorer
         self.optimizer = torch.optim.SGD(self.module.parameters(), 0.1)
+
+    def _share(self, values: Tensor) -> None:
+        """Make values the same on all ranks as DDP does, with those of rank 0, or FSDP2, with a part of each rank's."""
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, values)
+        shards = [part.chunk(len(parts)) for part in parts]
+        own = [chunks[rank] for rank, chunks in enumerate(shards) if rank < len(chunks)]
+        values.copy_(torch.cat(own) if self.way == FSDP2 and values.dim() else parts[0])
 
     def poses(self) -> list[Tensor]:
         """Return the poses of this rank for this step."""
@@ -158,6 +170,8 @@ class Run:
 
     def is_unchanged(self) -> bool:
         now = self.state()
+        if not self.before:
+            return True
         return len(now) == len(self.before) and all(map(same_bits, now, self.before))
 
 
