@@ -147,7 +147,7 @@ def _brief(message: str) -> str:
 
 def main(pattern: str = "") -> int:
     headers = ["event on rank 1", "ranks share", "rank", "seconds", "it ends with", "unchanged", "broken promises"]
-    rows = []
+    rows: list[list[Any]] = []
     for name, event in EVENTS.items():
         for way in event.ways:
             if pattern in f"{name} {way}":

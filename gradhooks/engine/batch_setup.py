@@ -83,18 +83,14 @@ def read_batch(
             parts = cache.get(model, options.generators)
         if not sharded:
             refuse_broken_promise(model, prepared, options, parts.state, learned)
-        if sharded:
-            beginning.subject = Subject(model, None, _settings_with_shards(prepared))
-        elif not collectives.is_single:
-            refuse_pose_parallel(inputs_that_require_grad(prepared), combination)
-            beginning.subject = Subject(model, combination, _settings(options, autocast))
-        beginning.audit_is_due = beginning.subject is not None and _audit_is_due(options, mode, parts)
+        if sharded or not collectives.is_single:
+            beginning.subject = _subject(model, combination, options, autocast, prepared, sharded=bool(sharded))
+            beginning.audit_is_due = _audit_is_due(options, mode, parts)
         beginning.counts = [len(prepared), -1 if index is None else group_count or 0]
-    rows = beginning.of_all_ranks
-    partition = PosePartition(collectives, [int(count) for count, *_ in rows])
+    partition = PosePartition(collectives, [int(count) for count, *_ in beginning.of_all_ranks])
     if partition.total == 0:
         raise PosesError("there are no poses on any rank: a group needs at least one pose")
-    gathered = _gather_groups(index, [int(count) for _, count, *_ in rows], partition, combination)
+    gathered = _gather_groups(index, [int(count) for _, count, *_ in beginning.of_all_ranks], partition, combination)
     schedule = _schedule(options, mode, parts, learned, cache, batched=prepared.batched and not sharded)
     batch = Batch(
         model=model,
@@ -133,23 +129,21 @@ def _separate(poses: Any, groups: Any) -> tuple[Any, Any, int | None]:
     return poses.poses, poses.index, poses.count
 
 
-def _settings_with_shards(prepared: Poses) -> dict[str, object]:
-    """Return the modes in which ranks must agree that share shards. They decide in which order FSDP2 communicates."""
-    return {"grad mode": _grad_mode(), "whether poses require grad": bool(inputs_that_require_grad(prepared))}
-
-
-def _settings(options: Options, autocast: AutocastState) -> dict[str, object]:
-    """Return the options and modes in which the ranks of a process group must agree."""
-    return {
-        "grad mode": _grad_mode(),
+def _subject(
+    model: nn.Module, combination: Any, options: Options, autocast: AutocastState, prepared: Poses, *, sharded: bool
+) -> Subject:
+    """Return what ranks must have in common that share poses, or shards of parameters."""
+    grad_mode, inputs = "on" if torch.is_grad_enabled() else "off", inputs_that_require_grad(prepared)
+    if sharded:  # the order in which FSDP2 communicates depends on both
+        return Subject(model, None, {"grad mode": grad_mode, "whether poses require grad": bool(inputs)})
+    refuse_pose_parallel(inputs, combination)
+    settings = {
+        "grad mode": grad_mode,
         "autocast": autocast.dtypes or "off",
         "nonfinite=": options.nonfinite,
         "tolerance=": options.tolerance,
     }
-
-
-def _grad_mode() -> str:
-    return "on" if torch.is_grad_enabled() else "off"
+    return Subject(model, combination, settings)
 
 
 def _audit_is_due(options: Options, mode: Mode, parts: ModelParts) -> bool:

@@ -2,7 +2,6 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -98,8 +97,8 @@ def a_backward_in_another_thread(run: Run) -> None:
 @event("order", ways=(DDP,), exact=())
 def early_stop_inside_join(run: Run) -> None:
     run.wrap()
-    with nullcontext() if run.plain else Join([run.module]):
-        run.train(1 if run.affected and not run.plain else 2)
+    with Join([run.module]):
+        run.train(1 if run.affected else 2)
 
 
 @event("order")

@@ -98,21 +98,19 @@ class Run:
         group = dist.group.WORLD if self.way == POSE_PARALLEL else None
         if self.plain:
             self.scorer: Any = FullGraphOf(self)
-            for parameter in () if self.way == POSE_PARALLEL else self.scorer.parameters():
+            for parameter in self.scorer.parameters() if self.way == FSDP2 else ():
                 self._share(parameter.data)
         else:
             self.scorer = gradhooks.MultiPose(self.model, self.combination, process_group=group, **self.options)
-        data_parallel = self.way == DDP and not self.plain
-        self.module = DistributedDataParallel(self.scorer, **self.for_ddp) if data_parallel else self.scorer
+        self.module = DistributedDataParallel(self.scorer, **self.for_ddp) if self.way == DDP else self.scorer
         self.optimizer = torch.optim.SGD(self.module.parameters(), 0.1)
 
     def _share(self, values: Tensor) -> None:
-        """Make values the same on all ranks as DDP does, with those of rank 0, or FSDP2, with a part of each rank's."""
+        """Make values the same on all ranks, as FSDP2 does: a shard comes from the rank that keeps it."""
         parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, values)
         shards = [part.chunk(len(parts)) for part in parts]
-        own = [chunks[rank] for rank, chunks in enumerate(shards) if rank < len(chunks)]
-        values.copy_(torch.cat(own) if self.way == FSDP2 and values.dim() else parts[0])
+        values.copy_(torch.cat([chunks[rank] for rank, chunks in enumerate(shards) if rank < len(chunks)]))
 
     def poses(self) -> list[Tensor]:
         """Return the poses of this rank for this step."""
@@ -135,7 +133,7 @@ class Run:
     def backward(self, loss: Tensor, **options: Any) -> None:
         self.enter("backward")
         loss.backward(**options)
-        if self.plain and self.way != POSE_PARALLEL:
+        if self.plain and self.way == FSDP2:
             for parameter in self.module.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
