@@ -11,9 +11,11 @@ Promises, for every event:
        parameters and buffers as they were.
 """
 
+import copy
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -21,11 +23,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from multiprocess import Fault, run_on_ranks
+from multiprocess import Fault, error_of, run_on_ranks
 from rank_events import AFFECTED, EVENTS, TIMEOUT, Event, Run
 from rank_events.training import FSDP2, POSE_PARALLEL, local
 from tabulate import tabulate
 from torch import Tensor
+
+from gradhooks.testing import full_graph
 
 LIMIT = 60.0
 """Seconds: of a row. Processes without an answer are killed then."""
@@ -41,6 +45,7 @@ class Outcome(NamedTuple):
         message: The message of its error.
         unchanged: Whether gradients, parameters and buffers are as before the forward or backward that raised.
         parameters: The final parameters; of shards, those of this rank.
+        goes_on: Whether the ranks that are left go on in a new group, with the right gradient; None if not tried.
     """
 
     seconds: float
@@ -48,9 +53,10 @@ class Outcome(NamedTuple):
     message: str = ""
     unchanged: bool = True
     parameters: Sequence[Tensor] = ()
+    goes_on: bool | None = None
 
 
-def train(rank: int, name: str, way: str, plain: bool) -> Outcome:
+def train(rank: int, name: str, way: str, plain: bool, new_store: str) -> Outcome:
     """Run the event on this rank."""
     dist.barrier()
     if EVENTS[name].kind == "lost" or not plain:
@@ -59,16 +65,40 @@ def train(rank: int, name: str, way: str, plain: bool) -> Outcome:
     try:
         EVENTS[name].happens(run)
     except BaseException as error:
-        seconds = time.monotonic() - run.start
-        return Outcome(seconds, type(error).__name__, str(error), run.is_unchanged())
+        seen = Outcome(time.monotonic() - run.start, type(error).__name__, str(error), run.is_unchanged())
+        if EVENTS[name].kind != "lost" or way != POSE_PARALLEL:
+            return seen
+        return seen._replace(goes_on=go_on(run, new_store))
     seconds = time.monotonic() - run.start
     return Outcome(seconds, parameters=[local(each).detach().clone() for each in run.module.parameters()])
+
+
+def go_on(run: Run, new_store: str) -> bool:
+    """Return whether an error of this rank still says its cause, and the others go on with the right gradient."""
+    _, message = error_of(run.scorer, 3)
+    size = dist.get_world_size() - 1
+    members = [each for each in range(size + 1) if each != AFFECTED]
+    dist.destroy_process_group()
+    store, limit = dist.FileStore(new_store, size), timedelta(seconds=10)
+    dist.init_process_group("gloo", store=store, rank=members.index(run.rank), world_size=size, timeout=limit)
+    run.scorer.process_group = dist.group.WORLD
+    reference = copy.deepcopy(run.model)
+    for model in (run.model, reference):
+        model.zero_grad()
+    run.scorer(run.poses()).combined.sum().backward()
+    poses = [pose for member in members for pose in run.poses(member)]
+    full_graph(reference, poses, run.scorer.combination).combined.sum().backward()
+    pairs = zip(run.model.parameters(), reference.parameters(), strict=True)
+    right = all(torch.allclose(one.grad, other.grad) for one, other in pairs)
+    return right and re.search("^PosesError: .*got one int.* Besides, rank . waited for", message) is not None
 
 
 def outcomes(name: str, way: str, *, plain: bool = False) -> list[Outcome]:
     """Return what each rank has seen."""
     size = EVENTS[name].ranks
-    results = run_on_ranks(train, name, way, plain, world_size=size, timeout=LIMIT, keep_faults=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "store")
+        results = run_on_ranks(train, name, way, plain, path, world_size=size, timeout=LIMIT, keep_faults=True)
     return [_of_fault(each) if isinstance(each, Fault) else each for each in results]
 
 
@@ -83,9 +113,11 @@ def broken_promises(event: Event, way: str, seen: Sequence[Outcome], plain: Sequ
     broken = []
     if any(each.kind in {"NoAnswer", "ProcessDied"} for each in others.values()):
         broken.append("aborted or hangs")
-    if any(each.seconds > TIMEOUT + GRACE for each in others.values()):
+    if any(each.kind and each.seconds > TIMEOUT + GRACE for each in others.values()):
         broken.append("late")
     raised = [bool(each.kind) for each in others.values()]
+    if any(each.goes_on is False for each in others.values()):
+        broken.append("does not go on in a new group")
     if any(raised) and not all(raised):
         broken.append("some ranks do not raise")
     if way in event.exact and any(each.kind for each in seen):

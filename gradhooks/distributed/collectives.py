@@ -162,12 +162,18 @@ class Collectives:
         return gathered
 
     @contextmanager
-    def naming_lost_ranks(self) -> Iterator[None]:
-        """Turn an error of the backend in the block into one that names the ranks that do not answer."""
+    def naming_lost_ranks(self, *, runs_model: bool = False) -> Iterator[None]:
+        """Turn an error of the backend in the block into one that names the ranks that do not answer.
+
+        Args:
+            runs_model: Whether the block may raise errors of a model too. They are told apart by their messages.
+        """
         try:
             yield
+        except (DistributedError, torch.OutOfMemoryError):
+            raise
         except RuntimeError as error:
-            if self._group is None or not is_of_backend(error):
+            if self._group is None or (runs_model and not is_of_backend(error)):
                 raise
             raise DistributedError(describe_lost_ranks(self._group, self._where, error)) from error
 

@@ -23,13 +23,13 @@ import torch.distributed as dist
 ANSWER_SECONDS = 1.0
 POLL_SECONDS = 0.02
 _UNUSED_TAG = 2**20 + 1
-_NAMES_BACKEND = re.compile("gloo|NCCL|ProcessGroup|collective|Connection|Timed out|Socket", re.IGNORECASE)
+_NAMES_BACKEND = re.compile("gloo|NCCL|ProcessGroup|collective|connection|timed out|timeout|socket", re.IGNORECASE)
 
 _failures: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 def is_of_backend(error: RuntimeError) -> bool:
-    """Return whether a collective has raised an error, and not a model."""
+    """Return whether an error was raised by a collective, and not by a model. Gloo has no class for its errors."""
     return isinstance(error, dist.DistError) or _NAMES_BACKEND.search(str(error)) is not None
 
 

@@ -89,7 +89,7 @@ class ShardedModel:
         """Turn an error of the backend in the block into one that names the ranks that do not answer."""
         with ExitStack() as stack:
             for axis in self._mesh_axes:
-                stack.enter_context(axis.naming_lost_ranks())
+                stack.enter_context(axis.naming_lost_ranks(runs_model=True))
             yield
 
     @contextmanager

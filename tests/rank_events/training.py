@@ -112,9 +112,9 @@ class Run:
         shards = [part.chunk(len(parts)) for part in parts]
         values.copy_(torch.cat([chunks[rank] for rank, chunks in enumerate(shards) if rank < len(chunks)]))
 
-    def poses(self) -> list[Tensor]:
-        """Return the poses of this rank for this step."""
-        generator = torch.Generator().manual_seed(10 * self.step + self.rank)
+    def poses(self, rank: int | None = None) -> list[Tensor]:
+        """Return the poses of a rank, by default of this one, for this step."""
+        generator = torch.Generator().manual_seed(10 * self.step + (self.rank if rank is None else rank))
         return list(torch.randn(3, 4, generator=generator, dtype=torch.float64))
 
     def loss_of(self, prediction: gradhooks.MultiPosePrediction) -> Tensor:
