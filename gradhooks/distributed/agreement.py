@@ -5,7 +5,8 @@ Rules:
        Only where they differ, the ranks exchange descriptions, to name what differs first.
     2. The values of parameters are compared to the bit in the first batch, and where ranks have replaced, frozen or
        unfrozen parameters. In the other batches their norms are compared, above rounding: machines of different kinds
-       may drift apart by rounding. The coefficients are compared in each backward.
+       may drift apart by rounding. Of a large model it is the norms of some parameters, in turn, which takes some ten
+       microseconds. The coefficients are compared in each backward.
     3. Buffers may differ: each rank has poses of its own.
     4. Ranks that share shards have groups of their own, so only what decides which collectives run is compared: names,
        shapes, dtypes, trainability of parameters, and grad mode. No rank has the values of the others' shards.
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradhooks.distributed.collectives import Collectives
 from gradhooks.distributed.parameter_description import (
@@ -35,6 +36,9 @@ from gradhooks.errors import DistributedError
 _DRIFT = 1e-5
 """Rule 2: relative difference of norms."""
 
+_NORMS = 8
+"""Rule 2: how many parameters have their norms compared in a batch."""
+
 _LENGTH = 4
 """Numbers of a summary."""
 
@@ -51,9 +55,12 @@ class Agreement:
         self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self._batch = 0
         self._group: Any = None
-        self._known: list[Any] = []
+        self._known: tuple[object, ...] = ()
+        self._version: object = None  # keeps the ids in `_known` valid
         self._trained: list[Tensor] = []
         self._structure = 0.0
+        self._settings_key: tuple[object, ...] = ()
+        self._settings = 0.0
 
     def join(self, process_group: Any) -> None:
         """Count this scorer among those of a process group, which may be a `DeviceMesh` or None."""
@@ -72,26 +79,34 @@ class Agreement:
         if self._group is None:
             return []
         values = 0.0  # compared only in batches in which several ranks have computed it
-        if self._notice_changes(named := subject.parameters()):
-            values = digest(repr(value_hashes(named)).encode())
-            self._trained = trained_numbers(named)
-        norm_sum = sum((1 + index) * norm for index, norm in enumerate(norms(self._trained)))
-        return [norm_sum, self._structure, subject.settings_digest(), values]
+        if changed := self._notice_changes(subject):
+            values = digest(repr(value_hashes(changed)).encode())
+            self._trained = trained_numbers(changed)
+        first = self._batch * _NORMS % len(self._trained) if len(self._trained) > _NORMS else 0
+        sizes = norms(self._trained[first : first + _NORMS])
+        norm_sum = sum((1 + index) * size for index, size in enumerate(sizes))
+        return [norm_sum, self._structure, self._digest_settings(subject.settings_key()), values]
 
     def summary_of_shards(self, subject: Subject) -> list[float]:
         """Return the numbers whose maximum over ranks `confirm_shards` needs (rule 4)."""
-        self._notice_changes(subject.parameters())
-        settings = digest(repr(subject.settings).encode())
+        self._notice_changes(subject)
+        settings = self._digest_settings(tuple(subject.settings.values()))
         return [self._structure, -self._structure, settings, -settings, self._batch]
 
-    def _notice_changes(self, named: Sequence[tuple[str, Tensor]]) -> bool:
-        """Return whether parameters were replaced, frozen or unfrozen, and digest what they are then."""
-        identities = [(id(each), each.requires_grad, _memory(each)) for _, each in named]
-        if identities == self._known:
-            return False
+    def _notice_changes(self, subject: Subject) -> Sequence[tuple[str, Tensor]]:
+        """Return all parameters if some were replaced, frozen or unfrozen, and digest what they are then."""
+        key = subject.key
+        if key == self._known:
+            return []
+        named = subject.parameters()
         self._structure = digest(repr([describe_parameter(*each) for each in named]).encode())
-        self._known = identities
-        return True
+        self._known, self._version = key, subject.version
+        return named
+
+    def _digest_settings(self, key: tuple[object, ...]) -> float:
+        if key != self._settings_key:
+            self._settings_key, self._settings = key, digest(repr(key).encode())
+        return self._settings
 
     def confirm(
         self, collectives: Collectives, received: Sequence[Sequence[float]], subject: Subject
@@ -116,7 +131,7 @@ class Agreement:
         drifted = not max(norm_sums) - min(norm_sums) <= _DRIFT * max(map(abs, norm_sums))
         if all(len(set(each)) == 1 for each in digests) and len({*values} - {0.0}) <= 1 and not drifted:
             return [row[_LENGTH:] for row in received]
-        self._known = []  # compare values to the bit after an error
+        self._known = ()  # compare values to the bit after an error
         named = subject.parameters()
         description = {**subject.describe_settings(), **dict(describe_parameter(*each) for each in named)}
         description |= describe_values(named)
@@ -141,7 +156,7 @@ class Agreement:
         sharded.call = Call(sharded.call.scorer, int(batch))
         if structure == -other_structure and settings == -other_settings:
             return rest
-        self._known = []
+        self._known = ()
         named = dict(describe_parameter(*each) for each in subject.parameters())
         described = {name: str(value) for name, value in subject.settings.items()} | named
         raise DistributedError(_first_difference(sharded.gather_objects(described)))
@@ -210,10 +225,6 @@ def begin_batch(agreement: Agreement, collectives: Collectives, sharded: Sharded
     rows = agreement.confirm(collectives, of_group.received, subject)
     beginning.audit_is_due = due > 0 or any(row[0] for row in rows)
     beginning.of_all_ranks = [row[1:] for row in rows]
-
-
-def _memory(parameter: Tensor) -> int:
-    return parameter.data_ptr() if type(parameter) is nn.Parameter else 0  # others may have none
 
 
 def _first_difference(descriptions: Iterable[tuple[int, Mapping[str, str]]]) -> str:

@@ -71,7 +71,7 @@ def read_batch(
         DistributedError: Another rank failed, or differs from this one.
     """
     collectives = Collectives(options.process_group, agreement.call)
-    autocast = AutocastState(device.type for device in parts.state.devices)
+    autocast = _autocast(parts)
     mode = mode_of(getattr(model, "training", False), autocast.dtypes)
     with begin_batch(agreement, collectives, sharded) as beginning:
         refuse_unknown_arguments(combination, arguments)
@@ -84,7 +84,7 @@ def read_batch(
         if not sharded:
             refuse_broken_promise(model, prepared, options, parts.state, learned)
         if sharded or not collectives.is_single:
-            beginning.subject = _subject(model, combination, options, autocast, prepared, sharded=bool(sharded))
+            beginning.subject = _subject(model, combination, options, parts, prepared, sharded=bool(sharded))
             beginning.audit_is_due = _audit_is_due(options, mode, parts)
         beginning.counts = [len(prepared), -1 if index is None else group_count or 0]
     partition = PosePartition(collectives, [int(count) for count, *_ in beginning.of_all_ranks])
@@ -130,20 +130,25 @@ def _separate(poses: Any, groups: Any) -> tuple[Any, Any, int | None]:
 
 
 def _subject(
-    model: nn.Module, combination: Any, options: Options, autocast: AutocastState, prepared: Poses, *, sharded: bool
+    model: nn.Module, combination: Any, options: Options, parts: ModelParts, prepared: Poses, *, sharded: bool
 ) -> Subject:
     """Return what ranks must have in common that share poses, or shards of parameters."""
     grad_mode, inputs = "on" if torch.is_grad_enabled() else "off", inputs_that_require_grad(prepared)
     if sharded:  # the order in which FSDP2 communicates depends on both
-        return Subject(model, None, {"grad mode": grad_mode, "whether poses require grad": bool(inputs)})
+        modes = {"grad mode": grad_mode, "whether poses require grad": bool(inputs)}
+        return Subject(model, None, modes, (), parts)
     refuse_pose_parallel(inputs, combination)
     settings = {
         "grad mode": grad_mode,
-        "autocast": autocast.dtypes or "off",
+        "autocast": _autocast(parts).dtypes or "off",
         "nonfinite=": options.nonfinite,
         "tolerance=": options.tolerance,
     }
-    return Subject(model, combination, settings)
+    return Subject(model, combination, settings, parts.state.training_flags, parts)
+
+
+def _autocast(parts: ModelParts) -> AutocastState:
+    return AutocastState(device.type for device in parts.state.devices)
 
 
 def _audit_is_due(options: Options, mode: Mode, parts: ModelParts) -> bool:
