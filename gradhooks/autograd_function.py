@@ -1,6 +1,7 @@
 """PosePredictions: the one `autograd.Function`, from the real parameters to the predictions of intercepted poses."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,20 +47,13 @@ class PosePredictions(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *received: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise HigherOrderError(
-                "create_graph=True asks for derivatives of a gradient that gradhooks has accumulated, and whose graph "
-                "is gone; use the full graph for this step (call the bare model on each pose), or drop create_graph"
-            )
-        _, *saved = ctx.saved_tensors  # raises if they are freed, or changed in place
-        refuse_changed_leaves(ctx.context, ctx.versions)
-        if ctx.shared is not None:
-            saved = ctx.shared.without_changed(saved)
         coefficients = _coefficients(*received)
         if coefficients is None:
             return (None,) * (3 + ctx.leaf_count)
         context, last = ctx.context, not _keeps_graph()
-        gradients = _total_gradients(_Backward(context), ctx.accumulation, saved, coefficients, last=last)
+        if context is None:
+            _ = ctx.saved_tensors  # raises, since they are freed
+        gradients = _total_gradients(_Backward(context), ctx, coefficients, last=last)
         if last:
             ctx.context = ctx.accumulation = ctx.shared = None  # frees the poses, although the user may keep the loss
             ctx.held.release()
@@ -95,18 +89,30 @@ def _coefficients(through_combination: Tensor | None, direct: Tensor | None = No
 
 
 @leaves_no_trace(lambda outer, *_: outer)
-def _total_gradients(
-    outer: _Backward, accumulation: Accumulation, saved: Any, coefficients: Coefficients, *, last: bool
-) -> Gradients:
+def _total_gradients(outer: _Backward, ctx: Any, coefficients: Coefficients, *, last: bool) -> Gradients:
     """Return the total gradient of each leaf, over the poses of all ranks."""
     context = outer.context
-    partition = context.partition
+    partition, accumulation = context.partition, cast("Accumulation", ctx.accumulation)
     if partition.collectives.is_single:
-        return accumulation.gradients(saved, coefficients, last=last)
+        return accumulation.gradients(_saved_tensors(ctx), coefficients, last=last)
     local = coefficients.of_rows(partition.rows)
-    return partition.sum_gradients(
-        lambda: accumulation.gradients(saved, local, last=last), coefficients.total, context.leaves.shadows
+    return partition.sum_gradients(  # also what is refused on one rank stops all ranks
+        lambda: accumulation.gradients(_saved_tensors(ctx), local, last=last),
+        coefficients.total,
+        context.leaves.shadows,
     )
+
+
+def _saved_tensors(ctx: Any) -> Sequence[Tensor]:
+    """Return what the accumulation has saved. Raises if it was freed, or something was changed in place."""
+    if torch.is_grad_enabled():
+        raise HigherOrderError(
+            "create_graph=True asks for derivatives of a gradient that gradhooks has accumulated, and whose graph "
+            "is gone; use the full graph for this step (call the bare model on each pose), or drop create_graph"
+        )
+    saved: Sequence[Tensor] = ctx.saved_tensors[1:]
+    refuse_changed_leaves(ctx.context, ctx.versions)
+    return saved if ctx.shared is None else cast("SharedMemory", ctx.shared).without_changed(saved)
 
 
 def attach_to_graph(context: ForwardContext, accumulation: Accumulation, predictions: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,8 +91,8 @@ def _findings(batch: Batch) -> Findings:
     """Return what the audit found out about the model in its present mode; run it if it is due."""
     mode = (batch.mode, batch.parts.state.training_flags)
     known = batch.parts.findings
-    if mode not in known:
-        if not batch.options.audit:
+    if mode not in known or batch.ranks_audit:
+        if not (batch.options.audit or batch.ranks_audit):
             return TRUSTED
         known[mode] = audit(batch)
     return known[mode]

@@ -13,6 +13,7 @@ from gradhooks.accumulators.base import Accumulator
 from gradhooks.combination import BoundCombination
 from gradhooks.distributed.agreement import Agreement
 from gradhooks.distributed.collectives import Collectives
+from gradhooks.distributed.sharded_model import ShardedModel
 from gradhooks.distributed.validation import refuse_sharded_parameters, refuse_synchronized_modules
 from gradhooks.engine.batch_setup import read_batch
 from gradhooks.engine.learned import Learned
@@ -122,7 +123,7 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
                 f"the accumulator {accumulator.name!r} does not use {', '.join(f'{name}=' for name in ignored)}; leave "
                 "it out, or use accumulator='auto' or 'recompute'"
             )
-        self._agreement.join(options.process_group)
+        self._agreement.join(options.process_group or ShardedModel(self.model).group)
         object.__setattr__(self, "options", options)
         object.__setattr__(self, "_accumulator", accumulator)
 

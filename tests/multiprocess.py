@@ -20,6 +20,7 @@ Rules:
 import atexit
 import contextlib
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -211,6 +212,7 @@ def _serve(pipe: Connection) -> None:
     """Run tasks until the parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent kills its workers itself
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is never garbage: without it, a full collection takes no time
     loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
     if loopback:  # independent of what the host name resolves to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
@@ -252,8 +254,9 @@ def _print_stack_after(seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-# The fork server imports torch once for all processes, and starts no threads before it forks.
+# The fork server imports once for all processes, and starts no threads before it forks. DDP and FSDP2 import
+# torch._dynamo when they are used first, which takes longer than most tests.
 _context: Any = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-_context.set_forkserver_preload(["torch.distributed"])
+_context.set_forkserver_preload(["torch.distributed.checkpoint.state_dict", "torch._dynamo", "gradhooks.testing"])
 _pool = _Pool()
 atexit.register(_pool.close)

@@ -1,6 +1,6 @@
 """DistributedDataParallel around a MultiPose computes the gradients of the full graph."""
 
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -33,7 +33,7 @@ NEEDS_WRAPPED_REFERENCE = {"buffers", "buffers of several forwards", "statistics
 # With four ranks each has another accumulator, and most ranks do not use a parameter that one uses.
 ON_FOUR_RANKS = ["one group", "several forwards", "other parameters", "other parameters each time", "statistics"]
 
-# The others have the marker "long".
+# The others, and every mode with every accumulator, have the marker "long".
 IN_SHORT = {"one group", "several forwards", "other parameters", "statistics"}
 
 
@@ -55,11 +55,24 @@ def accumulators_of(rank: int, world_size: int) -> dict[str, str]:
     return {name: name for name in names} | {"store, stream": names[rank], "recompute, auto": names[2 + rank]}
 
 
-def train_in_all_modes(rank: int, world_size: int, name: str) -> dict[tuple[str, str], tuple[float, Parameters]]:
+def cells(name: str, rank: int, world_size: int, *, every: bool) -> dict[str, dict[str, str]]:
+    """Return the accumulators to train this rank with, by DDP mode: all of them, or the next one for each mode."""
+    accumulators = accumulators_of(rank, world_size)
+    modes = ddp_modes(name, world_size)
+    if every:
+        return dict.fromkeys(modes, accumulators)
+    turns = cycle(accumulators.items())
+    return {mode: dict([next(turns)]) for mode in modes}
+
+
+def train_in_all_modes(
+    rank: int, world_size: int, name: str, every: bool
+) -> dict[tuple[str, str], tuple[float, Parameters]]:
     """Return the deviation from the full graph and the final parameters, by DDP mode and accumulator."""
     scenario, wrapped = SCENARIOS[name], name in NEEDS_WRAPPED_REFERENCE
     single_process: dict[bool, TrainingRun] = {}
     results = {}
+    accumulators = cells(name, rank, world_size, every=every)
     for mode, options in ddp_modes(name, world_size).items():
         if wrapped:
             expected = train(scenario, None, [rank], options)
@@ -69,16 +82,17 @@ def train_in_all_modes(rank: int, world_size: int, name: str) -> dict[tuple[str,
             if static not in single_process:
                 single_process[static] = train(scenario, None, list(range(world_size)), options, wrapped=False)
             expected = single_process[static]
-        for label, accumulator in accumulators_of(rank, world_size).items():
+        for label, accumulator in accumulators[mode].items():
             run = train(scenario, accumulator, [rank], options)
             results[mode, label] = deviation(run, expected), run.parameters
     return results
 
 
-def check(name: str, world_size: int) -> None:
-    ranks = run_on_ranks(train_in_all_modes, world_size, name, world_size=world_size)
-    labels = product(ddp_modes(name, world_size), accumulators_of(0, world_size))
-    assert [list(results) for results in ranks] == [list(labels)] * world_size
+def check(name: str, world_size: int, *, every: bool) -> None:
+    ranks = run_on_ranks(train_in_all_modes, world_size, name, every, world_size=world_size)
+    expected = cells(name, 0, world_size, every=every)
+    labels = [(mode, label) for mode, accumulators in expected.items() for label in accumulators]
+    assert [list(results) for results in ranks] == [labels] * world_size
     errors = {(rank, *key): error for rank, results in enumerate(ranks) for key, (error, _) in results.items()}
     assert {key: error for key, error in errors.items() if not error <= TOLERANCE} == {}
     for key, (_, parameters) in ranks[0].items():
@@ -86,15 +100,17 @@ def check(name: str, world_size: int) -> None:
             assert_bit_equal(dict(results[key][1]), dict(parameters))
 
 
-@pytest.mark.parametrize(
-    ("name", "world_size"),
-    [
-        *(pytest.param(name, 2, marks=() if name in IN_SHORT else pytest.mark.long) for name in SCENARIOS),
-        *(pytest.param(name, 4, marks=() if name == "one group" else pytest.mark.long) for name in ON_FOUR_RANKS),
-    ],
-)
+@pytest.mark.parametrize(("name", "world_size"), [*((name, 2) for name in sorted(IN_SHORT)), ("one group", 4)])
 def test_every_mode_of_data_parallel_training(name: str, world_size: int) -> None:
-    check(name, world_size)
+    check(name, world_size, every=False)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "world_size"), [*((name, 2) for name in SCENARIOS), *((name, 4) for name in ON_FOUR_RANKS)]
+)
+def test_every_mode_with_every_accumulator(name: str, world_size: int) -> None:
+    check(name, world_size, every=True)
 
 
 JOIN_SCENARIO = SCENARIOS["one group"]
@@ -107,7 +123,8 @@ def train_until_joined(rank: int, world_size: int) -> dict[tuple[str, bool, str]
     results = {}
     for by_world_size in (True, False):
         expected = parameters_without_joined_ranks(counts, by_world_size)
-        for (mode, options), accumulator in product(DDP_MODES.items(), ACCUMULATORS):
+        accumulators = list(ACCUMULATORS)[by_world_size::2]
+        for (mode, options), accumulator in product(DDP_MODES.items(), accumulators):
             module = DistributedDataParallel(new_module(JOIN_SCENARIO, accumulator), **options)
             with Join([module], divide_by_initial_world_size=by_world_size):
                 for step in range(counts[rank]):
@@ -137,8 +154,8 @@ def parameters_of(module: nn.Module) -> Parameters:
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_ranks_join_after_different_numbers_of_groups(world_size: int) -> None:
     for results in run_on_ranks(train_until_joined, world_size, world_size=world_size):
-        assert len(results) == 2 * len(DDP_MODES) * len(ACCUMULATORS)
+        assert len(results) == len(DDP_MODES) * len(ACCUMULATORS)
         assert {key: error for key, error in results.items() if not error <= TOLERANCE} == {}

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from gradhooks.accumulators.base import refuse_nonlinear_backward, set_accumulator
 from gradhooks.accumulators.recompute import refuse_second_run, significant_poses
+from gradhooks.distributed.status import digest
 from gradhooks.engine.accumulation import Accumulation, Chunk, Coefficients
 from gradhooks.engine.drift import refuse_drift
 from gradhooks.engine.gradient_sums import Gradients
+from gradhooks.engine.graph_leaves import reached_leaves
 from gradhooks.engine.pose_engine import PoseEngine
 from gradhooks.engine.running_sums import RunningSums
 
@@ -55,7 +57,7 @@ class ShardedAccumulation(Accumulation):
             RunningSums(self._engine, count=1) as sums,
         ):
             second: list[Tensor] = []
-            with sharded.all_or_none("backward"), sharded.without_synchronization():
+            with sharded.all_or_none("backward") as message, sharded.without_synchronization():
                 for number, (chunk, cotangents) in enumerate(jobs, 1):
                     context.batch.parts.state.restore(chunk.before)
                     live = context.run(context.poses, chunk)
@@ -64,7 +66,12 @@ class ShardedAccumulation(Accumulation):
                         context.backward(live, cotangents)
                 indices = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk, _ in jobs])
                 refuse_drift(context, indices, torch.cat(second), predictions, packed=False)
-            context.backward(live, cotangents)
+                used = sharded.used_parameters(reached_leaves(live)[0])
+                message.sent = [digest(used), -digest(used)]
+            if message.received[0][0] != -message.received[0][1]:
+                sharded.refuse_unequal_use(used)
+            with sharded.naming_lost_ranks():
+                context.backward(live, cotangents)
             return sums.take()[0]
 
     def _jobs(self, coefficients: Coefficients, threshold: float) -> list[tuple[Chunk, Tensor]]:
@@ -73,7 +80,7 @@ class ShardedAccumulation(Accumulation):
         size = reduce(coefficients.total.detach().abs(), "n ... -> n", "max")
         significant = significant_poses(coefficients, threshold)
         needed = [chunk for chunk in engine.chunks if significant[chunk.start : chunk.stop].any()]
-        with engine.context.batch.sharded.all_or_none("backward", 1) as message:
+        with engine.context.batch.sharded.all_or_none("backward") as message:
             message.sent = [max(1, len(needed))]
         count = int(message.received[0][0])
         # A rank with fewer chunks adds the largest of its other chunks, then repeats one with zero cotangents.

@@ -12,7 +12,7 @@ from loguru import logger
 from torch import Tensor
 from typing_extensions import Self
 
-from gradhooks.distributed.lost_ranks import describe_lost_ranks
+from gradhooks.distributed.lost_ranks import describe_lost_ranks, is_of_backend
 from gradhooks.distributed.status import STEPS, Call, Status, are_together, decode
 from gradhooks.errors import DistributedError
 
@@ -31,7 +31,6 @@ class Message:
     Attributes:
         sent: Numbers of this rank, set inside the step: at most `status.LENGTH`.
         received: Numbers of all ranks in rank order, set at the end of the step; zeros follow those that were sent.
-            Where only the maximum over ranks was asked for, a single list.
     """
 
     sent: Sequence[float] = ()
@@ -67,18 +66,21 @@ class Collectives:
         return self._group is None
 
     @property
+    def group(self) -> "dist.ProcessGroup | None":
+        """The process group."""
+        return self._group
+
+    @property
     def rank(self) -> int:
         """Rank of this process in the group, 0 without a group."""
         return self._rank
 
     @contextmanager
-    def all_or_none(self, step: str, *, maximum_of: int | None = None) -> Iterator[Message]:
+    def all_or_none(self, step: str) -> Iterator[Message]:
         """Run a block that succeeds on all ranks or on none: if one raises, every rank raises at the end of its block.
 
         Args:
             step: One of `status.STEPS`, also for the error message.
-            maximum_of: How many numbers each rank sends, of which only the elementwise maximum is received, in one
-                `all_reduce`. By default all ranks receive the status of each.
 
         Yields:
             The message. `received` is set when the block ends.
@@ -99,7 +101,7 @@ class Collectives:
         except BaseException as caught:  # includes KeyboardInterrupt: the other ranks must not wait for this one
             fault = caught
         try:
-            message.received = self._exchange(step, message, maximum_of, fault)
+            message.received = self._exchange(step, message, fault)
         except DistributedError as error:
             if fault is None or error.__cause__ is fault:
                 raise
@@ -109,14 +111,10 @@ class Collectives:
         finally:
             del fault  # its traceback refers to this frame: the cycle would keep the graph of a pose alive
 
-    def _exchange(self, step: str, message: Message, maximum_of: int | None, fault: BaseException | None) -> Rows:
-        sent, failed_here = ((), True) if fault is not None else (message.sent, False)
-        with self._naming_lost_ranks():
-            if maximum_of is None:
-                status = Status(failed_here, STEPS.index(step), self.call, sent)
-                failed, received = self._exchange_status(status)
-            else:
-                failed, received = self._exchange_maximum(failed_here, sent, maximum_of)
+    def _exchange(self, step: str, message: Message, fault: BaseException | None) -> Rows:
+        status = Status(fault is not None, STEPS.index(step), self.call, () if fault is not None else message.sent)
+        with self.naming_lost_ranks():
+            failed, received = self._exchange_status(status)
             if failed:
                 self._raise_everywhere(fault, step)
         return received
@@ -147,38 +145,35 @@ class Collectives:
         self.call = Call(self.call.scorer, max(status.call.batch for status in statuses))
         return failed, [list(status.numbers) for status in statuses]
 
-    def _exchange_maximum(self, failed: bool, numbers: Sequence[float], count: int) -> tuple[bool, Rows]:
-        local = torch.tensor([float(failed), *(numbers or [0.0] * count)], dtype=torch.float64)
-        any_failed, *highest = self._maximum(local).tolist()
-        return bool(any_failed), [highest]
-
-    def _maximum(self, local: Tensor) -> Tensor:
-        buffer = local.to(self._communication_device(local.device))
-        dist.all_reduce(buffer, dist.ReduceOp.MAX, group=self._group)
-        return buffer
-
     def maximum_of_bytes(self, values: Sequence[int]) -> list[int]:
         """Return the elementwise maximum over ranks of integers from 0 to 255."""
-        with self._naming_lost_ranks():
-            highest: list[int] = self._maximum(torch.tensor(values, dtype=torch.uint8)).tolist()
+        local = torch.tensor(values, dtype=torch.uint8)
+        buffer = local.to(self._communication_device(local.device))
+        with self.naming_lost_ranks():
+            dist.all_reduce(buffer, dist.ReduceOp.MAX, group=self._group)
+        highest: list[int] = buffer.tolist()
         return highest
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return an object of each rank, in rank order; for messages, since it is slow."""
         gathered: list[Any] = [None] * dist.get_world_size(self._group)
-        with self._naming_lost_ranks():
+        with self.naming_lost_ranks():
             dist.all_gather_object(gathered, value, group=self._group)
         return gathered
 
     @contextmanager
-    def _naming_lost_ranks(self) -> Iterator[None]:
-        """Turn an error of the backend into one that names the ranks that do not answer."""
+    def naming_lost_ranks(self, *, runs_model: bool = False) -> Iterator[None]:
+        """Turn an error of the backend in the block into one that names the ranks that do not answer.
+
+        Args:
+            runs_model: Whether the block may raise errors of a model too. They are told apart by their messages.
+        """
         try:
             yield
-        except DistributedError:
+        except (DistributedError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
-            if self._group is None or type(error) is torch.OutOfMemoryError:
+            if self._group is None or (runs_model and not is_of_backend(error)):
                 raise
             raise DistributedError(describe_lost_ranks(self._group, self._where, error)) from error
 
@@ -209,7 +204,7 @@ class Collectives:
         """
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
-        with self._naming_lost_ranks():
+        with self.naming_lost_ranks():
             gathered = self._gather(padded)
         return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
@@ -222,7 +217,7 @@ class Collectives:
             while pending and _fits_bucket(pending[0], bucket[0]) and size + pending[0].nbytes <= BUCKET_BYTES:
                 size += pending[0].nbytes
                 bucket.append(pending.popleft())
-            with self._naming_lost_ranks():
+            with self.naming_lost_ranks():
                 sums += self._sum_bucket(bucket)
         return sums
 

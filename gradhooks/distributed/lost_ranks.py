@@ -9,6 +9,7 @@ Rules:
 """
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -22,8 +23,14 @@ import torch.distributed as dist
 ANSWER_SECONDS = 1.0
 POLL_SECONDS = 0.02
 _UNUSED_TAG = 2**20 + 1
+_NAMES_BACKEND = re.compile("gloo|NCCL|ProcessGroup|collective|connection|timed out|timeout|socket", re.IGNORECASE)
 
 _failures: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+def is_of_backend(error: RuntimeError) -> bool:
+    """Return whether an error was raised by a collective, and not by a model. Gloo has no class for its errors."""
+    return isinstance(error, dist.DistError) or _NAMES_BACKEND.search(str(error)) is not None
 
 
 def describe_lost_ranks(group: "dist.ProcessGroup", where: str, error: RuntimeError) -> str:

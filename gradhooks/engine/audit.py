@@ -65,13 +65,13 @@ def audit(batch: Batch) -> Findings:
     """
     with (
         batch.sharded.keep_unsharded(),
-        batch.sharded.all_or_none("audit", 2) as of_shards,
-        batch.partition.collectives.all_or_none("audit", maximum_of=2) as of_group,
+        batch.sharded.all_or_none("audit") as of_shards,
+        batch.partition.collectives.all_or_none("audit") as of_group,
     ):
         findings = _audit_first_pose(batch) if len(batch.poses) else TRUSTED
         of_shards.sent = of_group.sent = [not findings.repeatable, not findings.linear]
-    doubts = of_shards.received[0] if batch.sharded else of_group.received[0]
-    findings = Findings(repeatable=not doubts[0], linear=not doubts[1])
+    doubts = [*of_shards.received, *of_group.received]
+    findings = Findings(repeatable=not any(each[0] for each in doubts), linear=not any(each[1] for each in doubts))
     logger.debug("audit: a second run agrees: {}, the backward is linear: {}", *findings)
     return findings
 

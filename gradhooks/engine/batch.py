@@ -37,6 +37,7 @@ class Batch:
         open_graphs: What earlier batches hold until their backward.
         learned: What earlier batches have shown.
         report: What was done with the poses.
+        ranks_audit: Whether a rank that shares poses or shards has not audited the model yet, so that all ranks do.
     """
 
     model: nn.Module
@@ -53,3 +54,4 @@ class Batch:
     open_graphs: OpenGraphs
     learned: Learned
     report: Report
+    ranks_audit: bool = False

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gradhooks.combination import BoundCombination
 from gradhooks.combination_arguments import refuse_unknown_arguments
-from gradhooks.distributed.agreement import Agreement
+from gradhooks.distributed.agreement import Agreement, begin_batch
 from gradhooks.distributed.collectives import Collectives
 from gradhooks.distributed.pose_parallel import PosePartition
 from gradhooks.distributed.sharded_model import ShardedModel
@@ -71,27 +71,26 @@ def read_batch(
         DistributedError: Another rank failed, or differs from this one.
     """
     collectives = Collectives(options.process_group, agreement.call)
-    autocast = AutocastState(device.type for device in parts.state.devices)
-    subject = Subject(model, combination, _settings(options, autocast))
-    with collectives.all_or_none("reading of the poses") as message:
+    autocast = _autocast(parts)
+    mode = mode_of(getattr(model, "training", False), autocast.dtypes)
+    with begin_batch(agreement, collectives, sharded) as beginning:
         refuse_unknown_arguments(combination, arguments)
         poses, index, group_count = _separate(poses, groups)
         prepared = _prepare(poses, options, may_be_empty=not collectives.is_single)
-        if not collectives.is_single:
-            refuse_pose_parallel(inputs_that_require_grad(prepared), combination)
         index = None if index is None else read_index(index, len(prepared))
         if parts.has_lazy_parameters:
             initialize_lazy_parameters(model, prepared, options.call, parts.device)
             parts = cache.get(model, options.generators)
         if not sharded:
             refuse_broken_promise(model, prepared, options, parts.state, learned)
-        message.sent = [*agreement.summary(subject), len(prepared), -1 if index is None else group_count or 0]
-    rows = agreement.confirm(collectives, message.received, subject)
-    partition = PosePartition(collectives, [int(count) for count, *_ in rows])
+        if sharded or not collectives.is_single:
+            beginning.subject = _subject(model, combination, options, parts, prepared, sharded=bool(sharded))
+            beginning.audit_is_due = _audit_is_due(options, mode, parts)
+        beginning.counts = [len(prepared), -1 if index is None else group_count or 0]
+    partition = PosePartition(collectives, [int(count) for count, *_ in beginning.of_all_ranks])
     if partition.total == 0:
         raise PosesError("there are no poses on any rank: a group needs at least one pose")
-    gathered = _gather_groups(index, [int(count) for _, count, *_ in rows], partition, combination)
-    mode = mode_of(getattr(model, "training", False), autocast.dtypes)
+    gathered = _gather_groups(index, [int(count) for _, count, *_ in beginning.of_all_ranks], partition, combination)
     schedule = _schedule(options, mode, parts, learned, cache, batched=prepared.batched and not sharded)
     batch = Batch(
         model=model,
@@ -108,6 +107,7 @@ def read_batch(
         open_graphs=cache.open_graphs,
         learned=learned,
         report=Report(len(prepared), 1 if gathered is None else gathered.count, describe_poses(prepared)),
+        ranks_audit=beginning.audit_is_due,
     )
     return _ready(batch)
 
@@ -129,14 +129,30 @@ def _separate(poses: Any, groups: Any) -> tuple[Any, Any, int | None]:
     return poses.poses, poses.index, poses.count
 
 
-def _settings(options: Options, autocast: AutocastState) -> dict[str, object]:
-    """Return the options and modes in which the ranks of a process group must agree."""
-    return {
-        "grad mode": "on" if torch.is_grad_enabled() else "off",
-        "autocast": autocast.dtypes or "off",
+def _subject(
+    model: nn.Module, combination: Any, options: Options, parts: ModelParts, prepared: Poses, *, sharded: bool
+) -> Subject:
+    """Return what ranks must have in common that share poses, or shards of parameters."""
+    grad_mode, inputs = "on" if torch.is_grad_enabled() else "off", inputs_that_require_grad(prepared)
+    if sharded:  # the order in which FSDP2 communicates depends on both
+        modes = {"grad mode": grad_mode, "whether poses require grad": bool(inputs)}
+        return Subject(model, None, modes, (), parts)
+    refuse_pose_parallel(inputs, combination)
+    settings = {
+        "grad mode": grad_mode,
+        "autocast": _autocast(parts).dtypes or "off",
         "nonfinite=": options.nonfinite,
         "tolerance=": options.tolerance,
     }
+    return Subject(model, combination, settings, parts.state.training_flags, parts)
+
+
+def _autocast(parts: ModelParts) -> AutocastState:
+    return AutocastState(device.type for device in parts.state.devices)
+
+
+def _audit_is_due(options: Options, mode: Mode, parts: ModelParts) -> bool:
+    return options.audit and torch.is_grad_enabled() and (mode, parts.state.training_flags) not in parts.findings
 
 
 def _prepare(poses: Any, options: Options, *, may_be_empty: bool) -> Poses:
