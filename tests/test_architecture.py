@@ -76,7 +76,7 @@ LAYERS = [
     ["engine.leaf_validation"],
     ["engine.chunk_dependence", "engine.context", "engine.plain"],
     ["engine.drift", "engine.batch_setup", "engine.grad_mode", "engine.leaf_versions", "engine.zero_gradients"],
-    ["engine.audit"],
+    ["engine.audit", "engine.prediction_digest"],
     ["engine.rerun"],
     ["engine.unused_parameters"],
     ["engine.pose_engine"],
