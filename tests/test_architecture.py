@@ -52,8 +52,8 @@ LAYERS = [
     ["engine.attribute_recorder", "engine.running_statistics"],
     ["engine.module_watch"],
     ["engine.module_values"],
-    ["engine.pose_sources", "engine.prepared_input", "engine.shared_memory"],
-    ["engine.pose_inputs", "engine.model_state", "engine.memory_need"],
+    ["engine.loader_source", "engine.prepared_input", "engine.shared_memory"],
+    ["engine.pose_inputs", "engine.pose_sources", "engine.model_state", "engine.memory_need"],
     [
         "engine.loaded_poses",
         "engine.parameter_hooks",
