@@ -18,7 +18,7 @@ def test_progress_of_both_runs() -> None:
 def test_plain_and_intercepted_poses_have_one_total(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tqdm")
     calls: list[tuple[int, int]] = []
-    scorer = gradhooks.MultiPose(small_mlp(), None, memory=1300, progress=lambda *call: calls.append(call))
+    scorer = gradhooks.MultiPose(small_mlp(), None, memory=700, progress=lambda *call: calls.append(call))
     for _ in range(2):  # the first batch measures
         calls.clear()
         scorer(random_poses(16)).combined.sum().backward()
