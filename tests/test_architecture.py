@@ -98,6 +98,7 @@ LAYERS = [
     ["entry_points"],
     ["plugin_options"],
     ["registry"],
+    ["unused_parameter_search"],
     ["state_dict", "prediction", "autograd_function", "learned_attribute"],
     ["forward_pass"],
     ["wrapper"],
