@@ -72,6 +72,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", default="1GiB", help="of a step beyond that of one conformer: bytes, 64MiB, ...")
     parser.add_argument("--device", type=torch.device, default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the conformers, the weights and the order")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds of the training steps that are compared")
     parser.add_argument("--output", type=Path, default=Path("binding_affinity.png"), help="file of the plot")
     parser.add_argument(
         "--cache", type=Path, default=Path(__file__).parents[1] / ".cache" / "conformers", help="stores the conformers"
@@ -153,11 +154,11 @@ def run(options: argparse.Namespace) -> Result:
         predictions=(fitted[0], unseen[0]),
         targets=(fitted[1], unseen[1]),
         curve=curve,
-        costs=[step_costs(scorer, held_out[:BATCH_SIZE], times) for times in BUDGETS],
+        costs=[step_costs(scorer, held_out[:BATCH_SIZE], times, options.repeats) for times in BUDGETS],
     )
 
 
-def step_costs(scorer: gradhooks.MultiPose, ligands: list[Ligand], times: int = 1) -> Comparison:
+def step_costs(scorer: gradhooks.MultiPose, ligands: list[Ligand], times: int = 1, repeats: int = 3) -> Comparison:
     """Measure a training step on a batch of ligands with `times` as many conformers."""
     groups, target = gradhooks.collate_groups([(jittered(poses, times), energy) for poses, energy in ligands])
     return gradhooks.compare(
@@ -166,7 +167,7 @@ def step_costs(scorer: gradhooks.MultiPose, ligands: list[Ligand], times: int = 
         scorer.combination,
         budgets=BUDGETS[times],
         loss=lambda prediction: (prediction.combined - target).square().mean(),
-        repeats=3,
+        repeats=repeats,
         collate=collate_molecules,
     )
 

@@ -24,7 +24,6 @@ from torch_geometric.nn import SchNet
 
 import gradhooks
 
-BLOCK = 100  # conformers that are embedded together; ranks get whole blocks, so the conformers do not depend on them
 LEARNING_RATE = 1e-3
 
 
@@ -51,7 +50,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="One large group on several processes.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--poses", type=int, default=2000, help=f"conformers, rounded up to {BLOCK}s")
+    parser.add_argument("--poses", type=int, default=2000, help="conformers, rounded up to whole blocks")
+    # Ranks get whole blocks, so the conformers do not depend on the number of ranks.
+    parser.add_argument("--block", type=int, default=100, help="conformers that are embedded together")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps")
     combinations = gradhooks.registry.combinations.available()
     parser.add_argument("--combination", choices=combinations, default="boltzmann", help="combines the energies")
@@ -74,7 +75,7 @@ def conformers(blocks: Sequence[int], options: argparse.Namespace, device: torch
     ligand = min(sulfonamides(), key=lambda measured: (measured.molecule.GetNumHeavyAtoms(), measured.name))
     poses: list[Pose] = []
     for block in blocks:
-        (loaded,) = load_ligands([ligand], BLOCK, block, options.cache, device)
+        (loaded,) = load_ligands([ligand], options.block, block, options.cache, device)
         poses += [(numbers, positions.double() if options.double else positions) for numbers, positions in loaded.poses]
     return poses, torch.tensor([ligand.free_energy], device=device)
 
@@ -103,7 +104,7 @@ def train(options: argparse.Namespace, rank: int, ranks: int, device: torch.devi
         process_group=group,
     )
     optimizer = torch.optim.SGD(schnet.parameters(), lr=LEARNING_RATE)
-    blocks = -(-options.poses // BLOCK)
+    blocks = -(-options.poses // options.block)
     poses, measured = conformers(blocks_of(rank, blocks, ranks), options, device)
     losses, seconds = [], []
     for step in range(options.steps):
@@ -136,7 +137,7 @@ def deviation_from_one_process(
 def report(result: Result, options: argparse.Namespace, ranks: int) -> str:
     """Return the table that the first rank prints."""
     rows = [
-        ["poses, on ranks", f"{-(-options.poses // BLOCK) * BLOCK}, on {ranks}"],
+        ["poses, on ranks", f"{-(-options.poses // options.block) * options.block}, on {ranks}"],
         ["loss, (kcal/mol)^2", " ".join(f"{loss:.5f}" for loss in result.losses)],
         ["seconds per step", f"{result.seconds:.2f}"],
         [

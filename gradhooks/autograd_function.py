@@ -41,7 +41,9 @@ class PosePredictions(torch.autograd.Function):
         ctx.shared = None
         if context.batch.combination.combination is None:
             for_user = predictions.data  # has a version of its own, so the user may change it in place
-            ctx.shared = SharedMemory(for_user.detach(), [tensor is own for tensor in kept])
+            shares = [tensor is own for tensor in kept]
+            if any(shares):
+                ctx.shared = SharedMemory(for_user.detach(), shares)
             return (for_user,)
         return predictions.to(at_least_float32(predictions.dtype), copy=True), predictions.clone()
 

@@ -4,6 +4,7 @@ A subcommand is a function that adds its parser and sets `run`, the function tha
 """
 
 import argparse
+import ast
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -87,13 +88,31 @@ def _add_check(subparsers: Subparsers) -> None:
     parser.add_argument(
         "name", metavar="NAME", help="name or distribution:name; KIND:name if a combination and an accumulator have it"
     )
+    parser.add_argument(
+        "options",
+        metavar="OPTION=VALUE",
+        nargs="*",
+        type=_option,
+        help="an option of the plugin, as in combination_options: features=64",
+    )
     parser.set_defaults(run=_run_check)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """Return the name and the value of an option; a value that is no literal of Python is a string."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"expected OPTION=VALUE, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
 
 
 def _run_check(options: argparse.Namespace) -> int:
     try:
         plugins, name = _registry_of(options.name)
-        outcomes = list(results(create_example(plugins, name)))
+        outcomes = list(results(create_example(plugins, name, dict(options.options))))
     except (GradhooksError, ValueError) as error:
         _print(str(error))
         return 2

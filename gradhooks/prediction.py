@@ -11,11 +11,12 @@ from torch.utils._pytree import register_pytree_node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradhooks.combination import BoundCombination
-from gradhooks.combined import Combined, Output, result_of
+from gradhooks.combined import Combined, Output
 from gradhooks.engine.model_output import finite_rows
 from gradhooks.engine.nested import map_tensors
 from gradhooks.errors import CombinationError, PredictionError
 from gradhooks.options import Nonfinite
+from gradhooks.unused_parameter_search import visible_to_search
 
 # The combination behind a prediction, and a weak reference to its outputs, by its tensors. Trainers rebuild named
 # tuples from their fields (Accelerate to cast them, Lightning to move them), mostly with the same tensors. The outputs
@@ -217,8 +218,10 @@ def combine(
         if combination.groups is None and not finite.any():
             raise PredictionError(f"none of the {len(finite)} predictions of the group is finite, so none is left")
     combined = combination.combine(predictions, finite)
-    outputs = combined if isinstance(combined, Combined) else None
-    return MultiPosePrediction(result_of(combined), per_pose, combination, finite, outputs, side)
+    if not isinstance(combined, Combined):
+        return MultiPosePrediction(combined, per_pose, combination, finite, side=side)
+    result = visible_to_search(combined.result, (*combined.per_pose, *combined.per_group))
+    return MultiPosePrediction(result, per_pose, combination, finite, combined, side)
 
 
 def _outside_inference(tensor: Tensor) -> Tensor:

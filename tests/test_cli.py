@@ -88,6 +88,17 @@ def test_check_uses_the_example_options(capsys: pytest.CaptureFixture[str]) -> N
     assert "15 of 15 checks" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("_registered")
+def test_check_with_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "scaled", "scale=3"]) == 0
+    assert "15 of 15 checks" in capsys.readouterr().out
+    assert main(["check", "scaled", "size=3"]) == 2
+    assert "has no option 'size'" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["check", "scaled", "3"])
+    assert "expected OPTION=VALUE, got '3'" in capsys.readouterr().err
+
+
 def test_check_of_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "maen"]) == 2
     assert "did you mean 'mean'?" in capsys.readouterr().out

@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from data_parallel import ACCUMULATORS, SCENARIOS, Parameters, TrainingRun, deviation, new_module, train
 from multiprocess import run_on_ranks
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from training_reference import assert_bit_equal, relative_errors
+
+import gradhooks
 
 DDP_MODES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -159,3 +162,40 @@ def test_ranks_join_after_different_numbers_of_groups(world_size: int) -> None:
     for results in run_on_ranks(train_until_joined, world_size, world_size=world_size):
         assert len(results) == len(DDP_MODES) * len(ACCUMULATORS)
         assert {key: error for key, error in results.items() if not error <= TOLERANCE} == {}
+
+
+class Scored(gradhooks.Combination):
+    """Also returns predictions of the poses, with parameters of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score, self.instances, self.unused = nn.Linear(3, 1), nn.Linear(3, 2), nn.Linear(3, 1)
+
+    def forward(self, predictions: Tensor) -> gradhooks.Combined:
+        weights = self.score(predictions).softmax(0)
+        return gradhooks.Combined((weights * predictions).sum(0), per_pose=(self.instances(predictions),))
+
+
+@pytest.mark.parametrize("memory", [0, "1GiB"])
+@pytest.mark.parametrize("uses_outputs", [False, True])
+def test_outputs_of_a_combination_are_found_by_the_search_for_unused_parameters(
+    memory: object, uses_outputs: bool
+) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = []
+        for wrapped in (False, True):
+            torch.manual_seed(0)
+            scorer = gradhooks.MultiPose(nn.Linear(4, 3).double(), Scored().double(), memory=memory)
+            module = DistributedDataParallel(scorer, find_unused_parameters=True) if wrapped else scorer
+            for _ in range(2):
+                scorer.zero_grad()
+                prediction = module(torch.linspace(-1, 1, 20, dtype=torch.float64).view(5, 4))
+                loss = prediction.combined.square().sum()
+                (loss + prediction.attention.square().sum() if uses_outputs else loss).backward()
+            found.append([parameter.grad for parameter in scorer.parameters()])
+        assert [grad is None for grad in found[1]] == [grad is None for grad in found[0]]
+        assert sum(grad is None for grad in found[0]) == (2 if uses_outputs else 4)
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    finally:
+        dist.destroy_process_group()

@@ -10,18 +10,38 @@ from torch import Tensor, nn
 
 import gradhooks
 from gradhooks.engine.drift import refuse_drift, spread
+from gradhooks.engine.prediction_digest import DigestCheck, PredictionDigest, first_run_of, tensors_to_compare
 from gradhooks.errors import ReplayError
 
 
-def drifts(first: Tensor, second: Tensor, *, packed: bool = False, dtypes: Any = ()) -> bool:
-    context: Any = SimpleNamespace(
+def context_of(first: Tensor, dtypes: Any = ()) -> Any:
+    return SimpleNamespace(
         poses=range(len(first)), batch=SimpleNamespace(autocast=SimpleNamespace(dtypes=list(dtypes)))
     )
+
+
+def drifts(first: Tensor, second: Tensor, *, packed: bool = False, dtypes: Any = ()) -> bool:
     try:
-        refuse_drift(context, torch.arange(len(first)), second, first, packed=packed)
+        refuse_drift(context_of(first, dtypes), torch.arange(len(first)), second, first, packed=packed)
     except ReplayError:
         return True
     return False
+
+
+def digest_drifts(first: Tensor, second: Tensor, *, packed: bool = False, dtypes: Any = ()) -> list[int]:
+    """Return the pose that a digest finds to differ, if there is one."""
+    saved = tensors_to_compare(first)
+    assert sum(tensor.nbytes for tensor in saved) < first.nbytes / 4
+    digest = first_run_of(saved)
+    assert isinstance(digest, PredictionDigest)
+    check = DigestCheck(context_of(first, dtypes), digest, packed=packed)
+    check.add(slice(20, len(first)), second[20:])  # last to first, in other blocks than the digest
+    check.add(list(range(20)), second[:20])
+    try:
+        check.refuse()
+    except ReplayError as error:
+        return [int(str(error).split()[1])]
+    return []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -35,6 +55,25 @@ def test_other_random_numbers_are_drift_and_rounding_is_not(size: float, packed:
     one_pose_differs = first.clone()
     one_pose_differs[5, 1] += 0.05
     assert drifts(first, one_pose_differs, packed=packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("size", [0.0, -3000.0])
+def test_large_predictions_are_compared_by_their_digest(size: float, packed: bool, dtype: torch.dtype) -> None:
+    scales = torch.logspace(-3, 1, 300).to(dtype)
+    first = (size + 10 * torch.randn(64, 300).to(dtype)) * scales
+    rounding = torch.finfo(dtype).eps * first.abs() * torch.randn(first.shape).sign()
+    assert not digest_drifts(first, first.clone(), packed=packed)
+    assert not digest_drifts(first, first + 4 * rounding, packed=packed)
+    if dtype is not torch.bfloat16 or size == 0:
+        other = first.clone()
+        other[25] = (size + 10 * torch.randn(300).to(dtype)) * scales
+        assert digest_drifts(first, other, packed=packed) == [25]
+        first[25] = torch.nan  # nothing is known of it
+        assert not digest_drifts(first, other, packed=packed)
+        assert digest_drifts(other, first, packed=packed) == [25]
+    assert not digest_drifts(torch.zeros_like(first), torch.zeros_like(first), packed=packed)
 
 
 @pytest.mark.parametrize("first", [torch.tensor([-3000.0]), torch.full((4,), -3000.0)], ids=["one pose", "equal poses"])

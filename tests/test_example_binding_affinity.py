@@ -16,7 +16,7 @@ for _extra in ("matplotlib", "rdkit", "tqdm"):
     pytest.importorskip(_extra)
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "binding_affinity.py"
-TINY = ["--molecules", "8", "--poses", "2", "--epochs", "1"]
+TINY = ["--molecules", "8", "--poses", "1", "--epochs", "1", "--repeats", "1"]
 
 # Importing torch_geometric calls torch.jit.script.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -47,17 +47,26 @@ def test_a_second_run_reads_the_cache_and_prints_the_same_numbers(
 ) -> None:
     plot = tmp_path / "plot.png"
     options = [*TINY, "--cache", str(tmp_path / "cache"), "--output", str(plot)]
-    command = [sys.executable, str(EXAMPLE), *options]
-    first = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    example.main(options)
+    first = capsys.readouterr()
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert "training: 100%" in first.stderr
+    assert "training: 100%" in first.err
     rows = ["training mean", "SchNet, boltzmann", "full graph, batched", "MultiPose, memory=0 (recompute)"]
-    assert [row for row in rows if f"\n| {row} " not in first.stdout] == []
-    assert _without_times(first.stdout) != first.stdout
+    assert [row for row in rows if f"\n| {row} " not in first.out] == []
+    assert _without_times(first.out) != first.out
 
     monkeypatch.setattr(sys.modules["conformers"], "_conformers", _fail)
     example.main(options)
-    assert _without_times(capsys.readouterr().out) == _without_times(first.stdout)
+    assert _without_times(capsys.readouterr().out) == _without_times(first.out)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("example")
+def test_from_a_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLE), "--molecules", "8", "--poses", "2", "--epochs", "1"]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "\n| MultiPose, memory=0 (recompute) " in done.stdout
+    assert (tmp_path / "binding_affinity.png").exists()
 
 
 def test_a_step_within_little_memory_gives_the_gradient_of_the_full_graph(example: ModuleType) -> None:

@@ -73,6 +73,7 @@ FORMS: dict[str, Callable[[list[str]], Any]] = {
     "loader with workers and a sampler": lambda events: DataLoader(
         Rows(events), batch_size=None, num_workers=1, sampler=iter_once(range(COUNT))
     ),
+    "shuffled loader": lambda events: DataLoader(Rows(events), batch_size=None, sampler=iter_once(range(COUNT))),
     "object with keys": lambda events: ByKey(),  # noqa: ARG005
     "list": lambda events: list(ROWS),  # noqa: ARG005
 }
@@ -162,6 +163,94 @@ def test_groups_of_a_dataset() -> None:
     model.zero_grad()
     scorer(list(ROWS), groups=groups).combined.sum().backward()
     torch.testing.assert_close(gradients, [parameter.grad for parameter in model.parameters()], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"memory": 0}, {"accumulator": "stream"}, {}])
+def test_a_generator_with_groups_is_read_chunk_by_chunk(options: dict[str, Any]) -> None:
+    groups = torch.arange(COUNT) % 3
+
+    def run(poses: Any, events: list[str]) -> list[Tensor]:
+        model = Encoder()
+        model.net[-1] = nn.Linear(5, 1, dtype=torch.float64)
+        call = recording(events)
+        scorer = gradhooks.MultiPose(
+            model, "mean", collate=torch.stack, chunk_size=CHUNK, call=call, audit=False, **options
+        )
+        for _ in range(2):  # the first batch measures
+            events.clear()
+            scorer(poses(), groups=groups).combined.square().sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    def generate(augment: Callable[[Tensor], Tensor] = torch.clone) -> Callable[[], Iterator[Tensor]]:
+        dataset = Rows(events, augment)
+        return lambda: (dataset[index] for index in range(COUNT))
+
+    events: list[str] = []
+    found = []
+    for poses in (lambda: list(ROWS), generate()):
+        manual_seed(1)
+        found.append(run(poses, events))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    reads = [f"read {index}" for index in range(COUNT)]
+    first = [*reads[:4], "run", *reads[4:8], "run", *reads[8:], "run"]
+    assert [event for event in events if event != "run"] == reads  # each once
+    assert events[: len(first)] == first or options == {"accumulator": "stream"}
+    augment = generate(lambda row: row + torch.randn(3, dtype=torch.float64))
+    found = []
+    for poses in (lambda: list(augment()), augment):  # draws random numbers: is read as a list
+        manual_seed(1)
+        found.append(run(poses, events))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_generator_with_groups_of_poses_that_require_grad() -> None:
+    poses, groups = ROWS.clone().requires_grad_(), [0] * COUNT
+    scorer = gradhooks.MultiPose(Encoder(), "mean", memory=0)
+    scorer((pose for pose in poses), groups=groups).per_pose.square().sum().backward()
+    assert poses.grad is not None
+    assert bool(poses.grad.abs().sum(1).all())
+
+
+def test_a_generator_of_another_length_than_its_groups() -> None:
+    scorer = gradhooks.MultiPose(Encoder(), "mean", memory=0)
+    for count, message in (
+        (11, "ended after 10 of the 11 poses that have a group"),
+        (9, "more than the 9 poses"),
+    ):
+        with pytest.raises(PosesError, match=message):
+            scorer((row for row in ROWS), groups=[0] * count)
+
+
+class InWorker(Rows):
+    """Says beside each row whether a worker read it."""
+
+    def __getitem__(self, index: int) -> Any:
+        return ROWS[index], torch.utils.data.get_worker_info() is not None
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_workers_read_in_both_runs(batch_size: int | None) -> None:
+    seen: list[bool] = []
+
+    def collate(poses: list[tuple[Tensor, Any]]) -> Tensor:
+        seen.extend(bool(torch.as_tensor(worker).all()) for _, worker in poses)
+        return torch.stack([row if batch_size is None else row.mean(0) for row, _ in poses])
+
+    loader = DataLoader(InWorker([]), batch_size=batch_size, num_workers=2)
+    count = len(loader)
+    gradients = []
+    for poses in (list(loader), loader):
+        manual_seed(1)
+        model = Encoder().eval()  # the loader draws a seed for its workers
+        scorer = gradhooks.MultiPose(model, None, collate=collate, chunk_size=2, memory=0, audit=False)
+        seen.clear()
+        predictions = scorer(poses).per_pose
+        assert seen == [True] * count
+        predictions.square().sum().backward(retain_graph=True)
+        assert seen == [True] * count * 2
+        predictions[:3].sum().backward()  # only some poses run again, in other chunks: without workers
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 def test_draws_from_the_default_generator_are_repeated() -> None:

@@ -191,6 +191,19 @@ def test_options_reach_the_accumulators_that_use_them(function: Any) -> None:
         function(Wide(), random_poses(2), "min", tolerance=2)
 
 
+def test_a_combination_is_created_once_with_its_options() -> None:
+    """Its parameters are random: each way to run the step must use the same ones."""
+    arguments = (nn.Linear(16, 3), torch.randn(4, 16), "gated_attention")
+    options: Any = {"combination_options": {"features": 3, "hidden": 4}}
+    compared = gradhooks.compare(*arguments, **options, repeats=1)
+    assert max(row.gradient_error for row in compared.rows) < 1e-5
+    assert gradhooks.gradcheck(*arguments, **options)
+    assert gradhooks.estimate_memory(*arguments, **options).chosen.plan.plain == 4
+    for function in (gradhooks.compare, gradhooks.gradcheck, gradhooks.estimate_memory):
+        with pytest.raises(gradhooks.errors.PluginError, match=r"no option 'hiden'; did you mean 'hidden'\?"):
+            function(*arguments, combination_options={"features": 3, "hiden": 4})
+
+
 def test_an_option_that_every_accumulator_ignores_is_refused() -> None:
     with pytest.raises(ValueError, match="'store' does not use tolerance="):
         gradhooks.compare(Wide(), random_poses(2), "min", accumulators=["store"], tolerance=0.1)

@@ -46,6 +46,18 @@ def info_nce(queries: Tensor, passages: Tensor) -> Tensor:
     return nn.functional.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
 
+def info_nce_in_parts(queries: Tensor, passages: Tensor, rows: int) -> Tensor:
+    """Return the same loss, with the scores of so many queries at once."""
+    queries, passages = nn.functional.normalize(queries, dim=-1), nn.functional.normalize(passages, dim=-1)
+
+    def part(queries: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(SCALE * queries @ passages.T, labels, reduction="sum")
+
+    labels = torch.arange(len(queries), device=queries.device)
+    parts = zip(queries.split(rows), labels.split(rows), strict=True)
+    return sum(checkpoint(part, *each, use_reentrant=False) for each in parts) / len(queries)
+
+
 def batched(encoder: nn.Module, chunk: int) -> Step:
     """Keep the graph of the whole batch."""
     del chunk
@@ -125,6 +137,16 @@ def multi_pose(encoder: nn.Module, chunk: int) -> Step:
     return step
 
 
+def multi_pose_in_parts(encoder: nn.Module, chunk: int) -> Step:
+    """Wrap the encoder likewise, and compute the loss in parts of the size of a chunk."""
+    scorer = MultiPose(encoder, None, memory=0, chunk_size=chunk)
+
+    def step(queries: Tensor, passages: Tensor) -> None:
+        info_nce_in_parts(*scorer(torch.cat([queries, passages])).per_pose.chunk(2), rows=chunk).backward()
+
+    return step
+
+
 def multi_pose_default(encoder: nn.Module, chunk: int) -> Step:
     """Wrap the encoder, with the default memory."""
     del chunk
@@ -150,6 +172,7 @@ def ways() -> dict[str, Way]:
         "two passes": two_passes,
         **{name: way for name, (package, way) in PEERS.items() if find_spec(package)},
         "MultiPose, memory=0": multi_pose,
+        "MultiPose, memory=0, loss in parts": multi_pose_in_parts,
         "MultiPose": multi_pose_default,
     }
 

@@ -17,7 +17,7 @@ from gradhooks.units import format_bytes, format_seconds
 
 WARM_UP_STEPS = 2
 FULL_GRAPH = "full graph, batched"
-OURS = "MultiPose, memory=0"
+OURS = ("MultiPose, memory=0", "MultiPose, memory=0, loss in parts")
 PEERS = ("GradCache", "CachedMultipleNegativesRankingLoss", "two passes")
 TIME_LIMIT = PEAK_LIMIT = 1.05
 
@@ -50,7 +50,7 @@ class Comparison(NamedTuple):
     @property
     def met(self) -> bool:
         """Whether time and peak are within the limits; only those of `OURS` are limited."""
-        return self.way != OURS or (self.time_ratio <= TIME_LIMIT and self.peak_ratio <= PEAK_LIMIT)
+        return self.way not in OURS or (self.time_ratio <= TIME_LIMIT and self.peak_ratio <= PEAK_LIMIT)
 
 
 def measure(
@@ -122,7 +122,7 @@ def table(comparisons: Sequence[Comparison]) -> str:
 
 
 def _marked(ratio: float, limit: float, comparison: Comparison) -> str:
-    return f"**{ratio:.2f}**" if comparison.way == OURS and ratio > limit else f"{ratio:.2f}"
+    return f"**{ratio:.2f}**" if comparison.way in OURS and ratio > limit else f"{ratio:.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -121,7 +121,7 @@ class Auto(Accumulator):
         return ObservedAccumulation(accumulation, lambda *arguments: self._observe(engine, *arguments))
 
     def _observe(self, engine: Engine, predictions: Tensor, coefficients: Coefficients) -> None:
-        declared = engine.declare(predictions.flatten(), 0) if predictions.numel() == len(predictions) else None
+        declared = engine.declare(predictions.flatten(), 0) if len(predictions) else None
         threshold = engine.skip_threshold(predictions.dtype)
         log_weights = None if declared is None or declared.log_weights is None else declared.log_weights.detach()
         self._pending.append(observe(coefficients, threshold, log_weights, engine.groups))
@@ -159,7 +159,10 @@ def _begin_single_run(engine: Engine, predictions: Tensor, declaration: Declared
 
 
 class ObservedAccumulation(Accumulation):
-    """Delegates to another accumulation, and passes the predictions and coefficients to an observer afterwards."""
+    """Delegates to another accumulation, and passes scalar predictions and coefficients to an observer afterwards.
+
+    Of predictions that are not scalars the observer gets none, in their dtype: they may be large.
+    """
 
     def __init__(self, accumulation: Accumulation, observe: Observer) -> None:
         self._accumulation = accumulation
@@ -176,7 +179,8 @@ class ObservedAccumulation(Accumulation):
         return self._accumulation.longest_chunk(start)
 
     def close(self, predictions: Tensor) -> Sequence[Tensor]:
-        return [predictions, *self._accumulation.close(predictions)]
+        observed = predictions if predictions.numel() == len(predictions) else predictions.new_empty(0)
+        return [observed, *self._accumulation.close(predictions)]
 
     def gradients(self, saved: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
         gradients = self._accumulation.gradients(saved[1:], coefficients, last=last)

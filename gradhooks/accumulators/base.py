@@ -83,14 +83,18 @@ class Engine(Protocol):
         `poses` is the number of poses to add to `report.backwards`; None counts all rows.
         """
 
-    def rerun(self, predictions: Tensor, cotangents: Tensor, selected: Tensor) -> Gradients:
+    def tensors_to_compare(self, predictions: Tensor) -> Sequence[Tensor]:
+        """Return what `rerun` needs of the predictions, shape `(N, *prediction)`: of large ones, much less memory."""
+
+    def rerun(self, predictions: Tensor | Sequence[Tensor], cotangents: Tensor, selected: Tensor) -> Gradients:
         """Run the selected poses again and return `sum_i cotangents[i] dy_i/dtheta` for each leaf.
 
         Call it in `Accumulation.gradients`. Model state, random state and autocast are those of the first run, and are
         restored afterwards.
 
         Args:
-            predictions: Shape `(N, *prediction)`: those of the first run, with which the second run is compared.
+            predictions: Shape `(N, *prediction)`: those of the first run, with which the second run is compared; or
+                what `tensors_to_compare` returned for them.
             cotangents: Shape `(N, *prediction)`.
             selected: Shape `(N,)`, bool, on the CPU.
 

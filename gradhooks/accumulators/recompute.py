@@ -40,28 +40,29 @@ class Recompute(Accumulator):
 
 
 class RecomputeAccumulation(Accumulation):
-    """Keeps the predictions."""
+    """Keeps what the predictions of the second run are compared with."""
 
     keeps_graph = False
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._dtype = torch.float32
 
     def add(self, chunk: Chunk, predictions: Tensor) -> None:
         del chunk, predictions
 
     def close(self, predictions: Tensor) -> Sequence[Tensor]:
-        return [predictions]
+        self._dtype = predictions.dtype
+        return self._engine.tensors_to_compare(predictions)
 
     def gradients(self, saved: Sequence[Tensor], coefficients: Coefficients, *, last: bool) -> Gradients:
         del last  # nothing is saved that could be overwritten
-        (predictions,) = saved
         engine = self._engine
         if engine.findings.linear:
-            selected = significant_poses(coefficients, engine.skip_threshold(predictions.dtype))
+            selected = significant_poses(coefficients, engine.skip_threshold(self._dtype))
         else:  # a coefficient of 0 may give a gradient
             selected = torch.ones(engine.pose_count, dtype=torch.bool)
-        gradients = engine.rerun(predictions, coefficients.total, selected)
+        gradients = engine.rerun(saved, coefficients.total, selected)
         engine.report.skipped = engine.pose_count - int(selected.sum())
         logger.debug("{} of {} poses skipped: negligible coefficients", engine.report.skipped, engine.pose_count)
         engine.add_zeros_for_skipped(gradients, ~selected)

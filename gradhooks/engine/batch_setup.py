@@ -30,7 +30,7 @@ from gradhooks.engine.schedule import Schedule
 from gradhooks.engine.stack_promise import refuse_broken_promise
 from gradhooks.errors import PosesError
 from gradhooks.group_index import GroupIndex
-from gradhooks.group_validation import group_index, read_index
+from gradhooks.group_validation import as_integers, group_index, read_index
 from gradhooks.groups import Groups
 from gradhooks.options import Options, call_model
 
@@ -76,7 +76,7 @@ def read_batch(
     with begin_batch(agreement, collectives, sharded) as beginning:
         refuse_unknown_arguments(combination, arguments)
         poses, index, group_count = _separate(poses, groups)
-        prepared = _prepare(poses, options, may_be_empty=not collectives.is_single)
+        prepared = _prepare(poses, options, index, parts, may_be_empty=not collectives.is_single)
         index = None if index is None else read_index(index, len(prepared))
         if parts.has_lazy_parameters:
             initialize_lazy_parameters(model, prepared, options.call, parts.device)
@@ -155,8 +155,9 @@ def _audit_is_due(options: Options, mode: Mode, parts: ModelParts) -> bool:
     return options.audit and torch.is_grad_enabled() and (mode, parts.state.training_flags) not in parts.findings
 
 
-def _prepare(poses: Any, options: Options, *, may_be_empty: bool) -> Poses:
-    prepared = as_poses(poses, options.collate, may_be_empty=may_be_empty)
+def _prepare(poses: Any, options: Options, index: Any, parts: ModelParts, *, may_be_empty: bool) -> Poses:
+    count = None if index is None else len(as_integers(index))
+    prepared = as_poses(poses, options.collate, may_be_empty=may_be_empty, count=count, devices=parts.state.devices)
     if (options.chunk_size or 1) > 1 and not prepared.batched:
         raise PosesError(
             "chunks of more than one pose need collate= to make a batch of a list, or poses stacked in a tensor"

@@ -34,14 +34,9 @@ class DriftCheck:
     def __init__(self, context: ForwardContext, predictions: Tensor, *, packed: bool) -> None:
         self._context = context
         self._predictions = predictions
-        eps = torch.finfo(predictions.dtype).eps
-        # Packed poses have other neighbours in their chunk; that changes only the last digits, unless the prediction
-        # really depends on them.
-        dtypes = (predictions.dtype, *context.batch.autocast.dtypes)
-        rounding = max(torch.finfo(dtype).eps for dtype in dtypes) if packed else eps
-        smallest, largest = _finite_range(predictions)
-        size = torch.maximum(largest, -smallest).max().clamp(min=0)
-        self._allowed = rounding**0.75 * size + (0 if packed else eps**0.5 * (largest - smallest).clamp(min=0))
+        self._allowed, size = allowed_differences(predictions)
+        if packed:
+            self._allowed = coarsest_eps(context, predictions.dtype) ** 0.75 * size
         self._capacity = min(len(predictions), BLOCK_BYTES * len(predictions) // max(1, predictions.nbytes))
         self._second: Tensor | None = None
         self._waiting: list[Rows] = []
@@ -69,17 +64,8 @@ class DriftCheck:
             ReplayError: A prediction differs by more than rounding explains.
         """
         self._compare_waiting()
-        if not self._worst:
-            return
-        worst = torch.cat(self._worst).tolist()
-        drifted = next((row for row, drift in enumerate(worst) if drift > 0), None)
-        if drifted is None:
-            return
-        index = list(chain.from_iterable(_numbers(rows) for rows in self._rows))[drifted]
-        raise ReplayError(
-            f"pose {index} of {len(self._context.poses)}: its second run differs from its first by "
-            f"{worst[drifted]:.3g}; {_cause(self._context.poses, index)}"
-        )
+        if self._worst:
+            _refuse_drifted(self._context, self._rows, torch.cat(self._worst))
 
     def _compare_waiting(self) -> None:
         waiting, filled, self._waiting, self._filled = self._waiting, self._filled, [], 0
@@ -88,11 +74,65 @@ class DriftCheck:
 
     def _compare(self, rows: list[Rows], second: Tensor) -> None:
         """Keep how far each pose differs, 0 where rounding explains it."""
-        parts = [rows_of(self._predictions, each if isinstance(each, slice) else torch.tensor(each)) for each in rows]
-        drifts = _differences(parts[0] if len(parts) == 1 else torch.cat(parts), second)
-        drifts = torch.where(drifts > self._allowed, drifts, 0).reshape(len(second), -1)
-        self._worst.append(drifts.amax(1))
+        self._worst.append(_worst_differences(self._predictions, rows, second, self._allowed))
         self._rows += rows
+
+
+def allowed_differences(predictions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what rounding explains, shape `(*prediction)`, if poses run in the same chunks; and the size, shape `()`.
+
+    Args:
+        predictions: Shape `(N, *prediction)`: those of the first run.
+    """
+    eps = torch.finfo(predictions.dtype).eps
+    smallest, largest = _finite_range(predictions)
+    size = torch.maximum(largest, -smallest).max().clamp(min=0)
+    return eps**0.75 * size + eps**0.5 * (largest - smallest).clamp(min=0), size
+
+
+def coarsest_eps(context: ForwardContext, dtype: torch.dtype) -> float:
+    """Return the rounding error of predictions whose poses run in other chunks than before.
+
+    Other neighbours in a chunk change the last digits only, unless a prediction really depends on them.
+    """
+    return max(torch.finfo(each).eps for each in (dtype, *context.batch.autocast.dtypes))
+
+
+def refuse_worst(
+    context: ForwardContext, rows: Sequence[Rows], first: Tensor, second: Tensor, allowed: float | Tensor
+) -> None:
+    """Raise an error if a row of a second run differs from the first by more than is allowed.
+
+    Args:
+        context: The intercepted poses.
+        rows: Which rows of `first` those of `second` are.
+        first: Shape `(N, K)`: what is known of the first run.
+        second: Shape `(n, K)`: the same of the second run.
+        allowed: The difference that rounding explains.
+
+    Raises:
+        ReplayError: A row differs.
+    """
+    _refuse_drifted(context, rows, _worst_differences(first, rows, second, allowed))
+
+
+def _worst_differences(first: Tensor, rows: Sequence[Rows], second: Tensor, allowed: float | Tensor) -> Tensor:
+    """Return how far each row differs, 0 where rounding explains it."""
+    parts = [rows_of(first, each if isinstance(each, slice) else torch.tensor(each)) for each in rows]
+    drifts = _differences(parts[0] if len(parts) == 1 else torch.cat(parts), second)
+    return torch.where(drifts > allowed, drifts, 0).reshape(len(second), -1).amax(1)
+
+
+def _refuse_drifted(context: ForwardContext, rows: Sequence[Rows], worst: Tensor) -> None:
+    differences = worst.tolist()
+    drifted = next((row for row, difference in enumerate(differences) if difference > 0), None)
+    if drifted is None:
+        return
+    index = list(chain.from_iterable(_numbers(each) for each in rows))[drifted]
+    raise ReplayError(
+        f"pose {index} of {len(context.poses)}: its second run differs from its first by "
+        f"{differences[drifted]:.3g}; {_cause(context.poses, index)}"
+    )
 
 
 def refuse_drift(

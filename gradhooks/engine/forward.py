@@ -105,7 +105,7 @@ def _run_local_poses(context: ForwardContext, begin: Begin, before: Snapshot) ->
     if count == 0:
         return NoPoses(len(context.leaves.shadows)), torch.empty(0), False
     engine = PoseEngine(context)
-    with progress_of(batch.options.progress, count, "poses") as report_progress:
+    with progress_of(batch.options.progress, len(batch.poses), "poses") as report_progress:
         chunk = next_chunk(poses, schedule, None, before)
         live = context.run(poses, chunk)
         accumulation = begin(engine, live)

@@ -39,7 +39,7 @@ def run_plain_chunks(
     measure = MARGIN * (stop - start) * need.graph_bytes > room
     rows: list[Tensor] = []
     used = 0
-    with progress_of(batch.options.progress, len(batch.poses), "poses") as report_progress:
+    with progress_of(batch.options.progress, len(batch.poses), "poses", done=start) as report_progress:
         while start < stop:
             size = schedule.plain_chunk_size(stop - start)
             limit = schedule.split_beyond(room - used)

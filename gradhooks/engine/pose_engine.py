@@ -12,6 +12,7 @@ from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.findings import Findings
 from gradhooks.engine.gradient_sums import Gradients
 from gradhooks.engine.parameter_hooks import Receiver
+from gradhooks.engine.prediction_digest import first_run_of, tensors_to_compare
 from gradhooks.engine.report import Report
 from gradhooks.engine.rerun import SecondRun
 from gradhooks.engine.unused_parameters import add_zeros_for_skipped
@@ -96,8 +97,12 @@ class PoseEngine:
         self.context.backward(predictions, cotangents, retain_graph=retain_graph)
         self.report.backwards += len(predictions) if poses is None else poses
 
-    def rerun(self, predictions: Tensor, cotangents: Tensor, selected: Tensor) -> Gradients:
-        return self._second_run().gradients(predictions, cotangents, selected)
+    def tensors_to_compare(self, predictions: Tensor) -> Sequence[Tensor]:
+        return tensors_to_compare(predictions)
+
+    def rerun(self, predictions: Tensor | Sequence[Tensor], cotangents: Tensor, selected: Tensor) -> Gradients:
+        first = predictions if isinstance(predictions, Tensor) else first_run_of(predictions)
+        return self._second_run().gradients(first, cotangents, selected)
 
     def add_zeros_for_skipped(self, gradients: Gradients, skipped: Tensor) -> None:
         add_zeros_for_skipped(self.context, self._second_run(), skipped, gradients)

@@ -8,20 +8,29 @@ from torch import Tensor
 
 from gradhooks.engine.loaded_poses import LoadedPoses
 from gradhooks.engine.model_output import describe
-from gradhooks.engine.nested import is_graph
+from gradhooks.engine.nested import is_graph, tensors_in
 from gradhooks.engine.pose_inputs import ListedPoses, Poses, Stack, StackedPoses, stack_length
 from gradhooks.engine.pose_sources import source_of
 from gradhooks.errors import PosesError
 from gradhooks.options import Collate
 
 
-def as_poses(poses: Any, collate: Collate | None, *, may_be_empty: bool = False) -> Poses:
+def as_poses(
+    poses: Any,
+    collate: Collate | None,
+    *,
+    may_be_empty: bool = False,
+    count: int | None = None,
+    devices: Iterable[torch.device] = (torch.device("cpu"),),
+) -> Poses:
     """Return the user's poses as the engine slices them.
 
     Args:
         poses: What the user passed: an iterable of poses, or a stack.
         collate: Makes the model's input from a list of poses.
         may_be_empty: Whether there may be no poses.
+        count: The number of poses, if something else than the poses says so.
+        devices: Those of the model.
 
     Raises:
         PosesError: `poses` is empty, is neither an iterable nor a stack, or is a stack although `collate` is given.
@@ -46,10 +55,10 @@ def as_poses(poses: Any, collate: Collate | None, *, may_be_empty: bool = False)
             f"poses must be an iterable of poses, a tensor or a mapping of tensors, got one {type(poses).__name__}; "
             "pass a list of poses (for a batch of PyTorch Geometric: batch.to_data_list())"
         )
-    source = source_of(poses)
-    if source is not None:
+    source = source_of(poses, count, devices)
+    if source is not None and not (source.keeps and _any_in_pose_requires_grad(source.read([0])[0])):
         return LoadedPoses(source, collate)
-    listed = list(poses)
+    listed = list(poses) if source is None else source.read(range(len(source)))
     if not listed and not may_be_empty:
         raise PosesError("there are no poses: a group needs at least one pose")
     return ListedPoses(listed, collate)
@@ -58,6 +67,10 @@ def as_poses(poses: Any, collate: Collate | None, *, may_be_empty: bool = False)
 def _any_requires_grad(stack: Stack) -> bool:
     tensors = [stack] if isinstance(stack, Tensor) else stack.values()
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _any_in_pose_requires_grad(pose: Any) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in tensors_in(pose))
 
 
 def _unstack(stack: Stack, length: int) -> list[Any]:

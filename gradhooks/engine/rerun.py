@@ -17,6 +17,7 @@ from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.drift import DriftCheck
 from gradhooks.engine.gradient_sums import Gradients
 from gradhooks.engine.pose_inputs import Poses, PoseSubset
+from gradhooks.engine.prediction_digest import DigestCheck, PredictionDigest
 from gradhooks.engine.progress import progress_of
 from gradhooks.engine.running_sums import RunningSums
 from gradhooks.errors import ReplayError
@@ -54,11 +55,11 @@ class SecondRun:
         self._chunks = chunks
         self._stateless = stateless
 
-    def gradients(self, predictions: Tensor, cotangents: Tensor, selected: Tensor) -> Gradients:
+    def gradients(self, predictions: Tensor | PredictionDigest, cotangents: Tensor, selected: Tensor) -> Gradients:
         """Return `sum_i cotangents[i] dy_i/dtheta` over the selected poses.
 
         Args:
-            predictions: Shape `(N, *prediction)`: the predictions of the first run.
+            predictions: Shape `(N, *prediction)`: the predictions of the first run, or their digest.
             cotangents: Shape `(N, *prediction)`.
             selected: Shape `(N,)`, bool, on the CPU.
 
@@ -117,10 +118,19 @@ class SecondRun:
         return [RerunJob(poses, chunk, indices[chunk.start : chunk.stop], chunk.stop - chunk.start) for chunk in chunks]
 
     def _run(
-        self, jobs: Sequence[RerunJob], predictions: Tensor, cotangents: Tensor, *, packed: bool = False
+        self,
+        jobs: Sequence[RerunJob],
+        predictions: Tensor | PredictionDigest,
+        cotangents: Tensor,
+        *,
+        packed: bool = False,
     ) -> Gradients:
         context, batch = self._context, self._context.batch
-        drift = DriftCheck(context, predictions, packed=packed)
+        drift = (
+            DriftCheck(context, predictions, packed=packed)
+            if isinstance(predictions, Tensor)
+            else DigestCheck(context, predictions, packed=packed)
+        )
         done = 0
         total = sum(job.selected for job in jobs)
         with (

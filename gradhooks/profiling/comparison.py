@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from typing_extensions import Unpack
 
+from gradhooks import registry
 from gradhooks.accumulators.base import Accumulator
 from gradhooks.engine.model_state import ModelState
 from gradhooks.engine.report import Report
@@ -109,6 +110,7 @@ def compare(
     poses: Any,
     combination: CombinationLike = "mean",
     *,
+    combination_options: Mapping[str, Any] | None = None,
     groups: Any = None,
     budgets: Sequence[str | float] = (),
     accumulators: Sequence[str | Accumulator] = (),
@@ -129,6 +131,7 @@ def compare(
         model: The bare model.
         poses: A list of poses, a stacked tensor, a mapping of stacked tensors, or `Groups`.
         combination: As for `MultiPose`.
+        combination_options: As for `MultiPose`.
         groups: The group of each pose, shape `(M,)`; by default the poses are one group.
         budgets: Further values of the option `memory`, a row for each.
         accumulators: Names or objects, a row for each, in which no pose runs plainly.
@@ -136,7 +139,8 @@ def compare(
         repeats: Timed rounds, after two that are not timed, in which `auto` settles.
         **options: Further options of `MultiPose`; an accumulator that ignores one of them runs without it.
     """
-    batch = TrainingBatch(model, poses, combination, groups, options.get("call"), options.get("collate"))
+    chosen = registry.resolve_combination(combination, combination_options)
+    batch = TrainingBatch(model, poses, chosen, groups, options.get("call"), options.get("collate"))
     every = dict.fromkeys([options.get("memory", Options.memory), *budgets, 0])
     steps = training_steps(batch, list(every), accumulators, **options)
     return compare_steps(batch, steps, loss=loss, repeats=repeats)

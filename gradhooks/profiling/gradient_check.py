@@ -33,6 +33,7 @@ def gradcheck(
     poses: Any,
     combination: CombinationLike = "mean",
     *,
+    combination_options: Mapping[str, Any] | None = None,
     groups: Any = None,
     loss: CheckedLoss = sum_of_combined,
     **options: Unpack[OptionTypes],
@@ -51,6 +52,7 @@ def gradcheck(
         poses: A list of poses, a stacked tensor, a mapping of stacked tensors, or `Groups`; few enough for the full
             graph in float64.
         combination: As for `MultiPose`.
+        combination_options: As for `MultiPose`.
         groups: The group of each pose, shape `(M,)`; by default the poses are one group.
         loss: Of a prediction; the sum of the combined prediction by default. With a second parameter it also gets the
             model, a copy: `loss=lambda prediction, model: prediction.combined.sum() + model.balance`.
@@ -59,10 +61,12 @@ def gradcheck(
     Raises:
         TypeError: The model cannot be copied, or its copy uses parameters of the original.
         ValueError: An option is out of range.
+        PluginError: The combination is unknown, or `combination_options` do not fit it.
     """
     refuse_unknown_options(options, OPTION_NAMES)
     Options().changed(**options)  # what it refuses is no finding about the model
-    batch = CheckedBatch(model, poses, combination, groups, loss, options)
+    chosen = registry.resolve_combination(combination, combination_options)
+    batch = CheckedBatch(model, poses, chosen, groups, loss, options)
     # What functions in the model close over is not copied. A model that has not been initialized has no state.
     with nullcontext() if is_uninitialized(model) else preserved_state(model):
         try:

@@ -1,6 +1,6 @@
 """Estimate what a step of a batch needs at several values of the option `memory`, from steps of a few poses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,7 @@ def estimate_memory(
     poses: Any,
     combination: CombinationLike = "mean",
     *,
+    combination_options: Mapping[str, Any] | None = None,
     groups: Any = None,
     count: int | None = None,
     accumulator: str | Accumulator = "auto",
@@ -117,13 +118,14 @@ def estimate_memory(
         model: The bare model; its state is restored.
         poses: A list of poses, a stacked tensor, a mapping of stacked tensors, or `Groups`.
         combination: As for `MultiPose`.
+        combination_options: As for `MultiPose`.
         groups: The group of each pose, shape `(M,)`; by default the poses are one group.
         count: The number of poses, if other than that of `poses`. Their groups are then repeated.
         accumulator: As for `MultiPose`.
         budgets: Values of the option `memory`; by default six, from 0 to what the full graph needs.
         **options: Further options of `MultiPose`.
     """
-    scorer = MultiPose(model, combination, accumulator=accumulator, **options)
+    scorer = MultiPose(model, combination, combination_options=combination_options, accumulator=accumulator, **options)
     batch = TrainingBatch(model, poses, scorer.combination, groups, scorer.call, scorer.collate)
     with preserved_state(model), torch.enable_grad():
         planner = BatchPlanner(batch, scorer, len(batch.inputs) if count is None else count)

@@ -39,17 +39,18 @@ def checks_for(plugin: Any) -> tuple[Check, ...]:
     return ACCUMULATOR_CHECKS if isinstance(plugin, Accumulator) else COMBINATION_CHECKS
 
 
-def create_example(plugins: registry.Registry[Any], name: str) -> Any:
+def create_example(plugins: registry.Registry[Any], name: str, options: Mapping[str, Any] | None = None) -> Any:
     """Create an installed plugin by name, with the `example_options` of its class if it has any.
 
     Args:
         plugins: `registry.combinations` or `registry.accumulators`.
         name: `name`, or `distribution:name`.
+        options: Options that take the places of those of the class.
 
     Raises:
         PluginError: The plugin cannot be created, or has required options and no `example_options`.
     """
-    return plugins.create(name, **getattr(plugins.load(name), "example_options", {}))
+    return plugins.create(name, **{**getattr(plugins.load(name), "example_options", {}), **(options or {})})
 
 
 def results(plugin: Any, expected_failures: Mapping[str, str] | None = None) -> Iterator[CheckResult]:
