@@ -26,6 +26,7 @@ from gradhooks.engine.parameter_records import ParameterRecords, ValueCopy
 from gradhooks.engine.tensor_records import HEAD_BYTES, address_of
 from gradhooks.engine.tensor_signs import SignReader, Signs
 
+_requires_grad = operator.attrgetter("requires_grad")
 _LEAST_BUDGET = 64 << 20
 _PROBES = 3  # snapshots: at the beginning of the batch, perhaps once more before the first forward, and after it
 
@@ -191,6 +192,11 @@ def carry_over_data(parameters: Sequence[Tensor], shadows: Sequence[Tensor]) -> 
 
     To be called after the first run. A write into the memory needs nothing, since a shadow shares it.
     """
+    try:
+        if all(map(Tensor.is_set_to, parameters, shadows)) and all(map(_requires_grad, shadows)):
+            return
+    except RuntimeError:  # tensors without storage
+        pass
     for parameter, shadow in zip(parameters, shadows, strict=True):
         if address_of(parameter) != address_of(shadow) or (
             address_of(shadow) is not None and not parameter.is_set_to(shadow)

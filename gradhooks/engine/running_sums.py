@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from typing import Protocol, cast
 
 from torch import Tensor
@@ -21,6 +22,7 @@ class InterceptedLeaves(Protocol):
     def intercept(self, receive: Receiver, indices: Iterable[int]) -> HookHandle: ...
 
 
+_gradient_of = attrgetter("grad")
 HOOKED_BYTES = 64 * 1024
 """A gradient of this size that enters several sums is folded by a hook, and freed before the next one arrives.
 
@@ -53,10 +55,12 @@ class RunningSums:
         self._in_leaves: int | None = None
         self._targets: list[tuple[int, Factor]] = []
         self._unhooked = list(range(len(self._leaves)))
+        self._unhooked_leaves = list(self._leaves)
         self._unreached = set(self._unhooked)
         self._hooks = ExitStack()
-        self._hook([index for index, leaf in enumerate(self._leaves) if at_least_float32(leaf.dtype) != leaf.dtype])
-        self._large = [index for index in self._unhooked if self._leaves[index].nbytes >= HOOKED_BYTES]
+        narrow = {dtype for dtype in {leaf.dtype for leaf in self._leaves} if at_least_float32(dtype) != dtype}
+        self._hook([index for index, leaf in enumerate(self._leaves) if leaf.dtype in narrow] if narrow else ())
+        self._hooks_large = False
         self.add_to(0)
 
     def _hook(self, indices: Sequence[int]) -> None:
@@ -64,6 +68,7 @@ class RunningSums:
         if indices:
             self._hooks.callback(self._engine.intercept(self._receive, indices).close)
             self._unhooked = sorted({*self._unhooked} - {*indices})
+            self._unhooked_leaves = [self._leaves[index] for index in self._unhooked]
 
     def _receive(self, index: int, gradient: Tensor) -> None:
         for k, factor in self._targets:
@@ -77,35 +82,33 @@ class RunningSums:
         self._put_back()
         sums = self._sum(k)
         self._dense.pop(k, None)  # autograd may replace a gradient that it does not add in place
-        for index in self._unhooked:
-            self._leaves[index].grad = sums[index]
+        for index, leaf in zip(self._unhooked, self._unhooked_leaves, strict=True):
+            leaf.grad = sums[index]
         self._in_leaves, self._targets = k, [(k, 1.0)]
 
     @contextmanager
     def fold_into(self, first: int, factors: Sequence[Factor]) -> Iterator[None]:
         """Add the one backward of the block, times `factors[k]`, to sum `first + k`. `factors[0]` is the number 1."""
         self._put_back()
-        if self._large:
-            self._hook(self._large)
-            self._large = []
+        if not self._hooks_large:
+            self._hooks_large = True
+            self._hook([index for index in self._unhooked if self._leaves[index].nbytes >= HOOKED_BYTES])
         # The last target may take over the gradient; it is the sum whose factor is 1.
         self._targets = [(first + k, factor) for k, factor in enumerate(factors) if _may_count(factor)][::-1]
         for k, _ in self._targets:
             self._sum(k)
         yield
-        leaves = [self._leaves[index] for index in self._unhooked]
-        arrived = [leaf.grad for leaf in leaves]
-        for leaf in leaves:
-            leaf.grad = None
-        reached = [index for index, gradient in zip(self._unhooked, arrived, strict=True) if gradient is not None]
+        reached, arrived = self._unhooked, self._take_from_leaves()
         gradients = [gradient for gradient in arrived if gradient is not None]
+        if len(gradients) < len(reached):
+            reached = [index for index, gradient in zip(reached, arrived, strict=True) if gradient is not None]
         for k, factor in self._targets if reached else ():
             self._fold(k, reached, gradients, factor)
 
     def _fold(self, k: int, reached: list[int], gradients: list[Tensor], factor: Factor) -> None:
         """Add the gradients of the leaves `reached` to sum `k`, which may lack some of them."""
         known, totals = self._dense.get(k, ([], []))
-        if known == reached:  # the common path: no Python per parameter
+        if known is reached or known == reached:  # the common path: no Python per parameter
             add_dense(totals, gradients, factor)
             return
         sums, copy = self._sums[k], k != self._targets[-1][0]
@@ -120,11 +123,16 @@ class RunningSums:
         if self._in_leaves is None:
             return
         sums = self._sums[self._in_leaves]
-        for index in self._unhooked:
-            leaf = self._leaves[index]
-            sums[index] = leaf.grad
-            leaf.grad = None
+        for index, gradient in zip(self._unhooked, self._take_from_leaves(), strict=True):
+            sums[index] = gradient
         self._in_leaves = None
+
+    def _take_from_leaves(self) -> Gradients:
+        """Return the gradients of the leaves without hooks, and clear these."""
+        gradients = list(map(_gradient_of, self._unhooked_leaves))
+        for leaf in self._unhooked_leaves:
+            leaf.grad = None
+        return gradients
 
     def _sum(self, k: int) -> Gradients:
         return self._sums.setdefault(k, [None] * len(self._leaves))
@@ -134,16 +142,16 @@ class RunningSums:
 
         The number 0 as factor sets them to zero, also where they are not finite.
         """
+        if first == self._in_leaves and not shifts and len(self._unhooked) == len(self._leaves):
+            _rescale(list(map(_gradient_of, self._leaves)), factor)
+            return
         self._put_back()
         sums = [self._sum(first + k) for k in range(1 + len(shifts))]
         for other, shift in zip(sums[1:], shifts, strict=True):
             if _may_count(shift) and _may_count(factor):
                 add_into(other, sums[0], shift, copy=True)
         for each in sums:
-            if _may_count(factor):
-                scale_(each, factor)
-            else:
-                zero_(each)
+            _rescale(each, factor)
 
     def unreached(self) -> set[int]:
         """Return the leaves at which no backward has arrived yet."""
@@ -174,6 +182,13 @@ class RunningSums:
         for leaf in self._leaves:
             leaf.grad = None
         self._sums, self._dense = {}, {}
+
+
+def _rescale(gradients: Gradients, factor: Factor) -> None:
+    if _may_count(factor):
+        scale_(gradients, factor)
+    else:
+        zero_(gradients)
 
 
 def _may_count(factor: Factor) -> bool:
