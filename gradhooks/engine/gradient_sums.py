@@ -88,13 +88,33 @@ def add_dense(totals: Sequence[Tensor], gradients: Sequence[Tensor], factor: Fac
         torch._foreach_add_(of_totals, torch._foreach_mul(added, _moved(factor, of_totals[0])))
 
 
+def may_count(factor: Factor) -> bool:
+    """Return whether a factor is not 0, as far as the host knows."""
+    return isinstance(factor, Tensor) or factor != 0
+
+
+def shift_and_rescale(sums: Sequence[Gradients], factor: Factor, shifts: Sequence[Factor]) -> None:
+    """Add `shifts[k]` times the first sum to sum `k + 1`, then multiply all sums by `factor`.
+
+    The number 0 as factor sets them to zero, also where they are not finite.
+    """
+    for other, shift in zip(sums[1:], shifts, strict=True):
+        if may_count(shift) and may_count(factor):
+            add_into(other, sums[0], shift, copy=True)
+    for gradients in sums:
+        if may_count(factor):
+            scale_(gradients, factor)
+        else:
+            zero_(gradients)
+
+
 def weighted_sum(sums: Sequence[Gradients], factors: Sequence[float], *, overwrite: bool) -> Gradients:
     """Return `sum_k factors[k] * sums[k]`; with `overwrite` in the memory of the sums."""
     totals: Gradients = [None] * len(sums[0])
     for gradients, factor in zip(sums, factors, strict=True):
         pairs = list(zip(totals, gradients, strict=True))
         first = [gradient if total is None else None for total, gradient in pairs]
-        if any([total is not None for total in totals]):
+        if any(total is not None for total in totals):
             add_into(totals, [None if total is None else gradient for total, gradient in pairs], factor)
         if overwrite:
             scale_(first, factor)

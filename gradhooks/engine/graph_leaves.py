@@ -68,7 +68,7 @@ def other_leaves(
                 else:
                     push(following)
     return leaves, checkpoints and any(
-        [isinstance(node, BackwardCFunction) and hasattr(node, "run_function") for node in pending]
+        isinstance(node, BackwardCFunction) and hasattr(node, "run_function") for node in pending
     )
 
 

@@ -6,7 +6,6 @@ from operator import attrgetter
 from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.tensor_records import version_of
 
-
 _counter_of = attrgetter("_version")
 
 

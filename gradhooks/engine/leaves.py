@@ -9,7 +9,6 @@ from gradhooks.engine.graph_leaves import accumulation_nodes
 from gradhooks.engine.parameter_hooks import ParameterHooks
 from gradhooks.engine.shadow_parameters import ShadowParameters
 
-
 _gradient_of = attrgetter("grad")
 
 
@@ -64,7 +63,7 @@ class Leaves:
     @property
     def have_gradients(self) -> bool:
         """Whether any shadow has a `.grad`."""
-        return any([gradient is not None for gradient in map(_gradient_of, self.shadows)])
+        return any(gradient is not None for gradient in map(_gradient_of, self.shadows))
 
     def gradient_fingerprint(self) -> tuple[object, ...]:
         """Return what changes when a backward reaches the first or the last parameter."""

@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter
-from typing import Protocol, cast
+from typing import Protocol
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from gradhooks.engine.gradient_sums import Factor, Gradients, accumulate, add_dense, add_into, scale_, zero_
+from gradhooks.engine.flat_sums import FlatSums, fits
+from gradhooks.engine.gradient_sums import Factor, Gradients, accumulate, may_count, shift_and_rescale
 from gradhooks.engine.parameter_hooks import HookHandle, Receiver
 from gradhooks.numerics import at_least_float32
 
@@ -50,7 +52,10 @@ class RunningSums:
         self._leaves = engine.leaves
         self._count = count
         self._sums: dict[int, Gradients] = {}
-        self._dense: dict[int, tuple[list[int], list[Tensor]]] = {}  # leaves and tensors of sums that `_fold` knows
+        self._flat: FlatSums | None = None  # the sums of these leaves are in blocks:
+        self._flat_indices: list[int] = []
+        self._reached: list[int] = []  # may become flat
+        self._may_flatten = True
         self.has_sparse = False
         self._in_leaves: int | None = None
         self._targets: list[tuple[int, Factor]] = []
@@ -67,8 +72,7 @@ class RunningSums:
         """Let hooks add what arrives in these leaves."""
         if indices:
             self._hooks.callback(self._engine.intercept(self._receive, indices).close)
-            self._unhooked = sorted({*self._unhooked} - {*indices})
-            self._unhooked_leaves = [self._leaves[index] for index in self._unhooked]
+            self._let_wait({*self._unhooked} - {*indices})
 
     def _receive(self, index: int, gradient: Tensor) -> None:
         for k, factor in self._targets:
@@ -79,9 +83,10 @@ class RunningSums:
         """Let the next backwards add to sum `k`."""
         if k == self._in_leaves:
             return
+        if self._targets:
+            self._end_flat()
         self._put_back()
         sums = self._sum(k)
-        self._dense.pop(k, None)  # autograd may replace a gradient that it does not add in place
         for index, leaf in zip(self._unhooked, self._unhooked_leaves, strict=True):
             leaf.grad = sums[index]
         self._in_leaves, self._targets = k, [(k, 1.0)]
@@ -89,34 +94,71 @@ class RunningSums:
     @contextmanager
     def fold_into(self, first: int, factors: Sequence[Factor]) -> Iterator[None]:
         """Add the one backward of the block, times `factors[k]`, to sum `first + k`. `factors[0]` is the number 1."""
-        self._put_back()
+        if self._in_leaves is not None:
+            self._put_back()
         if not self._hooks_large:
             self._hooks_large = True
             self._hook([index for index in self._unhooked if self._leaves[index].nbytes >= HOOKED_BYTES])
         # The last target may take over the gradient; it is the sum whose factor is 1.
-        self._targets = [(first + k, factor) for k, factor in enumerate(factors) if _may_count(factor)][::-1]
+        self._targets = [(first + k, factor) for k, factor in enumerate(factors) if may_count(factor)][::-1]
         for k, _ in self._targets:
             self._sum(k)
+        if self._reached:
+            self._flatten()
+        for k, _ in self._targets if self._flat is not None else ():
+            self._add_to_flat(k)
         yield
-        reached, arrived = self._unhooked, self._take_from_leaves()
-        gradients = [gradient for gradient in arrived if gradient is not None]
-        if len(gradients) < len(reached):
-            reached = [index for index, gradient in zip(reached, arrived, strict=True) if gradient is not None]
-        for k, factor in self._targets if reached else ():
-            self._fold(k, reached, gradients, factor)
+        if self._flat is not None:
+            self._flat.fold(self._targets)
+        if self._unhooked:
+            self._fold()
 
-    def _fold(self, k: int, reached: list[int], gradients: list[Tensor], factor: Factor) -> None:
-        """Add the gradients of the leaves `reached` to sum `k`, which may lack some of them."""
-        known, totals = self._dense.get(k, ([], []))
-        if known is reached or known == reached:  # the common path: no Python per parameter
-            add_dense(totals, gradients, factor)
+    def _fold(self) -> None:
+        """Add what arrived in the leaves that are not flat to the targets."""
+        arrived = list(zip(self._unhooked, self._take_from_leaves(), strict=True))
+        reached = [(index, gradient) for index, gradient in arrived if gradient is not None]
+        for k, factor in self._targets:
+            sums, copy = self._sums[k], k != self._targets[-1][0]
+            for index, gradient in reached:
+                sums[index] = accumulate(sums[index], gradient, factor, copy=copy)
+        if self._may_flatten and self._flat is None:
+            self._reached = [index for index, gradient in reached if fits(gradient, reached[0][1])]
+
+    def _flatten(self) -> None:
+        """Let what arrives in the leaves that an earlier backward reached be added in one block (`FlatSums`)."""
+        flat, self._reached = self._reached, []
+        self._flat, self._flat_indices = FlatSums([self._leaves[index] for index in flat]), flat
+        self._let_wait({*self._unhooked} - {*flat})
+
+    def _add_to_flat(self, k: int) -> None:
+        """Let sum `k` be in a block, too. What it lacks is zero: another sum contains it."""
+        if self._flat is None or k in self._flat:
             return
-        sums, copy = self._sums[k], k != self._targets[-1][0]
-        for index, gradient in zip(reached, gradients, strict=True):
-            sums[index] = accumulate(sums[index], gradient, factor, copy=copy)
-        totals = [cast("Tensor", sums[index]) for index in reached]
-        if not any(total.is_sparse for total in totals):
-            self._dense[k] = reached, totals
+        sums, indices = self._sums[k], self._flat_indices
+        begun = [sums[index] for index in indices]
+        if any(gradient is not None for gradient in begun):
+            known: list[Tensor] | None = [
+                torch.zeros_like(self._leaves[index], requires_grad=False) if gradient is None else gradient
+                for index, gradient in zip(indices, begun, strict=True)
+            ]
+        else:
+            known = None
+        for index, part in zip(indices, self._flat.add_sum(k, known), strict=True):
+            sums[index] = part
+
+    def _let_wait(self, indices: Iterable[int]) -> None:
+        """Let gradients wait in these leaves for the end of the backward, or of many backwards."""
+        self._unhooked = sorted(indices)
+        self._unhooked_leaves = [self._leaves[index] for index in self._unhooked]
+
+    def _end_flat(self) -> None:
+        """Treat all leaves alike again; the sums contain the parts of the blocks."""
+        if self._flat is not None:
+            self._flat.release()
+            self._let_wait([*self._unhooked, *self._flat_indices])
+            self._flat = None
+        self._reached = []
+        self._may_flatten = False  # moving sums to and fro would cost more than it saves
 
     def _put_back(self) -> None:
         """Move the sum that is in the leaves to the others."""
@@ -143,15 +185,24 @@ class RunningSums:
         The number 0 as factor sets them to zero, also where they are not finite.
         """
         if first == self._in_leaves and not shifts and len(self._unhooked) == len(self._leaves):
-            _rescale(list(map(_gradient_of, self._leaves)), factor)
+            shift_and_rescale([list(map(_gradient_of, self._leaves))], factor, ())
             return
         self._put_back()
-        sums = [self._sum(first + k) for k in range(1 + len(shifts))]
-        for other, shift in zip(sums[1:], shifts, strict=True):
-            if _may_count(shift) and _may_count(factor):
-                add_into(other, sums[0], shift, copy=True)
-        for each in sums:
-            _rescale(each, factor)
+        numbers = range(first, first + 1 + len(shifts))
+        sums = [self._sum(k) for k in numbers]
+        if self._flat is None:
+            shift_and_rescale(sums, factor, shifts)
+            return
+        for k in numbers:
+            self._add_to_flat(k)
+        shift_and_rescale([[self._flat.block(k)] for k in numbers], factor, shifts)
+        others = sorted({*range(len(self._leaves))} - {*self._flat_indices})
+        if others:
+            parts: list[Gradients] = [[each[index] for index in others] for each in sums]
+            shift_and_rescale(parts, factor, shifts)
+            for each, part in zip(sums, parts, strict=True):
+                for index, gradient in zip(others, part, strict=True):
+                    each[index] = gradient
 
     def unreached(self) -> set[int]:
         """Return the leaves at which no backward has arrived yet."""
@@ -181,16 +232,4 @@ class RunningSums:
         self._hooks.close()
         for leaf in self._leaves:
             leaf.grad = None
-        self._sums, self._dense = {}, {}
-
-
-def _rescale(gradients: Gradients, factor: Factor) -> None:
-    if _may_count(factor):
-        scale_(gradients, factor)
-    else:
-        zero_(gradients)
-
-
-def _may_count(factor: Factor) -> bool:
-    """Return whether a factor is not 0, as far as the host knows."""
-    return isinstance(factor, Tensor) or factor != 0
+        self._sums, self._flat = {}, None

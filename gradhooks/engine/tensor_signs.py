@@ -1,6 +1,5 @@
 """SignReader: what shows of many tensors at one time, read in a few calls of C."""
 
-from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -40,7 +39,9 @@ class Signs(NamedTuple):
 
 
 class _NoWindow:
-    raw = None
+    """Stands for the window of a tensor that has none."""
+
+    raw: bytes | None = None
 
 
 class SignReader:
@@ -56,7 +57,7 @@ class SignReader:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
-        self.aliases: Sequence[Tensor] = [tensor.detach() for tensor in tensors]
+        self.aliases: list[Tensor] = [tensor.detach() for tensor in tensors]
         self._has_counters = not any(tensor.is_inference() for tensor in tensors)
         self._is_ordinary = all(address_of(tensor) is not None for tensor in tensors)
         self._addresses, self._sizes = self._read_places()
