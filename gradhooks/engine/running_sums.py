@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from gradhooks.engine.flat_sums import FlatSums, fits
-from gradhooks.engine.gradient_sums import Factor, Gradients, accumulate, may_count, shift_and_rescale
+from gradhooks.engine.flat_sums import FlatSums, can_be_flat, is_of_one_kind
+from gradhooks.engine.gradient_sums import (
+    Factor,
+    Gradients,
+    accumulate,
+    add_into,
+    may_count,
+    shift_and_rescale,
+)
 from gradhooks.engine.parameter_hooks import HookHandle, Receiver
 from gradhooks.numerics import at_least_float32
 
@@ -118,11 +125,14 @@ class RunningSums:
         arrived = list(zip(self._unhooked, self._take_from_leaves(), strict=True))
         reached = [(index, gradient) for index, gradient in arrived if gradient is not None]
         for k, factor in self._targets:
-            sums, copy = self._sums[k], k != self._targets[-1][0]
-            for index, gradient in reached:
-                sums[index] = accumulate(sums[index], gradient, factor, copy=copy)
+            sums = self._sums[k]
+            totals = [sums[index] for index, _ in reached]
+            add_into(totals, [gradient for _, gradient in reached], factor, copy=k != self._targets[-1][0])
+            for (index, _), total in zip(reached, totals, strict=True):
+                sums[index] = total
         if self._may_flatten and self._flat is None:
-            self._reached = [index for index, gradient in reached if fits(gradient, reached[0][1])]
+            small = [(index, gradient) for index, gradient in reached if can_be_flat(gradient)]
+            self._reached = [index for index, gradient in small if is_of_one_kind(gradient, small[0][1])]
 
     def _flatten(self) -> None:
         """Let what arrives in the leaves that an earlier backward reached be added in one block (`FlatSums`)."""

@@ -31,11 +31,19 @@ class Signs(NamedTuple):
 
     def is_same(self, other: "Signs", index: int) -> bool:
         """Return whether nothing shows that a tensor changed."""
-        return all(one[index] == another[index] for one, another in zip(self, other, strict=True))
+        return (
+            self.versions[index] == other.versions[index]
+            and self.flags[index] == other.flags[index]
+            and self.is_in_place(other, index)
+        )
 
     def is_in_place(self, other: "Signs", index: int) -> bool:
         """Return whether the memory of a tensor is the same, and begins with the same bytes."""
-        return all(one[index] == another[index] for one, another in zip(self[2:], other[2:], strict=True))
+        return (
+            self.addresses[index] == other.addresses[index]
+            and self.sizes[index] == other.sizes[index]
+            and self.heads[index] == other.heads[index]
+        )
 
 
 class _NoWindow:
