@@ -60,7 +60,7 @@ class PosePredictions(torch.autograd.Function):
             ctx.context = ctx.accumulation = ctx.shared = None  # frees the poses, although the user may keep the loss
             ctx.held.release()
         typed = (
-            None if gradient is None else gradient.to(leaf.dtype)
+            gradient if gradient is None or gradient.dtype == leaf.dtype else gradient.to(leaf.dtype)
             for gradient, leaf in zip(gradients, context.leaves.real, strict=True)
         )
         return (None, None, None, *typed)

@@ -229,7 +229,7 @@ class BoundCombination:
         arguments = self._arguments_on(predictions.device)
         declaration: StreamWeights | None = stream_weights(
             predictions.to(at_least_float32(predictions.dtype)),
-            **rows_of_arguments(arguments, self.count, slice(start, start + len(predictions))),
+            **(rows_of_arguments(arguments, self.count, slice(start, start + len(predictions))) if arguments else {}),
         )
         return declaration
 

@@ -238,7 +238,7 @@ def test_changes_between_batches_are_not_those_of_a_forward() -> None:
             model.names.append("next")
             for parameter in model.parameters():
                 parameter.mul_(0.5)
-        assert all(record.value is None for record in snapshots[0].parameters), step
+        assert all(copy.value is None for copy in snapshots[0].parameters.copies.values()), step
 
 
 class LargeBufferInPlace(CHANGING["LargeHiddenBuffer"]):  # type: ignore[misc]

@@ -72,7 +72,8 @@ def declared_weights(engine: Engine, predictions: Tensor, start: int = 0) -> Dec
     count = predictions.shape[0]
     if predictions.numel() != count:
         return None
-    declared = engine.declare(predictions.detach().flatten(), start)
+    numbers = predictions.detach()
+    declared = engine.declare(numbers if numbers.dim() == 1 else numbers.flatten(), start)
     if declared is None:
         return None
     log_weights, features = declared
@@ -84,4 +85,4 @@ def declared_weights(engine: Engine, predictions: Tensor, start: int = 0) -> Dec
             f"combination {engine.combination.name}: stream_weights of {count} predictions must give log_weights of "
             f"shape ({count},) and features of shape ({count},) or ({count}, K), got {shapes[0]} and {shapes[1]}"
         )
-    return DeclaredWeights(count, *(None if one is None else one.detach() for one in declared))
+    return DeclaredWeights(count, *(one.detach() if one is not None and one.requires_grad else one for one in declared))

@@ -47,7 +47,10 @@ class HostFolding:
             declared: What the combination declares.
             fp16_scale: Multiplies all cotangents.
         """
-        count = len(predictions)
+        if len(groups) == 1 and not self._drop:
+            self._add_pose(predictions, groups, declared, fp16_scale)
+            return
+        count = len(groups)
         dropped = predictions.isfinite().flatten().logical_not().tolist() if self._drop else [False] * count
         # The backward of a shared graph would spread the NaN of a dropped pose: its other poses run again later.
         postponed = count > 1 and any(dropped)
@@ -59,6 +62,27 @@ class HostFolding:
             self._fold(predictions, groups, factors, counted, fp16_scale)
         elif predictions.requires_grad and not postponed:
             self._skip(predictions, finite=not any(dropped))
+
+    def _add_pose(self, predictions: Tensor, groups: list[int], declared: DeclaredWeights, fp16_scale: float) -> None:
+        """Fold the gradient of a chunk of one pose, which is not dropped: Python counts here."""
+        factors = self._factors(declared, groups, [])[0]
+        counts = predictions.requires_grad and any(factors)  # a constant has no backward
+        self.postponed.append(False)
+        self.had_backward.append(counts)
+        if counts:
+            self._fold_pose(predictions, groups[0] * self._sum_count, factors, fp16_scale)
+        elif predictions.requires_grad:
+            self._skip(predictions, finite=True)
+
+    def _fold_pose(self, predictions: Tensor, first: int, factors: list[float], fp16_scale: float) -> None:
+        cotangents = torch.full_like(predictions, factors[0] * fp16_scale)
+        if self._sum_count == 1:
+            self._sums.add_to(first)
+            self._engine.backward(predictions, cotangents)
+            return
+        # The cotangent carries the first factor, the folding multiplies by the others.
+        with self._sums.fold_into(first, [factor / factors[0] for factor in factors]):
+            self._engine.backward(predictions, cotangents)
 
     def _factors(self, declared: DeclaredWeights, groups: list[int], excluded: list[bool]) -> list[list[float]]:
         """Return the factors of a chunk, `1 + K` per pose, after rescaling the sums of the earlier poses."""

@@ -94,6 +94,8 @@ class OnlineSoftmax:
             that do not count. The rescaling factor 0 says that no earlier pose counts any longer: together they would
             be lost in rounding, and such small numbers are denormal and slow.
         """
+        if len(groups) == 1:
+            return self._update_pose(groups[0], declaration.log_weights[0], declaration.features[0])
         entries = list(zip(groups, declaration.log_weights, declaration.features, strict=True))
         highest: dict[int, tuple[float, list[float]]] = {}
         for group, log_weight, features in entries:
@@ -103,6 +105,14 @@ class OnlineSoftmax:
         rescalings = [self._raise_top(group, *entry) for group, entry in highest.items()]
         rows = [self._add(*entry) for entry in entries]
         return [rescaling for rescaling in rescalings if rescaling is not None], rows
+
+    def _update_pose(
+        self, group: int, log_weight: float, features: list[float]
+    ) -> tuple[list[Rescaling], list[list[float]]]:
+        rescaling = None
+        if self._tops[group] < log_weight < math.inf and all(map(math.isfinite, features)):
+            rescaling = self._raise_top(group, log_weight, features)
+        return [] if rescaling is None else [rescaling], [self._add(group, log_weight, features)]
 
     def _raise_top(self, group: int, top: float, reference: list[float]) -> Rescaling | None:
         factor = math.exp(self._tops[group] - top)

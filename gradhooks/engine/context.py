@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradhooks.distributed.pose_parallel import PosePartition
 from gradhooks.engine.accumulation import Chunk
+from gradhooks.engine.backward import run_backward
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.findings import Findings
 from gradhooks.engine.leaf_validation import LeafValidator
@@ -59,7 +60,7 @@ class ForwardContext:
         hooks.intercepting = True
         try:
             with self.batch.autocast.disabled():
-                torch.autograd.backward(predictions, cotangents, retain_graph=retain_graph)
+                run_backward(predictions, cotangents, retain_graph=retain_graph)
         finally:
             hooks.intercepting = False
 

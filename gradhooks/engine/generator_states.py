@@ -12,7 +12,7 @@ from gradhooks.random_state import RandomSource
 class GeneratorStates:
     """Records and restores the states of several random sources.
 
-    A costly source from which no forward was seen to draw is read only where `every` is asked for.
+    A source from which no forward was seen to draw is read only where `every` is asked for.
 
     Args:
         sources: The sources.
@@ -42,8 +42,8 @@ class GeneratorStates:
 
     @property
     def change_count(self) -> int:
-        """The number of costly sources from which forwards are known to draw."""
-        return sum(self._sources[index].costly for index in self._drawn)
+        """The number of sources from which forwards are known to draw."""
+        return len(self._drawn)
 
     def begin(self) -> None:
         """Read all states; what was drawn before was not drawn by a forward."""
@@ -72,8 +72,10 @@ class GeneratorStates:
 
     def _read(self, *, every: bool) -> set[int]:
         """Read the states; return which ones changed."""
+        if not (every or self._drawn):
+            return set()
         states = [
-            source.read_if_changed(known) if every or not source.costly or index in self._drawn else known
+            source.read_if_changed(known) if every or index in self._drawn else known
             for index, (source, known) in enumerate(zip(self._sources, self.states, strict=True))
         ]
         changed = {

@@ -14,6 +14,7 @@ Gradients = list[Tensor | None]
 Factor = float | Tensor
 """A number of the host, or of a device: shape `()`, so that the host need not know it."""
 
+_WIDE = {torch.float32, torch.float64, torch.complex64, torch.complex128}
 TEMPORARY_BYTES = 16 << 20
 """How much memory a sum with a factor of a device uses at once for products."""
 
@@ -24,7 +25,7 @@ def accumulate(total: Tensor | None, gradient: Tensor, factor: Factor, *, copy: 
     The first gradient is taken over if it needs no change, without a copy unless `copy` asks for one.
     """
     if total is None:
-        first = gradient.to(at_least_float32(gradient.dtype))
+        first = gradient if gradient.dtype in _WIDE else gradient.to(at_least_float32(gradient.dtype))
         is_one = not isinstance(factor, Tensor) and factor == 1
         return first if is_one and not (copy and first is gradient) else first * _moved(factor, first)
     if not total.is_sparse:
@@ -40,6 +41,8 @@ def accumulate(total: Tensor | None, gradient: Tensor, factor: Factor, *, copy: 
 
 def scale_(gradients: Sequence[Tensor | None], factor: Factor) -> None:
     """Multiply the gradients in place."""
+    if not isinstance(factor, Tensor) and factor == 1:
+        return
     dense, sparse = _by_layout(gradients)
     for part in _of_one_kind(dense) if isinstance(factor, Tensor) else [dense] if dense else []:
         torch._foreach_mul_(part, _moved(factor, part[0]))
@@ -85,13 +88,34 @@ def add_dense(totals: Sequence[Tensor], gradients: Sequence[Tensor], factor: Fac
         torch._foreach_add_(of_totals, torch._foreach_mul(added, _moved(factor, of_totals[0])))
 
 
+def may_count(factor: Factor) -> bool:
+    """Return whether a factor is not 0, as far as the host knows."""
+    return isinstance(factor, Tensor) or factor != 0
+
+
+def shift_and_rescale(sums: Sequence[Gradients], factor: Factor, shifts: Sequence[Factor]) -> None:
+    """Add `shifts[k]` times the first sum to sum `k + 1`, then multiply all sums by `factor`.
+
+    The number 0 as factor sets them to zero, also where they are not finite.
+    """
+    for other, shift in zip(sums[1:], shifts, strict=True):
+        if may_count(shift) and may_count(factor):
+            add_into(other, sums[0], shift, copy=True)
+    for gradients in sums:
+        if may_count(factor):
+            scale_(gradients, factor)
+        else:
+            zero_(gradients)
+
+
 def weighted_sum(sums: Sequence[Gradients], factors: Sequence[float], *, overwrite: bool) -> Gradients:
     """Return `sum_k factors[k] * sums[k]`; with `overwrite` in the memory of the sums."""
     totals: Gradients = [None] * len(sums[0])
     for gradients, factor in zip(sums, factors, strict=True):
-        known = [total is not None for total in totals]
-        first = [None if there else gradient for gradient, there in zip(gradients, known, strict=True)]
-        add_into(totals, [one if there else None for one, there in zip(gradients, known, strict=True)], factor)
+        pairs = list(zip(totals, gradients, strict=True))
+        first = [gradient if total is None else None for total, gradient in pairs]
+        if any(total is not None for total in totals):
+            add_into(totals, [None if total is None else gradient for total, gradient in pairs], factor)
         if overwrite:
             scale_(first, factor)
             add_into(totals, first)

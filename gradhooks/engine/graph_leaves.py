@@ -40,22 +40,36 @@ def accumulation_nodes(leaves: Iterable[Tensor]) -> set[Any]:
     return {torch.autograd.graph.get_gradient_edge(leaf).node for leaf in leaves}
 
 
-def other_leaves(root: Tensor, known_nodes: AbstractSet[Any]) -> list[Tensor]:
-    """Return the leaves below `root` that are not in `known_nodes`, in half the time of `reached_leaves`."""
+def other_leaves(
+    root: Tensor, known_nodes: AbstractSet[Any], *, checkpoints: bool = False
+) -> tuple[list[Tensor], bool]:
+    """Return the leaves below `root` that are not in `known_nodes`, in half the time of `reached_leaves`.
+
+    Args:
+        root: Predictions.
+        known_nodes: Nodes at which a walk ends: those of known leaves, and None.
+        checkpoints: Whether to look for reentrant checkpoints.
+
+    Returns:
+        The leaves, and whether there are reentrant checkpoints below `root`.
+    """
     if root.grad_fn is None:
-        return []
+        return [], False
     leaves: list[Tensor] = []
-    seen: set[Any] = {None, *known_nodes}
+    seen: set[Any] = set(known_nodes)
     pending: list[Any] = [root.grad_fn]
-    while pending:
-        for following, _ in pending.pop().next_functions:
+    add, push = seen.add, pending.append
+    for node in pending:  # which grows meanwhile
+        for following, _ in node.next_functions:
             if following not in seen:
-                seen.add(following)
+                add(following)
                 if type(following) is _AccumulateGrad:
                     leaves.append(following.variable)  # type: ignore[attr-defined]
                 else:
-                    pending.append(following)
-    return leaves
+                    push(following)
+    return leaves, checkpoints and any(
+        isinstance(node, BackwardCFunction) and hasattr(node, "run_function") for node in pending
+    )
 
 
 def leaves_inside_checkpoint(checkpoint: Any) -> list[Tensor]:

@@ -34,7 +34,7 @@ class LeafValidator:
         self._runner = runner
         self._leaves = leaves
         self._state = state
-        self._inspected_checkpoints = False
+        self._has_run = self._inspected_checkpoints = False
         self._shadow_nodes: frozenset[Any] = frozenset()
 
     def run(self, poses: Poses, chunk: Chunk) -> Tensor:
@@ -48,8 +48,10 @@ class LeafValidator:
         # Inspecting the inside of reentrant checkpoints costs a forward, so it is done once per batch.
         inside, self._inspected_checkpoints = not self._inspected_checkpoints, True
         unregistered = self._unregistered_leaves(predictions, inside_checkpoints=inside)
+        if not unregistered:
+            return predictions
         self._refuse([leaf for leaf in unregistered if isinstance(leaf, nn.Parameter)], chunk)
-        if unregistered and not self._runner.detaches_inputs:
+        if not self._runner.detaches_inputs:
             del predictions
             self._runner.detach_inputs(self._leaves)
             with self._state.preserved():  # restores running statistics, which `chunk.before` may not contain
@@ -69,9 +71,11 @@ class LeafValidator:
         return leaves
 
     def _run(self, poses: Poses, chunk: Chunk) -> Tensor:
-        before = self._leaves.gradient_fingerprint(all_leaves=chunk.start == 0)
+        is_first, self._has_run = not self._has_run, True
+        before = self._leaves.gradient_fingerprint()
         predictions = self._runner.run(poses, chunk.start, chunk.stop)
-        if self._leaves.gradient_fingerprint(all_leaves=chunk.start == 0) != before:
+        # Before the first run of a batch, no shadow has a gradient.
+        if self._leaves.gradient_fingerprint() != before or (is_first and self._leaves.have_gradients):
             raise PredictionError(
                 f"pose {chunk.start}: the model calls backward() in its forward, which adds to the gradients of its "
                 "parameters at every call; use torch.autograd.grad(..., create_graph=True) for derivatives that the "
@@ -80,10 +84,13 @@ class LeafValidator:
         return predictions
 
     def _unregistered_leaves(self, predictions: Tensor, *, inside_checkpoints: bool) -> list[Tensor]:
-        if inside_checkpoints:
-            return [leaf for leaf in self.reached_leaves(predictions) if not self._leaves.contain(leaf)]
-        self._shadow_nodes = self._shadow_nodes or self._leaves.nodes()
-        return other_leaves(predictions, self._shadow_nodes)
+        if not inside_checkpoints:  # the first run of the audit must not hold nodes
+            self._shadow_nodes = self._shadow_nodes or self._leaves.nodes()
+        nodes = self._shadow_nodes or self._leaves.nodes()
+        leaves, has_checkpoints = other_leaves(predictions, nodes, checkpoints=inside_checkpoints)
+        if has_checkpoints:
+            leaves = [leaf for leaf in self.reached_leaves(predictions) if not self._leaves.contain(leaf)]
+        return leaves
 
     def _refuse(self, leaves: list[Tensor], chunk: Chunk) -> None:
         if leaves:

@@ -1,14 +1,21 @@
 """Leaves that are changed in place between forward and backward, such as by an optimizer's step."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from gradhooks.engine.context import ForwardContext
 from gradhooks.engine.tensor_records import version_of
 
+_counter_of = attrgetter("_version")
+
 
 def leaf_versions(context: ForwardContext) -> list[int]:
     """Return the version counters of the real leaves."""
-    return [version_of(leaf) for leaf in context.leaves.real]
+    leaves = context.leaves.real
+    try:
+        return list(map(_counter_of, leaves))
+    except RuntimeError:  # an inference tensor has none
+        return list(map(version_of, leaves))
 
 
 def refuse_changed_leaves(context: ForwardContext, versions: Sequence[int]) -> None:
@@ -20,10 +27,11 @@ def refuse_changed_leaves(context: ForwardContext, versions: Sequence[int]) -> N
     Raises:
         RuntimeError: A leaf was changed.
     """
-    leaves = context.leaves.real
-    changed = [number for number, leaf in enumerate(leaves) if version_of(leaf) != versions[number]]
-    if not changed:
+    now = leaf_versions(context)
+    if now == versions:
         return
+    leaves = context.leaves.real
+    changed = [number for number, version in enumerate(now) if version != versions[number]]
     by_forwards = set(map(id, context.batch.parts.state.changing_parameters))
     names = context.leaves.names(context.batch.model)
     for number in changed:

@@ -1,5 +1,6 @@
 """Leaves: where the backward of each pose of a batch ends: shadow parameters, and aliases of pose inputs."""
 
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -7,6 +8,8 @@ from torch import Tensor, nn
 from gradhooks.engine.graph_leaves import accumulation_nodes
 from gradhooks.engine.parameter_hooks import ParameterHooks
 from gradhooks.engine.shadow_parameters import ShadowParameters
+
+_gradient_of = attrgetter("grad")
 
 
 class Leaves:
@@ -49,18 +52,29 @@ class Leaves:
         return self.shadows[index]
 
     def nodes(self) -> frozenset[Any]:
-        """Return the graph nodes at which a backward reaches the shadows."""
-        return self._parameters.nodes.union(accumulation_nodes(self.shadows[self._parameter_count :]))
+        """Return the graph nodes at which a backward reaches the shadows, and None."""
+        inputs = self.shadows[self._parameter_count :]
+        return self._parameters.nodes.union(accumulation_nodes(inputs), (None,)) if inputs else self._parameters.nodes
 
     def contain(self, tensor: Tensor) -> bool:
         """Return whether `tensor` is one of the shadows."""
         return id(tensor) in self._ids
 
-    def gradient_fingerprint(self, *, all_leaves: bool) -> list[tuple[int, int] | None]:
-        """Return identity and version of the shadows' `.grad`, or only of the first and last parameter's."""
-        step = max(1, self._parameter_count - 1)
-        leaves = self.shadows if all_leaves else self.shadows[: self._parameter_count : step]
-        return [None if leaf.grad is None else (id(leaf.grad), leaf.grad._version) for leaf in leaves]
+    @property
+    def have_gradients(self) -> bool:
+        """Whether any shadow has a `.grad`."""
+        return any(gradient is not None for gradient in map(_gradient_of, self.shadows))
+
+    def gradient_fingerprint(self) -> tuple[object, ...]:
+        """Return what changes when a backward reaches the first or the last parameter."""
+        if not self._parameter_count:
+            return ()
+        first, last = self.shadows[0].grad, self.shadows[self._parameter_count - 1].grad
+        # The tensors themselves may not be kept: autograd replaces a gradient that somebody else refers to.
+        return (
+            *(() if first is None else (id(first), first._version)),
+            *(() if last is None else (id(last), last._version)),
+        )
 
     def names(self, model: nn.Module) -> list[str]:
         """Return the name of each leaf: that of the parameter (the first one if it is tied), or `input 0`, ..."""

@@ -31,10 +31,10 @@ from gradhooks.engine.generator_states import GeneratorStates, devices_in_use
 from gradhooks.engine.module_attributes import ModuleRecord, Thoroughness
 from gradhooks.engine.module_values import ModuleValues
 from gradhooks.engine.module_watch import modules_in_use
+from gradhooks.engine.parameter_records import ParameterRecords
 from gradhooks.engine.parameter_values import ParameterValues
 from gradhooks.engine.plain_objects import PlainObjects
 from gradhooks.engine.running_statistics import RunningStatistics, StatisticsCopy, write_statistics
-from gradhooks.engine.tensor_records import TensorRecord
 from gradhooks.errors import ReplayError
 from gradhooks.random_state import RandomSource, default_source, global_sources, user_sources
 
@@ -51,7 +51,7 @@ class Snapshot(NamedTuple):
 
     random: tuple[Any, ...]
     modules: tuple[ModuleRecord, ...]
-    parameters: tuple[TensorRecord, ...]
+    parameters: ParameterRecords
     statistics: tuple[StatisticsCopy, ...] = ()
 
 
@@ -118,7 +118,7 @@ class ModelState:
         return (
             _are_identical(now.random, snapshot.random)
             and _are_identical(now.modules, snapshot.modules)
-            and _are_identical(now.parameters, snapshot.parameters)
+            and now.parameters is snapshot.parameters
             and self._statistics.equal(snapshot.statistics)
         )
 
@@ -208,7 +208,7 @@ class ModelState:
         )
 
     def _combine(
-        self, random: tuple[Any, ...], modules: tuple[ModuleRecord, ...], parameters: tuple[TensorRecord, ...]
+        self, random: tuple[Any, ...], modules: tuple[ModuleRecord, ...], parameters: ParameterRecords
     ) -> Snapshot:
         """Return the latest snapshot if it holds these records, else a new one."""
         latest = self._latest

@@ -16,15 +16,17 @@ Rules:
 """
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gradhooks.engine.tensor_records import HEAD_BYTES, TensorRecord, address_of
-from gradhooks.engine.tensor_watch import TensorWatch
+from gradhooks.engine.parameter_records import ParameterRecords, ValueCopy
+from gradhooks.engine.tensor_records import HEAD_BYTES, address_of
+from gradhooks.engine.tensor_signs import SignReader, Signs
 
+_requires_grad = operator.attrgetter("requires_grad")
 _LEAST_BUDGET = 64 << 20
 _PROBES = 3  # snapshots: at the beginning of the batch, perhaps once more before the first forward, and after it
 
@@ -59,7 +61,9 @@ class ParameterValues:
         self._changing: set[int] = set()
         self._probing: set[int] = set()
         self._probes_left = 0
-        self._set(())
+        self._readers: list[SignReader] = []  # of the parameters, and of their shadows
+        reader = self._reader()
+        self.records = ParameterRecords(reader, reader.read(), {})
 
     def begin(self, *, probe: bool, copy_all: bool = False) -> None:
         """Record all parameters as they are; what changed before was not changed by a forward.
@@ -68,20 +72,14 @@ class ParameterValues:
             probe: Whether to find out which parameters the next forward changes (Rule 1).
             copy_all: Whether to copy all trainable parameters for this.
         """
-        tensors = self._tensors()
+        reader = self._reader()
         if probe:
-            self._probing = _affordable(tensors, copy_all=copy_all) - self._changing
+            self._probing = _affordable(reader.tensors, copy_all=copy_all) - self._changing
             self._probes_left = _PROBES
-        elif not self._changing and self._is_current(tensors):
-            return
-        copied = self._changing | self._probing
-        records: Sequence[TensorRecord | None] = self.records or [None] * len(tensors)
-        self._set(
-            record.with_new_values()
-            if record is not None and record.tensor is tensor and index not in copied
-            else TensorRecord(tensor, with_values=index in copied)
-            for index, (tensor, record) in enumerate(zip(tensors, records, strict=True))
-        )
+        signs, copied = reader.read(), self._changing | self._probing
+        if copied or self.records.copies or not self._is_recorded(reader, signs):
+            copies = {index: ValueCopy(reader.tensors[index]) for index in copied}
+            self.records = ParameterRecords(reader, signs, copies)
 
     @property
     def change_count(self) -> int:
@@ -93,60 +91,74 @@ class ParameterValues:
         """The parameters that are known to change, as they are in the model now."""
         return [self._slots[index].parameters[self._slots[index].name] for index in self._changing]
 
-    def snapshot_changing(self) -> tuple[TensorRecord, ...]:
+    def snapshot_changing(self) -> ParameterRecords:
         """Return the records of now, under the assumption that no other parameters change than those known to."""
         return self.snapshot() if self._probing or self._changing else self.records
 
-    def snapshot(self) -> tuple[TensorRecord, ...]:
+    def snapshot(self) -> ParameterRecords:
         """Return the records of now: those of before, if no parameter changed."""
-        tensors = self._tensors()
-        probed = self._probing
-        if not probed and not self._changing and self._is_current(tensors):
+        reader = self._reader()
+        signs = reader.read()
+        if not self._probing and not self._changing and self._is_recorded(reader, signs):
             return self.records
-        records = list(self.records)
-        for index, (record, tensor) in enumerate(zip(self.records, tensors, strict=True)):
-            if tensor is not record.tensor and tensor.requires_grad:  # shadows were put in, or taken out
-                copied = index in self._changing or index in probed
-                shares = not copied and address_of(tensor) == record.address
-                records[index] = record.of_alias(tensor) if shares else TensorRecord(tensor, with_values=copied)
-                continue
-            kept = tensor is record.tensor and record.looks_unchanged()
-            compared = index in probed or index in self._changing
-            if kept and not (compared and not record.has_same_values()):
-                continue
-            if compared and tensor is record.tensor and record.looks_in_place() and record.has_same_values():
-                records[index] = record.renewed()  # only the counter moved
-            else:
-                records[index] = TensorRecord(tensor, with_values=True)
-            self._changing.add(index)
+        copies = dict(self.records.copies)
+        for index in self._differing(reader, signs):
+            self._record(index, reader.tensors[index], signs, copies)
         self._end_probe()
-        if any(new is not old for new, old in zip(records, self.records, strict=True)):
-            self._set(records)
+        if copies != self.records.copies or not self._is_recorded(reader, signs):
+            self.records = ParameterRecords(reader, signs, copies)
         return self.records
 
-    def restore(self, records: Sequence[TensorRecord]) -> list[str]:
+    def _differing(self, reader: SignReader, signs: Signs) -> Sequence[int]:
+        """Return the parameters that may differ from their record."""
+        if self._probing or self._changing or signs != self.records.signs:
+            return range(len(reader.tensors))
+        same = map(operator.is_, reader.tensors, self.records.tensors)
+        return [index for index, is_same in enumerate(same) if not is_same and not signs.flags[index]]
+
+    def _record(self, index: int, tensor: Tensor, signs: Signs, copies: dict[int, ValueCopy]) -> None:
+        """Take note of what a parameter holds now; copy it if a forward changes it, or if this is to be found out."""
+        known = self.records
+        is_compared = index in self._probing or index in self._changing
+        is_recorded = tensor is known.tensors[index]
+        if not is_recorded and tensor.requires_grad:  # shadows were put in, or taken out
+            copies.pop(index, None)
+            if is_compared:
+                copies[index] = ValueCopy(tensor)
+            return
+        is_same = is_recorded and signs.is_same(known.signs, index)
+        has_same_values = is_compared and is_recorded and known.has_same_values(index)
+        if is_same and (has_same_values or not is_compared):
+            return
+        if not (has_same_values and signs.is_in_place(known.signs, index)):  # else only the counter moved
+            copies[index] = ValueCopy(tensor)
+        self._changing.add(index)
+
+    def restore(self, records: ParameterRecords) -> list[str]:
         """Give parameters the values of a snapshot; return the names of those whose values are lost (Rule 4)."""
         if self._probing:
             self.snapshot()  # marks what changed
-        if records is self.records and not self._changing and self._watch.unchanged():
+        now = records.signs_of_now()
+        if records is self.records and not self._changing and now == records.signs:
             return []
         lost = []
-        for index, (slot, record, present) in enumerate(zip(self._slots, records, self.records, strict=True)):
-            if not slot.parameters[slot.name].requires_grad and not record.tensor.requires_grad:
-                slot.parameters[slot.name] = record.tensor
-            needs_no_copy = record.value is None or (record is present and record.shows_all)
-            if not (needs_no_copy and record.looks_unchanged()) and not record.restore():
+        for index, (slot, tensor) in enumerate(zip(self._slots, records.tensors, strict=True)):
+            if not slot.parameters[slot.name].requires_grad and not tensor.requires_grad:
+                slot.parameters[slot.name] = tensor
+            if not records.restore(index, now):
                 lost.append(slot.path)
                 self._changing.add(index)
-        self._set(record if record.looks_unchanged() else record.renewed() for record in records)
+        now = records.signs_of_now()
+        self.records = records if now == records.signs else records.renewed(now)
         return lost
 
-    def overwrite(self, records: Sequence[TensorRecord]) -> None:
+    def overwrite(self, records: ParameterRecords) -> None:
         """Give parameters the values of a snapshot as far as there are copies, whatever was recorded since."""
-        for slot, record in zip(self._slots, records, strict=True):
-            if not record.tensor.requires_grad:  # trainable ones may have been recorded as shadows
-                slot.parameters[slot.name] = record.tensor
-            record.restore()
+        now = records.signs_of_now()
+        for index, (slot, tensor) in enumerate(zip(self._slots, records.tensors, strict=True)):
+            if not tensor.requires_grad:  # trainable ones may have been recorded as shadows
+                slot.parameters[slot.name] = tensor
+            records.restore(index, now)
 
     def end_probe(self) -> None:
         """Drop the copies of parameters that did not change; a forward has run."""
@@ -158,26 +170,33 @@ class ParameterValues:
         self._probing -= self._changing
         if self._probes_left == 0:
             for index in self._probing:
-                self.records[index].value = None
+                if index in self.records.copies:
+                    self.records.copies[index].value = None
             self._probing = set()
 
-    def _tensors(self) -> list[Tensor]:
-        return list(map(operator.getitem, self._tables, self._names))
+    def _reader(self) -> SignReader:
+        """Return the reader of the parameters that are in the model now."""
+        tensors = list(map(operator.getitem, self._tables, self._names))
+        for reader in self._readers:
+            if all(map(operator.is_, reader.tensors, tensors)):
+                return reader
+        self._readers = [*self._readers[-1:], SignReader(tensors)]
+        return self._readers[-1]
 
-    def _is_current(self, tensors: list[Tensor]) -> bool:
-        return all(map(operator.is_, self._recorded, tensors)) and self._watch.unchanged()
-
-    def _set(self, records: Iterable[TensorRecord]) -> None:
-        self.records = tuple(records)
-        self._recorded = [record.tensor for record in self.records]
-        self._watch = TensorWatch(self.records)
+    def _is_recorded(self, reader: SignReader, signs: Signs) -> bool:
+        return reader.tensors is self.records.tensors and signs == self.records.signs
 
 
-def carry_over_data(parameters: Iterable[Tensor], shadows: Iterable[Tensor]) -> None:
+def carry_over_data(parameters: Sequence[Tensor], shadows: Sequence[Tensor]) -> None:
     """Give each parameter what a forward gave its shadow: memory (`self.weight.data = ...`), `requires_grad`.
 
     To be called after the first run. A write into the memory needs nothing, since a shadow shares it.
     """
+    try:
+        if all(map(Tensor.is_set_to, parameters, shadows)) and all(map(_requires_grad, shadows)):
+            return
+    except RuntimeError:  # tensors without storage
+        pass
     for parameter, shadow in zip(parameters, shadows, strict=True):
         if address_of(parameter) != address_of(shadow) or (
             address_of(shadow) is not None and not parameter.is_set_to(shadow)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -62,6 +63,10 @@ class PoseEngine:
 
     @property
     def groups(self) -> list[int] | None:
+        return self._groups
+
+    @cached_property
+    def _groups(self) -> list[int] | None:
         groups = self.combination.groups
         if groups is None:
             return None

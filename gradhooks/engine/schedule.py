@@ -156,22 +156,24 @@ class Schedule:
             remaining: How many poses are left.
             pose_bytes: The bytes of the chunk's input for each pose; 0 for those of the largest input.
         """
-        size = self._capped(self._fitting(pose_bytes), remaining)
-        self._planned = max(self._planned, size * self.need.step_bytes_of(pose_bytes))
+        step_bytes = self.need.step_bytes_of(pose_bytes)
+        size = self._capped(self._fitting(step_bytes, pose_bytes), remaining)
+        self._planned = max(self._planned, size * step_bytes)
         return size
 
     def may_run_again(self, count: int, pose_bytes: int) -> bool:
         """Return whether a chunk that ran without a graph may run with one; the arguments are those of the chunk."""
-        return count <= self._size(self._fitting(pose_bytes), count)
+        return count <= self._size(self._fitting(self.need.step_bytes_of(pose_bytes), pose_bytes), count)
 
     @property
     def depends_on_lengths(self) -> bool:
         """Whether the size of a chunk follows the sizes of its poses."""
         return self._chunk_size is None and self._batched and not self.one_by_one and self.need.known is not None
 
-    def _fitting(self, pose_bytes: int) -> int:
-        room = self.left + self.need.step_bytes - 2 * self._gradient_bytes
-        return room // self.need.step_bytes_of(pose_bytes)
+    def _fitting(self, step_bytes: int, pose_bytes: int) -> int:
+        """Return how many poses fit whose step needs `step_bytes`; `pose_bytes` is 0 for those of the largest input."""
+        largest = self.need.step_bytes if pose_bytes else step_bytes
+        return (self.left + largest - 2 * self._gradient_bytes) // step_bytes
 
     def _capped(self, fitting: int, remaining: int) -> int:
         self._last_chunk = self._size(fitting, remaining)

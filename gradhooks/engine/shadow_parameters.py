@@ -16,8 +16,10 @@ Rules:
 """
 
 import copyreg
+import operator
 import threading
-from collections.abc import MutableMapping
+from collections import deque
+from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -26,16 +28,11 @@ from torch.nn.parameter import is_lazy
 from gradhooks.engine.graph_leaves import accumulation_nodes
 from gradhooks.errors import ConcurrentUseError
 
+Table = MutableMapping[str, Tensor | None]
+"""The `_parameters` of a module."""
+
 _swap_lock = threading.RLock()
 _thread = threading.local()
-
-
-class _Slot(NamedTuple):
-    """An entry of a module's `_parameters`, and the number of its shadow."""
-
-    parameters: MutableMapping[str, Tensor | None]
-    name: str
-    number: int
 
 
 class ShadowParameters:
@@ -47,7 +44,7 @@ class ShadowParameters:
     Attributes:
         real: The trainable parameters of the model.
         shadows: Their shadows, in the same order.
-        nodes: The graph nodes at which a backward reaches the shadows.
+        nodes: The graph nodes at which a backward reaches the shadows, and None, which stands for no node.
 
     Raises:
         ConcurrentUseError: On construction and on entry, if the model holds the shadows of another thread.
@@ -58,7 +55,9 @@ class ShadowParameters:
         self.shadows: list[Tensor] = []
         self._token = object()  # marks each shadow; `self` would be a reference cycle
         self._index: dict[int, int] = {}  # id of a real tensor -> index; `real` keeps the ids valid
-        self._slots: list[_Slot] = []
+        self._tables: list[Table] = []  # a table, a name in it and the number of a shadow for each entry
+        self._names: list[str] = []
+        self._numbers: list[int] = []
         self._rnn_weights: list[tuple[Any, list[Tensor]]] = []
         for module in () if model is None else model.modules():
             self._add_module(module)
@@ -66,11 +65,13 @@ class ShadowParameters:
         self.find_nodes()  # now, since a forward may freeze them
 
     def _add_module(self, module: nn.Module) -> None:
-        parameters = cast("MutableMapping[str, Tensor | None]", module._parameters)
-        for name, parameter in parameters.items():
+        table = cast("Table", module._parameters)
+        for name, parameter in table.items():
             if parameter is not None and parameter.requires_grad and not is_lazy(parameter):
                 refuse_concurrent_use(parameter)
-                self._slots.append(_Slot(parameters, name, self._index_of(parameter)))
+                self._tables.append(table)
+                self._names.append(name)
+                self._numbers.append(self._index_of(parameter))
         if isinstance(module, nn.RNNBase):  # Rule 3: its kernels read this list instead of `_parameters`
             weights = cast("list[Tensor]", module._flat_weights)
             self._rnn_weights.append((module, [self._shadow_of(weight) for weight in weights]))
@@ -90,7 +91,7 @@ class ShadowParameters:
 
     def find_nodes(self) -> None:
         """Hold the nodes, so that they are the same in every graph."""
-        self.nodes = frozenset(accumulation_nodes(self.shadows))
+        self.nodes = frozenset([None, *accumulation_nodes(self.shadows)])
 
     def release_nodes(self) -> None:
         """Hold the nodes no longer: from now on only graphs do."""
@@ -109,18 +110,18 @@ class ShadowParameters:
 
     def __enter__(self) -> None:
         with _swap_lock:
-            for parameters, name, index in self._slots:
-                parameter = parameters[name]
-                if parameter is not self.real[index]:
-                    refuse_concurrent_use(parameter)
+            present = list(map(operator.getitem, self._tables, self._names))
+            if any(map(operator.is_not, present, map(self.real.__getitem__, self._numbers))):
+                for parameter, number in zip(present, self._numbers, strict=True):
+                    if parameter is not self.real[number]:
+                        refuse_concurrent_use(parameter)
             swap = _Swap(
                 self._token,
-                [(parameters, name, parameters[name]) for parameters, name, _ in self._slots],
+                (self._tables, self._names, present),
                 [(module, module._flat_weights) for module, _ in self._rnn_weights],
             )
             _swaps_of_thread().append(swap)
-            for parameters, name, index in self._slots:
-                parameters[name] = self.shadows[index]
+            _put(self._tables, self._names, list(map(self.shadows.__getitem__, self._numbers)))
             for module, weights in self._rnn_weights:
                 module._flat_weights = weights
 
@@ -132,7 +133,7 @@ class _Swap(NamedTuple):
     """What was in the modules before shadows were put in, and the token of these shadows."""
 
     token: object
-    parameters: list[tuple[MutableMapping[str, Tensor | None], str, Tensor | None]]
+    parameters: tuple[Sequence[Table], Sequence[str], Sequence[Tensor | None]]
     flat_weights: list[tuple[Any, list[Tensor]]]
 
 
@@ -151,11 +152,15 @@ def leave_all_beyond(count: int) -> None:
 
 def _leave_last() -> None:
     swaps = _swaps_of_thread()
-    for parameters, name, parameter in swaps[-1].parameters:
-        parameters[name] = parameter
+    _put(*swaps[-1].parameters)
     for module, weights in swaps[-1].flat_weights:
         module._flat_weights = weights
     swaps.pop()
+
+
+def _put(tables: Sequence[Table], names: Sequence[str], parameters: Sequence[Tensor | None]) -> None:
+    """Write parameters into the tables of modules, in one call of C for all of them."""
+    deque(map(operator.setitem, tables, names, parameters), maxlen=0)
 
 
 def _alias(parameter: Tensor) -> Tensor:

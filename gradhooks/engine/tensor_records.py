@@ -41,7 +41,7 @@ class TensorRecord:
         self.version = version_of(tensor)
         self.requires_grad = tensor.requires_grad
         self.address = address_of(tensor)
-        self.window = _window(tensor, self.address)
+        self.window = window_of(tensor)
         self.head = None if self.window is None else self.window.raw
         self.value = self.alias.clone() if with_values else None
 
@@ -128,7 +128,9 @@ def equal_values(one: Tensor, other: Tensor) -> bool:
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def _window(tensor: Tensor, address: tuple[int, int] | None) -> Any:
+def window_of(tensor: Tensor) -> Any:
+    """Return a view of the first bytes of a tensor; None on a device, or without memory of its own."""
+    address = address_of(tensor)
     if address is None or tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
         return None
     return (ctypes.c_char * min(tensor.nbytes, HEAD_BYTES)).from_address(address[0])
