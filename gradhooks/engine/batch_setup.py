@@ -1,7 +1,7 @@
 """Make the `Batch` of a call from what the user passed."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,40 @@ from gradhooks.engine.schedule import Schedule
 from gradhooks.engine.stack_promise import refuse_broken_promise
 from gradhooks.errors import PosesError
 from gradhooks.group_index import GroupIndex
-from gradhooks.group_validation import group_index, read_index
+from gradhooks.group_loop import accepts_empty_groups, name_of
+from gradhooks.group_validation import group_index, read_count, read_index
 from gradhooks.groups import Groups
 from gradhooks.options import Options, call_model
+
+_ALONE = Collectives(None)
+
+
+class _Call(NamedTuple):
+    """What `read_batch` gets, documented there."""
+
+    model: nn.Module
+    options: Options
+    combination: Any
+    arguments: Mapping[str, Any]
+    sharded: ShardedModel
+    learned: Learned
+    cache: ModelPartsCache
+
+
+class _Read(NamedTuple):
+    """The poses of this process.
+
+    Attributes:
+        poses: The poses.
+        groups: The group of each pose, shape `(n,)`, or None.
+        group_count: The number of groups; 0 where the user left it out, -1 without groups.
+        parts: The parts of the model, in which nothing is lazy any more.
+    """
+
+    poses: Poses
+    groups: Tensor | None
+    group_count: int
+    parts: ModelParts
 
 
 def read_batch(
@@ -70,54 +101,68 @@ def read_batch(
         ConcurrentUseError: Another thread runs poses through the model.
         DistributedError: Another rank failed, or differs from this one.
     """
+    call = _Call(model, options, combination, arguments, sharded, learned, cache)
+    autocast = AutocastState(parts.device_types)
+    if options.process_group is None:
+        read = _read(call, poses, groups, parts, may_be_empty=False)
+        return _batch(call, read, autocast, PosePartition(_ALONE, [len(read.poses)]), [read.group_count])
     collectives = Collectives(options.process_group, agreement.call)
-    autocast = AutocastState(device.type for device in parts.state.devices)
     subject = Subject(model, combination, _settings(options, autocast))
     with collectives.all_or_none("reading of the poses") as message:
-        refuse_unknown_arguments(combination, arguments)
-        poses, index, group_count = _separate(poses, groups)
-        prepared = _prepare(poses, options, may_be_empty=not collectives.is_single)
-        if not collectives.is_single:
-            refuse_pose_parallel(inputs_that_require_grad(prepared), combination)
-        index = None if index is None else read_index(index, len(prepared))
-        if parts.has_lazy_parameters:
-            initialize_lazy_parameters(model, prepared, options.call, parts.device)
-            parts = cache.get(model, options.generators)
-        if not sharded:
-            refuse_broken_promise(model, prepared, options, parts.state, learned)
-        message.sent = [*agreement.summary(subject), len(prepared), -1 if index is None else group_count or 0]
+        read = _read(call, poses, groups, parts, may_be_empty=True)
+        refuse_pose_parallel(inputs_that_require_grad(read.poses), combination)
+        message.sent = [*agreement.summary(subject), len(read.poses), read.group_count]
     rows = agreement.confirm(collectives, message.received, subject)
-    partition = PosePartition(collectives, [int(count) for count, *_ in rows])
-    if partition.total == 0:
+    counts, group_counts = ([int(row[column]) for row in rows] for column in (0, 1))
+    if not any(counts):
         raise PosesError("there are no poses on any rank: a group needs at least one pose")
-    gathered = _gather_groups(index, [int(count) for _, count, *_ in rows], partition, combination)
+    return _batch(call, read, autocast, PosePartition(collectives, counts), group_counts)
+
+
+def _read(call: _Call, poses: Any, groups: Any, parts: ModelParts, *, may_be_empty: bool) -> _Read:
+    """Read poses and groups, and see to it that the model can take the poses."""
+    refuse_unknown_arguments(call.combination, call.arguments)
+    poses, index, count = _separate(poses, groups)
+    prepared = _prepare(poses, call.options, may_be_empty=may_be_empty)
+    given, group_count = None, -1
+    if index is not None:
+        given, group_count = read_index(index, len(prepared)), read_count(count) if count else 0
+    if parts.has_lazy_parameters:
+        initialize_lazy_parameters(call.model, prepared, call.options.call, parts.device)
+        parts = call.cache.get(call.model, call.options.generators)
+    if not call.sharded:
+        refuse_broken_promise(call.model, prepared, call.options, parts.state, call.learned)
+    return _Read(prepared, given, group_count, parts)
+
+
+def _batch(
+    call: _Call, read: _Read, autocast: AutocastState, partition: PosePartition, group_counts: Sequence[int]
+) -> Batch:
+    """Return the batch, with what earlier batches and the first poses show of the model."""
+    model, options, learned, parts, poses = call.model, call.options, call.learned, read.parts, read.poses
+    groups = _gather_groups(read.groups, group_counts, partition, call.combination)
     mode = mode_of(getattr(model, "training", False), autocast.dtypes)
-    schedule = _schedule(options, mode, parts, learned, cache, batched=prepared.batched and not sharded)
+    schedule = _schedule(call, mode, parts, batched=poses.batched and not call.sharded)
     batch = Batch(
         model=model,
         options=options,
-        combination=BoundCombination(combination, partition.total, arguments, gathered),
-        poses=prepared,
+        combination=BoundCombination(call.combination, partition.total, call.arguments, groups),
+        poses=poses,
         partition=partition,
         parts=parts,
-        sharded=sharded,
+        sharded=call.sharded,
         autocast=autocast,
         mode=mode,
         schedule=schedule,
-        runner=PoseRunner(model, options.call, len(prepared), schedule.need),
-        open_graphs=cache.open_graphs,
+        runner=PoseRunner(model, options.call, len(poses), schedule.need),
+        open_graphs=call.cache.open_graphs,
         learned=learned,
-        report=Report(len(prepared), 1 if gathered is None else gathered.count, describe_poses(prepared)),
+        report=Report(len(poses), 1 if groups is None else groups.count, describe_poses(poses)),
     )
-    return _ready(batch)
-
-
-def _ready(batch: Batch) -> Batch:
-    """Return the batch, with what earlier batches and the first poses show of the model."""
-    if batch.mode in batch.learned.needs_grad_mode:
+    if mode in learned.needs_grad_mode:
         batch.runner.require_grad_mode()
-    batch.schedule.one_by_one = depends_on_chunk(batch)
-    batch.runner.measures = batch.schedule.left > 0 and not batch.sharded  # shards have no storage to be counted
+    schedule.one_by_one = depends_on_chunk(batch)
+    batch.runner.measures = schedule.left > 0 and not call.sharded  # shards have no storage to be counted
     return batch
 
 
@@ -150,18 +195,16 @@ def _prepare(poses: Any, options: Options, *, may_be_empty: bool) -> Poses:
     return prepared
 
 
-def _schedule(
-    options: Options, mode: Mode, parts: ModelParts, learned: Learned, cache: ModelPartsCache, *, batched: bool
-) -> Schedule:
-    with_graph = torch.is_grad_enabled() and parts.trainable
+def _schedule(call: _Call, mode: Mode, parts: ModelParts, *, batched: bool) -> Schedule:
+    with_graph = parts.trainable and torch.is_grad_enabled()
     return Schedule(
-        options.memory,
-        options.chunk_size,
+        call.options.memory,
+        call.options.chunk_size,
         batched=batched,
-        need=MemoryNeed(learned, mode, parts.device, with_graph=with_graph),
+        need=MemoryNeed(call.learned, mode, parts.device, with_graph=with_graph),
         gradient_bytes=parts.gradient_bytes,
-        open_graphs=cache.open_graphs,
-        learned=learned,
+        open_graphs=call.cache.open_graphs,
+        learned=call.learned,
         device=parts.device,
     )
 
@@ -170,7 +213,7 @@ def _gather_groups(
     index: Tensor | None, counts: Sequence[int], partition: PosePartition, combination: Any
 ) -> GroupIndex | None:
     """Return the groups of the poses of all ranks, given the number of groups on each, -1 without groups."""
-    if all(count < 0 for count in counts):
+    if max(counts) < 0:
         return None
     without = [rank for rank, count in enumerate(counts) if count < 0 and partition.counts[rank]]
     if without:
@@ -180,7 +223,9 @@ def _gather_groups(
     index = torch.empty(0, dtype=torch.int64) if index is None else index
     if not partition.collectives.is_single:
         index = partition.collectives.gather_rows(index, partition.counts)
-    bound = BoundCombination(combination, partition.total)
     return group_index(
-        index, max(counts) or None, empty_allowed=bound.accepts_empty_groups, combination_name=bound.name
+        index,
+        max(counts) or None,
+        empty_allowed=accepts_empty_groups(combination),
+        combination_name=name_of(combination),
     )
