@@ -11,8 +11,8 @@ from torch import Tensor
 from gradhooks.combined import Combined, result_of
 from gradhooks.errors import PredictionError
 from gradhooks.group_index import GroupIndex
-from gradhooks.group_loop import combine_groups, loop_over_groups, name_of
-from gradhooks.numerics import at_least_float32
+from gradhooks.group_loop import accepts_empty_groups, combine_groups, loop_over_groups, name_of
+from gradhooks.numerics import widened
 from gradhooks.row_arguments import row_arguments, rows_of, rows_of_arguments, rows_on_device
 
 
@@ -160,7 +160,7 @@ class BoundCombination:
     @property
     def accepts_empty_groups(self) -> bool:
         """Whether a group may have no poses."""
-        return self.combination is None or getattr(self.combination, "accepts_empty_groups", False)
+        return accepts_empty_groups(self.combination)
 
     @property
     def combine_gradients(self) -> Callable[..., Mapping[str, Tensor]] | None:
@@ -194,7 +194,7 @@ class BoundCombination:
     def _combine(self, predictions: Tensor, selected: Tensor | None) -> Tensor | Combined:
         if self.combination is None:
             return predictions
-        predictions = predictions.to(at_least_float32(predictions.dtype))
+        predictions = widened(predictions)
         groups, arguments = self.groups, self._arguments_on(predictions.device)
         names = row_arguments(arguments, self.count)
         if selected is not None:
@@ -228,7 +228,7 @@ class BoundCombination:
             return None
         arguments = self._arguments_on(predictions.device)
         declaration: StreamWeights | None = stream_weights(
-            predictions.to(at_least_float32(predictions.dtype)),
+            widened(predictions),
             **(rows_of_arguments(arguments, self.count, slice(start, start + len(predictions))) if arguments else {}),
         )
         return declaration

@@ -17,7 +17,7 @@ from gradhooks.engine.model_output import refuse_detached, refuse_nonfinite
 from gradhooks.engine.plain import run_plain_chunks
 from gradhooks.engine.pose_inputs import inputs_that_require_grad
 from gradhooks.engine.schedule import StartAgainError
-from gradhooks.numerics import at_least_float32
+from gradhooks.numerics import at_least_float32, widened
 
 
 class DroppedPosesError(Exception):
@@ -125,9 +125,8 @@ def _run(batch: Batch, accumulator: Accumulator, findings: Findings | None, *, p
 
     def run_plainly(first: int, last: int) -> None:
         earlier = parts[0][1] if parts else None
-        rows = run_plain_chunks(batch, first, last, accumulator.observe_plain, earlier=earlier)
-        live = rows[0] if len(rows) == 1 else torch.cat(rows)
-        parts.append((live.to(at_least_float32(live.dtype)), live))
+        live = run_plain_chunks(batch, first, last, accumulator.observe_plain, earlier=earlier)
+        parts.append((widened(live), live))
 
     start, stop = 0, count
     if plainly:

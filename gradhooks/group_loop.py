@@ -18,6 +18,11 @@ def name_of(combination: Any) -> str:
     return name
 
 
+def accepts_empty_groups(combination: Any) -> bool:
+    """Return whether a group may have no poses."""
+    return combination is None or bool(getattr(combination, "accepts_empty_groups", False))
+
+
 def combine_groups(
     combination: Callable[..., Tensor | Combined],
     predictions: Tensor,
@@ -45,7 +50,7 @@ def combine_groups(
         return loop_over_groups(combination, predictions, groups, arguments, names)
     combined = forward_groups(predictions, groups.to(predictions.device), groups.count, **arguments)
     result = result_of(combined)
-    if not isinstance(result, Tensor) or result.dim() == 0 or len(result) != groups.count:
+    if not isinstance(result, Tensor) or result.dim() == 0 or result.shape[0] != groups.count:
         found = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"{result!r}"
         raise CombinationError(
             f"{name_of(combination)}.forward_groups returned {found} for {groups.count} groups; it must return one row "

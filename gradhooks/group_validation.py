@@ -1,5 +1,6 @@
 """Check the group numbers that a user passes."""
 
+import operator
 from itertools import islice
 from typing import Any
 
@@ -24,11 +25,14 @@ def read_index(groups: Any, pose_count: int) -> Tensor:
         PosesError: The groups do not have shape `(M,)`, are not integers, or one is negative.
     """
     index = as_integers(groups)
-    if len(index) != pose_count:
+    if index.shape[0] != pose_count:
         raise PosesError(f"groups must have one number for each pose, got {len(index)} numbers for {pose_count} poses")
-    with torch.inference_mode(False):
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            index = index.to("cpu", torch.int64, copy=True)
+    else:  # without a context, which takes longer than the copy
         index = index.to("cpu", torch.int64, copy=True)
-    if len(index) and index.min() < 0:
+    if pose_count and int(index.min()) < 0:
         pose = int((index < 0).nonzero()[0])
         raise PosesError(f"groups must not be negative: pose {pose} is in group {int(index[pose])}")
     return index
@@ -47,7 +51,8 @@ def group_index(index: Tensor, count: int | None, *, empty_allowed: bool, combin
         PosesError: A number is not less than B, or a group has no poses although B is not given or the combination
             does not accept that.
     """
-    largest = int(index.max()) if len(index) else -1
+    pose_count = index.shape[0]
+    largest = int(index.max()) if pose_count else -1
     number_of_groups = _group_count(largest, count)
     if largest >= number_of_groups:
         pose = int((index >= number_of_groups).nonzero()[0])
@@ -56,7 +61,7 @@ def group_index(index: Tensor, count: int | None, *, empty_allowed: bool, combin
             f"{number_of_groups - 1}"
         )
     groups = GroupIndex(index, number_of_groups)
-    if not (empty_allowed and count is not None) and (number_of_groups > len(index) or 0 in groups.sizes):
+    if not (empty_allowed and count is not None) and (number_of_groups > pose_count or 0 in groups.sizes):
         present = set(index.tolist())
         absent = islice((number for number in range(number_of_groups) if number not in present), SHOWN)
         raise PosesError(_describe_missing(list(absent), number_of_groups - len(present), combination_name))
@@ -68,9 +73,22 @@ def _group_count(largest: int, count: int | None) -> int:
         if largest < 0:
             raise PosesError("the batch is empty: it needs at least one pose, or Groups(poses, index, count)")
         return largest + 1
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    return read_count(count)
+
+
+def read_count(count: Any) -> int:
+    """Return the number of groups that a user passes.
+
+    Raises:
+        PosesError: It is not an integer of at least 1.
+    """
+    try:
+        number = operator.index(count)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(count, bool):
         raise PosesError(f"count must be the number of groups, an integer of at least 1, got {count!r}")
-    return count
+    return number
 
 
 def _describe_missing(shown: list[int], total: int, combination_name: str) -> str:
@@ -95,7 +113,7 @@ def as_integers(groups: Any) -> Tensor:
         raise PosesError(f"groups must be integers of shape (M,), one for each pose, got {groups!r}") from error
     if index.dim() != 1:
         raise PosesError(f"groups must have shape (M,), one number for each pose, got shape {tuple(index.shape)}")
-    if len(index) == 0:
+    if index.shape[0] == 0:
         return index.to(torch.int64)  # an empty list becomes float32
     if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
         raise PosesError(f"groups must be integers, one for each pose, got {index.dtype}")

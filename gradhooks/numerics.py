@@ -1,17 +1,26 @@
 """Precision and shapes: what sums of gradients and combinations share."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 
+@functools.cache
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Return `dtype`, or the wider of it and float32: the dtype of gradient sums and of what a combination gets."""
     return torch.promote_types(dtype, torch.float32)
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 or wider."""
+    dtype = at_least_float32(tensor.dtype)
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def per_row(values: Tensor, rows: Tensor) -> Tensor:
     """Return `values`, shape `(N,)`, with axes of length 1 so that it broadcasts over `rows`, shape `(N, ...)`."""
-    return values.view(-1, *(1,) * (rows.dim() - 1))
+    return values if rows.dim() == 1 else values.view(-1, *(1,) * (rows.dim() - 1))
 
 
 def on_host(*tensors: Tensor) -> list[Tensor]:
@@ -42,6 +51,8 @@ def to_float64(tensor: Tensor) -> Tensor:
 
 def largest_per_row(tensor: Tensor) -> Tensor:
     """Return the largest absolute value in each row of a real tensor, NaN if there is one, without a copy of it."""
+    if tensor.dim() == 1:
+        return tensor.abs()
     smallest, largest = tensor.reshape(len(tensor), -1).aminmax(dim=1)
     return torch.maximum(largest, -smallest)
 

@@ -85,7 +85,8 @@ class MultiPosePrediction(_Fields):
             outputs = None if reference is None else reference()
         else:
             reference = None if outputs is None else weakref.ref(outputs)
-            _combination_of.update((tensor, (combination, selected, side, reference)) for tensor in tensors)
+            for tensor in tensors:
+                _combination_of[tensor] = (combination, selected, side, reference)
         self._combination, self._selected, self.side, self._outputs = combination, selected, side, outputs
         return self
 

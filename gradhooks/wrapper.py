@@ -119,10 +119,8 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
     def _set_options(self, options: Options, accumulator: Accumulator) -> None:
         ignored = sorted(accumulator.ignored_options & options.changed_from_default())
         if ignored:
-            raise ValueError(
-                f"the accumulator {accumulator.name!r} does not use {', '.join(f'{name}=' for name in ignored)}; leave "
-                "it out, or use accumulator='auto' or 'recompute'"
-            )
+            names = ", ".join(f"{name}=" for name in ignored)
+            raise ValueError(f"the accumulator {accumulator.name!r} does not use {names}; leave it out, or use 'auto'")
         self._agreement.join(options.process_group or ShardedModel(self.model).group)
         object.__setattr__(self, "options", options)
         object.__setattr__(self, "_accumulator", accumulator)
@@ -216,16 +214,17 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
 
     @leaves_no_trace(lambda scorer, *_: scorer._parts)
     def _run(self, poses: Any, groups: Any, arguments: dict[str, Any]) -> MultiPosePrediction:
-        accumulator, options = self.accumulator, self.options
-        parts = self._parts.get(self.model, options.generators)
-        refuse_synchronized_modules(self.model, parts.synchronizing)
+        accumulator, options = self._accumulator, self.options
+        model, combination = self.model, self.combination
+        parts = self._parts.get(model, options.generators)
+        refuse_synchronized_modules(model, parts.synchronizing)
         if sharded := parts.sharded:
             ranks = Collectives(options.process_group)
             refuse_sharded_parameters(sharded, ranks, accumulator.name, supports_sharded=accumulator.supports_sharded)
         batch = read_batch(
-            self.model,
+            model,
             options,
-            self.combination,
+            combination,
             poses,
             groups=groups,
             arguments=arguments,
@@ -235,7 +234,7 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
             cache=self._parts,
             agreement=self._agreement,
         )
-        self.report = batch.report
+        self.__dict__["report"] = batch.report  # __setattr__ would look for the name in the model
         for_combination, for_user, side = run_batch(batch, accumulator)
         return combine(batch.combination, for_combination, for_user, options.nonfinite, side=side)
 

@@ -78,6 +78,7 @@ LAYERS = [
     ["engine.batch"],
     ["engine.leaf_validation"],
     ["engine.chunk_dependence", "engine.context", "engine.plain"],
+    ["engine.pose_reading"],
     ["engine.drift", "engine.batch_setup", "engine.grad_mode", "engine.leaf_versions", "engine.zero_gradients"],
     ["engine.audit", "engine.prediction_digest"],
     ["engine.rerun"],

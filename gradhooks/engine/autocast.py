@@ -1,6 +1,7 @@
 """Autocast as it was in the forward: the backward runs without it, and in threads that have none of their own."""
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -14,6 +15,18 @@ class _DeviceAutocast(NamedTuple):
     cache_enabled: bool
 
 
+def initialized_device_types() -> tuple[str, ...]:
+    """Return the device types that this process uses so far: the CPU, CUDA, a backend that was registered."""
+    registered = torch._C._get_privateuse1_backend_name()
+    others = () if registered == "privateuseone" else (registered,)
+    return ("cpu", "cuda", *others) if torch.cuda.is_initialized() else ("cpu", *others)
+
+
+@functools.cache
+def _with_autocast(device_types: tuple[str, ...]) -> list[str]:
+    return [kind for kind in sorted(set(device_types)) if torch.amp.is_autocast_available(kind)]
+
+
 class AutocastState:
     """The autocast settings at the time of construction.
 
@@ -21,19 +34,25 @@ class AutocastState:
         device_types: The device types that the model uses.
     """
 
-    def __init__(self, device_types: Iterable[str]) -> None:
+    def __init__(self, device_types: tuple[str, ...]) -> None:
+        caches = torch.is_autocast_cache_enabled()
         self._settings = [
-            _DeviceAutocast(
-                kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
-            )
-            for kind in sorted(set(device_types))
-            if torch.amp.is_autocast_available(kind)
+            _DeviceAutocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), caches)
+            for kind in _with_autocast(device_types)
         ]
 
     @property
     def dtypes(self) -> list[torch.dtype]:
         """The dtypes to which the forward casts."""
         return [setting.dtype for setting in self._settings if setting.enabled]
+
+    def restore(self) -> None:
+        """Set autocast of this thread to these settings, outside any block."""
+        for kind, enabled, dtype, _ in self._settings:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        for setting in self._settings[:1]:
+            torch.set_autocast_cache_enabled(setting.cache_enabled)
 
     @contextmanager
     def restored(self) -> Iterator[None]:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from gradhooks.combination import BoundCombination
-from gradhooks.combination_arguments import refuse_unknown_arguments
 from gradhooks.distributed.agreement import Agreement, begin_batch
 from gradhooks.distributed.collectives import Collectives
 from gradhooks.distributed.pose_parallel import PosePartition
@@ -17,22 +16,22 @@ from gradhooks.distributed.validation import refuse_pose_parallel
 from gradhooks.engine.autocast import AutocastState
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.chunk_dependence import depends_on_chunk
-from gradhooks.engine.lazy_parameters import initialize_lazy_parameters
 from gradhooks.engine.learned import Learned, Mode
 from gradhooks.engine.memory_need import MemoryNeed, mode_of
 from gradhooks.engine.model_parts import ModelParts, ModelPartsCache
-from gradhooks.engine.pose_description import describe_poses, refuse_nested_groups
-from gradhooks.engine.pose_forms import as_poses
-from gradhooks.engine.pose_inputs import Poses, inputs_that_require_grad
+from gradhooks.engine.pose_description import describe_poses
+from gradhooks.engine.pose_inputs import inputs_that_require_grad
+from gradhooks.engine.pose_reading import Call, ReadPoses, read_poses
 from gradhooks.engine.pose_runner import PoseRunner
 from gradhooks.engine.report import Report
 from gradhooks.engine.schedule import Schedule
-from gradhooks.engine.stack_promise import refuse_broken_promise
 from gradhooks.errors import PosesError
 from gradhooks.group_index import GroupIndex
-from gradhooks.group_validation import as_integers, group_index, read_index
-from gradhooks.groups import Groups
-from gradhooks.options import Options, call_model
+from gradhooks.group_loop import accepts_empty_groups, name_of
+from gradhooks.group_validation import group_index
+from gradhooks.options import Options
+
+_ALONE = Collectives(None)
 
 
 def read_batch(
@@ -70,115 +69,97 @@ def read_batch(
         ConcurrentUseError: Another thread runs poses through the model.
         DistributedError: Another rank failed, or differs from this one.
     """
+    call = Call(model, options, combination, arguments, sharded, learned, cache)
+    autocast = AutocastState(parts.device_types)
+    if options.process_group is None and not sharded:
+        read = read_poses(call, poses, groups, parts, may_be_empty=False)
+        return _batch(call, read, autocast, PosePartition(_ALONE, [len(read.poses)]), [read.group_count])
     collectives = Collectives(options.process_group, agreement.call)
-    autocast = _autocast(parts)
-    mode = mode_of(getattr(model, "training", False), autocast.dtypes)
     with begin_batch(agreement, collectives, sharded) as beginning:
-        refuse_unknown_arguments(combination, arguments)
-        poses, index, group_count = _separate(poses, groups)
-        prepared = _prepare(poses, options, index, parts, may_be_empty=not collectives.is_single)
-        index = None if index is None else read_index(index, len(prepared))
-        if parts.has_lazy_parameters:
-            initialize_lazy_parameters(model, prepared, options.call, parts.device)
-            parts = cache.get(model, options.generators)
-        if not sharded:
-            refuse_broken_promise(model, prepared, options, parts.state, learned)
+        read = read_poses(call, poses, groups, parts, may_be_empty=not collectives.is_single)
         if sharded or not collectives.is_single:
-            beginning.subject = _subject(model, combination, options, parts, prepared, sharded=bool(sharded))
-            beginning.audit_is_due = _audit_is_due(options, mode, parts)
-        beginning.counts = [len(prepared), -1 if index is None else group_count or 0]
-    partition = PosePartition(collectives, [int(count) for count, *_ in beginning.of_all_ranks])
-    if partition.total == 0:
+            beginning.subject = _subject(call, read, autocast)
+            beginning.audit_is_due = _audit_is_due(options, _mode(model, autocast), read.parts)
+        beginning.counts = [len(read.poses), read.group_count]
+    counts, group_counts = ([int(row[column]) for row in beginning.of_all_ranks] for column in (0, 1))
+    if not any(counts):
         raise PosesError("there are no poses on any rank: a group needs at least one pose")
-    gathered = _gather_groups(index, [int(count) for _, count, *_ in beginning.of_all_ranks], partition, combination)
-    schedule = _schedule(options, mode, parts, learned, cache, batched=prepared.batched and not sharded)
+    partition = PosePartition(collectives, counts)
+    return _batch(call, read, autocast, partition, group_counts, ranks_audit=beginning.audit_is_due)
+
+
+def _batch(
+    call: Call,
+    read: ReadPoses,
+    autocast: AutocastState,
+    partition: PosePartition,
+    group_counts: Sequence[int],
+    *,
+    ranks_audit: bool = False,
+) -> Batch:
+    """Return the batch, with what earlier batches and the first poses show of the model."""
+    model, options, learned, parts, poses = call.model, call.options, call.learned, read.parts, read.poses
+    groups = _gather_groups(read.groups, group_counts, partition, call.combination)
+    mode = _mode(model, autocast)
+    schedule = _schedule(call, mode, parts, batched=poses.batched and not call.sharded)
     batch = Batch(
         model=model,
         options=options,
-        combination=BoundCombination(combination, partition.total, arguments, gathered),
-        poses=prepared,
+        combination=BoundCombination(call.combination, partition.total, call.arguments, groups),
+        poses=poses,
         partition=partition,
         parts=parts,
-        sharded=sharded,
+        sharded=call.sharded,
         autocast=autocast,
         mode=mode,
         schedule=schedule,
-        runner=PoseRunner(model, options.call, len(prepared), schedule.need),
-        open_graphs=cache.open_graphs,
+        runner=PoseRunner(model, options.call, len(poses), schedule.need),
+        open_graphs=call.cache.open_graphs,
         learned=learned,
-        report=Report(len(prepared), 1 if gathered is None else gathered.count, describe_poses(prepared)),
-        ranks_audit=beginning.audit_is_due,
+        report=Report(len(poses), 1 if groups is None else groups.count, describe_poses(poses)),
+        ranks_audit=ranks_audit,
     )
-    return _ready(batch)
-
-
-def _ready(batch: Batch) -> Batch:
-    """Return the batch, with what earlier batches and the first poses show of the model."""
-    if batch.mode in batch.learned.needs_grad_mode:
+    if mode in learned.needs_grad_mode:
         batch.runner.require_grad_mode()
-    batch.schedule.one_by_one = depends_on_chunk(batch)
-    batch.runner.measures = batch.schedule.left > 0 and not batch.sharded  # shards have no storage to be counted
+    schedule.one_by_one = depends_on_chunk(batch)
+    batch.runner.measures = schedule.left > 0 and not call.sharded  # shards have no storage to be counted
     return batch
 
 
-def _separate(poses: Any, groups: Any) -> tuple[Any, Any, int | None]:
-    if not isinstance(poses, Groups):
-        return poses, groups, None
-    if groups is not None:
-        raise PosesError("Groups already contains the group numbers of its poses; leave groups= out")
-    return poses.poses, poses.index, poses.count
-
-
-def _subject(
-    model: nn.Module, combination: Any, options: Options, parts: ModelParts, prepared: Poses, *, sharded: bool
-) -> Subject:
+def _subject(call: Call, read: ReadPoses, autocast: AutocastState) -> Subject:
     """Return what ranks must have in common that share poses, or shards of parameters."""
-    grad_mode, inputs = "on" if torch.is_grad_enabled() else "off", inputs_that_require_grad(prepared)
-    if sharded:  # the order in which FSDP2 communicates depends on both
+    grad_mode, inputs = "on" if torch.is_grad_enabled() else "off", inputs_that_require_grad(read.poses)
+    if call.sharded:  # the order in which FSDP2 communicates depends on both
         modes = {"grad mode": grad_mode, "whether poses require grad": bool(inputs)}
-        return Subject(model, None, modes, (), parts)
-    refuse_pose_parallel(inputs, combination)
+        return Subject(call.model, None, modes, (), read.parts)
+    refuse_pose_parallel(inputs, call.combination)
     settings = {
         "grad mode": grad_mode,
-        "autocast": _autocast(parts).dtypes or "off",
-        "nonfinite=": options.nonfinite,
-        "tolerance=": options.tolerance,
+        "autocast": autocast.dtypes or "off",
+        "nonfinite=": call.options.nonfinite,
+        "tolerance=": call.options.tolerance,
     }
-    return Subject(model, combination, settings, parts.state.training_flags, parts)
+    return Subject(call.model, call.combination, settings, read.parts.state.training_flags, read.parts)
 
 
-def _autocast(parts: ModelParts) -> AutocastState:
-    return AutocastState(device.type for device in parts.state.devices)
+def _mode(model: nn.Module, autocast: AutocastState) -> Mode:
+    return mode_of(getattr(model, "training", False), autocast.dtypes)
 
 
 def _audit_is_due(options: Options, mode: Mode, parts: ModelParts) -> bool:
     return options.audit and torch.is_grad_enabled() and (mode, parts.state.training_flags) not in parts.findings
 
 
-def _prepare(poses: Any, options: Options, index: Any, parts: ModelParts, *, may_be_empty: bool) -> Poses:
-    count = None if index is None else len(as_integers(index))
-    prepared = as_poses(poses, options.collate, may_be_empty=may_be_empty, count=count, devices=parts.state.devices)
-    if (options.chunk_size or 1) > 1 and not prepared.batched:
-        raise PosesError(
-            "chunks of more than one pose need collate= to make a batch of a list, or poses stacked in a tensor"
-        )
-    if options.call is call_model and len(prepared) and not prepared.batched:
-        refuse_nested_groups(prepared.slice(0, 1))
-    return prepared
-
-
-def _schedule(
-    options: Options, mode: Mode, parts: ModelParts, learned: Learned, cache: ModelPartsCache, *, batched: bool
-) -> Schedule:
-    with_graph = torch.is_grad_enabled() and parts.trainable
+def _schedule(call: Call, mode: Mode, parts: ModelParts, *, batched: bool) -> Schedule:
+    with_graph = parts.trainable and torch.is_grad_enabled()
     return Schedule(
-        options.memory,
-        options.chunk_size,
+        call.options.memory,
+        call.options.chunk_size,
         batched=batched,
-        need=MemoryNeed(learned, mode, parts.device, with_graph=with_graph),
+        need=MemoryNeed(call.learned, mode, parts.device, with_graph=with_graph),
         gradient_bytes=parts.gradient_bytes,
-        open_graphs=cache.open_graphs,
-        learned=learned,
+        open_graphs=call.cache.open_graphs,
+        learned=call.learned,
         device=parts.device,
     )
 
@@ -187,7 +168,7 @@ def _gather_groups(
     index: Tensor | None, counts: Sequence[int], partition: PosePartition, combination: Any
 ) -> GroupIndex | None:
     """Return the groups of the poses of all ranks, given the number of groups on each, -1 without groups."""
-    if all(count < 0 for count in counts):
+    if max(counts) < 0:
         return None
     without = [rank for rank, count in enumerate(counts) if count < 0 and partition.counts[rank]]
     if without:
@@ -197,7 +178,9 @@ def _gather_groups(
     index = torch.empty(0, dtype=torch.int64) if index is None else index
     if not partition.collectives.is_single:
         index = partition.collectives.gather_rows(index, partition.counts)
-    bound = BoundCombination(combination, partition.total)
     return group_index(
-        index, max(counts) or None, empty_allowed=bound.accepts_empty_groups, combination_name=bound.name
+        index,
+        max(counts) or None,
+        empty_allowed=accepts_empty_groups(combination),
+        combination_name=name_of(combination),
     )

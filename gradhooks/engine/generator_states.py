@@ -1,5 +1,6 @@
 """GeneratorStates: the states of all random generators in use."""
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -78,11 +79,12 @@ class GeneratorStates:
             source.read_if_changed(known) if every or index in self._drawn else known
             for index, (source, known) in enumerate(zip(self._sources, self.states, strict=True))
         ]
+        if all(map(operator.is_, states, self.states)):
+            return set()
         changed = {
             index for index, (state, known) in enumerate(zip(states, self.states, strict=True)) if state is not known
         }
-        if changed:
-            self.states = tuple(states)
+        self.states = tuple(states)
         return changed
 
 

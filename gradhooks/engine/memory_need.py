@@ -58,19 +58,28 @@ class MemoryNeed:
         return self._learned.pose_needs.get(self._mode)
 
     @property
+    def largest(self) -> PoseNeed:
+        """What a pose with the largest input needs; a graph of one byte if nothing was measured."""
+        known = self.known
+        if known is None:
+            return PoseNeed(1, 0, 0)
+        largest = known.largest
+        return largest if largest.graph_bytes > 0 else largest._replace(graph_bytes=1)
+
+    @property
     def graph_bytes(self) -> int:
         """What the graph of a pose keeps, of the largest input; 1 if nothing was measured."""
-        return max(1, self.known.largest.graph_bytes) if self.known else 1
+        return self.largest.graph_bytes
 
     @property
     def temporary_bytes(self) -> int:
         """What a pose needs beside its graph while it runs, with the largest input."""
-        return self.known.largest.temporary_bytes if self.known else 0
+        return self.largest.temporary_bytes
 
     @property
     def step_bytes(self) -> int:
         """What the step of one pose needs, with the largest input."""
-        return self.graph_bytes + self.temporary_bytes
+        return self.largest.step_bytes
 
     @property
     def chunk_overhead(self) -> float:
@@ -86,7 +95,8 @@ class MemoryNeed:
 
     def expected_graph(self, input_bytes: int, count: int) -> int:
         """Return what the graph of `count` poses is expected to keep, from the size of their input (Rule 2)."""
-        return count * self._need_of(self.known, input_bytes // count).graph_bytes if self.known else 0
+        known = self.known
+        return count * self._need_of(known, input_bytes // count).graph_bytes if known else 0
 
     @staticmethod
     def _need_of(known: NeedRange, pose_bytes: int) -> PoseNeed:

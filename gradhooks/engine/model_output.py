@@ -20,23 +20,28 @@ def prediction_rows(output: Any, start: int, stop: int, batched: bool) -> Tensor
     Raises:
         PredictionError: The output is not a floating-point tensor, or does not have one row per pose.
     """
-    where = f"pose {start}" if stop - start == 1 else f"poses {start} to {stop - 1}"
     if not isinstance(output, Tensor):
         raise PredictionError(
-            f"{where}: the model returned {describe(output)}, not a tensor; "
+            f"{_poses(start, stop)}: the model returned {describe(output)}, not a tensor; "
             "choose the prediction with call=lambda model, pose: model(pose)[...]"
         )
     if not output.is_floating_point():
-        raise PredictionError(f"{where}: the prediction is {output.dtype}; a gradient needs a floating-point dtype")
+        raise PredictionError(
+            f"{_poses(start, stop)}: the prediction is {output.dtype}; a gradient needs a floating-point dtype"
+        )
     if not batched or (output.dim() == 0 and stop - start == 1):
         return output.unsqueeze(0)
-    if output.dim() == 0 or len(output) != stop - start:
+    if output.dim() == 0 or output.shape[0] != stop - start:
         raise PredictionError(
-            f"{where}: a batch of {stop - start} must give {stop - start} rows, the model returned shape "
+            f"{_poses(start, stop)}: a batch of {stop - start} must give {stop - start} rows, the model returned shape "
             f"{tuple(output.shape)}; if it takes single poses without a batch axis, pass a list of poses "
             "(for a stacked tensor: poses.unbind()) and no collate"
         )
     return output
+
+
+def _poses(start: int, stop: int) -> str:
+    return f"pose {start}" if stop - start == 1 else f"poses {start} to {stop - 1}"
 
 
 def finite_rows(rows: Tensor) -> Tensor:

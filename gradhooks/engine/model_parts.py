@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from itertools import chain
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from gradhooks.engine.shadow_parameters import ShadowParameters, refuse_concurre
 from gradhooks.engine.training_flags import TrainingFlags
 from gradhooks.numerics import at_least_float32
 
+_flag_of = attrgetter("requires_grad")
+_shape_of = attrgetter("shape")
+_tables_of = attrgetter("_modules", "_buffers", "_parameters")
+_values_of = methodcaller("values")
+
 
 class ModelParts:
     """The modules of a model, its state, and the shadows of its parameters.
@@ -28,6 +34,7 @@ class ModelParts:
     Attributes:
         state: Snapshots of the model's state.
         device: The device of the model.
+        device_types: The kinds of devices in use.
         gradient_bytes: One copy of the gradients, in the dtype of sums.
         has_lazy_parameters: Whether a lazy parameter or buffer has no shape yet.
         trainable: Whether any parameter requires grad.
@@ -42,11 +49,12 @@ class ModelParts:
         self._model = model
         self._modules = list(model.modules())
         self._generators = generators
-        self._fingerprint = _fingerprint(self._modules)
+        self._fingerprint = _Fingerprint(self._modules)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trainable:
             refuse_concurrent_use(parameter)
         self.state = ModelState(model, generators)
+        self.device_types = tuple([device.type for device in self.state.devices])
         self.gradient_bytes = sum(
             parameter.numel() * at_least_float32(parameter.dtype).itemsize
             for parameter in trainable
@@ -70,7 +78,7 @@ class ModelParts:
 
     def are_current(self, generators: Sequence[object]) -> bool:
         """Return whether modules, parameters and generators are still the same."""
-        return self._is_current and generators is self._generators and _fingerprint(self._modules) == self._fingerprint
+        return self._is_current and generators is self._generators and self._fingerprint.is_current()
 
     def recover(self) -> None:
         """Put back the state before this call, which raised; the next one begins with new parts."""
@@ -134,20 +142,35 @@ class ModelPartsCache:
         return (ModelPartsCache, ())
 
 
-def _fingerprint(modules: Sequence[nn.Module]) -> list[Any]:
-    """Return values that differ if a module, a parameter or the name of a buffer was added, removed or replaced.
+class _Fingerprint:
+    """Tells in a few calls of C whether a module, a parameter or the name of a buffer was added, removed or replaced.
 
     A parameter also counts as replaced when it gets other storage (`.to()`, `p.data =`) or another `requires_grad`.
     """
-    found: list[Any] = []
-    for module in modules:
-        found.extend(map(id, module._modules.values()))
-        found.extend(module._buffers.keys())
-        found.extend(map(_describe_parameter, module._parameters.values()))
-    return found
 
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._contents, parameters = self._read_contents()
+        held = [parameter for parameter in parameters if parameter is not None]
+        self._parameters = held
+        self._placed = [each for each in held if type(each) is nn.Parameter]  # others may have no storage
+        self._properties = self._read_properties()
 
-def _describe_parameter(parameter: Tensor | None) -> object:
-    if type(parameter) is not nn.Parameter:  # None, lazy, or a subclass that may have no storage
-        return None if parameter is None else (id(parameter), type(parameter), parameter.requires_grad)
-    return id(parameter), parameter.requires_grad, parameter.data_ptr(), parameter.shape, parameter.stride()
+    def is_current(self) -> bool:
+        """Return whether everything is as it was."""
+        return self._read_contents()[0] == self._contents and self._read_properties() == self._properties
+
+    def _read_contents(self) -> tuple[list[Any], list[Any]]:
+        """Return what identifies submodules, buffers and parameters; and the parameters."""
+        submodules, buffers, parameters = zip(*map(_tables_of, self._modules), strict=True)
+        held = list(chain.from_iterable(map(_values_of, parameters)))
+        found = chain(chain.from_iterable(map(_values_of, submodules)), held)
+        return [*map(id, found), *map(type, held), *chain.from_iterable(buffers)], held
+
+    def _read_properties(self) -> tuple[list[Any], ...]:
+        return (
+            list(map(_flag_of, self._parameters)),
+            list(map(Tensor.data_ptr, self._placed)),
+            list(map(_shape_of, self._placed)),
+            list(map(Tensor.stride, self._placed)),
+        )

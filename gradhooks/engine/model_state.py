@@ -144,7 +144,7 @@ class ModelState:
                 self._note_last_forward()
             else:
                 self._restore(before, every_generator=True, may_raise=succeeded)
-            if self._depth == 0 and succeeded:
+            if self._depth == 0 and succeeded and self._is_first_in_mode:
                 self._is_first_in_mode = False
                 self._known_modes.add(self._modules.training_flags)
 
@@ -173,13 +173,13 @@ class ModelState:
 
     def _begin(self, *, copy_all: bool = False) -> Snapshot:
         """Begin a batch (Rule 2), and return the state with statistics."""
-        mode = self._modules.training_flags
-        self._is_first_in_mode = mode not in self._known_modes
+        self._is_first_in_mode = self._modules.training_flags not in self._known_modes
         self._random.begin()
         self._modules.begin(self._thoroughness)
         self._parameters.begin(probe=self._is_first_in_mode or copy_all, copy_all=copy_all)
         latest = self._combine(self._random.states, self._modules.records, self._parameters.records)
-        self._before = latest._replace(statistics=self._statistics.read())
+        statistics = self._statistics.read()
+        self._before = latest._replace(statistics=statistics) if statistics else latest
         return self._before
 
     def end_probe(self) -> None:

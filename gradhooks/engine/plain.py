@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from gradhooks.engine.batch import Batch
@@ -17,16 +18,14 @@ MARGIN = 2
 """Chunks are not measured if all plain poses fit at this multiple of what their graphs are expected to keep."""
 
 
-def run_plain_chunks(
-    batch: Batch, start: int, stop: int, observe: Observe, *, earlier: Tensor | None = None
-) -> list[Tensor]:
-    """Return the predictions of the poses `start .. stop - 1` with their graphs, a tensor for each chunk.
+def run_plain_chunks(batch: Batch, start: int, stop: int, observe: Observe, *, earlier: Tensor | None = None) -> Tensor:
+    """Return the predictions of the poses `start .. stop - 1` with their graphs, shape `(stop - start, *prediction)`.
 
     Args:
         batch: The batch.
         start: The index of the first pose.
         stop: The index after the last pose.
-        observe: Called in the outer backward with the coefficients of each chunk, shape `(n, *prediction)`.
+        observe: Called in the outer backward with their coefficients, shape `(stop - start, *prediction)`.
         earlier: The predictions of the poses before `start`, whose shape these must have.
 
     Raises:
@@ -38,7 +37,7 @@ def run_plain_chunks(
     is_planned = need.known is not None
     measure = MARGIN * (stop - start) * need.graph_bytes > room
     rows: list[Tensor] = []
-    used = 0
+    first, used = start, 0
     with progress_of(batch.options.progress, len(batch.poses), "poses", done=start) as report_progress:
         while start < stop:
             size = schedule.plain_chunk_size(stop - start)
@@ -49,21 +48,19 @@ def run_plain_chunks(
             used += run.bytes
             if used > room and is_planned:
                 raise StartAgainError(f"graphs of {used} bytes do not fit in {room}")
-            _hold(batch, run.predictions, run.bytes, observe)
-            start += len(rows[-1])
+            start += rows[-1].shape[0]
             report_progress(start)
     batch.report.chunks += len(rows)
-    batch.report.plain += sum(map(len, rows))
-    return rows
-
-
-def _hold(batch: Batch, predictions: Tensor, count: int, observe: Observe) -> None:
+    batch.report.plain += stop - first
+    predictions = rows[0] if len(rows) == 1 else torch.cat(rows)
     if predictions.grad_fn is not None:
-        predictions.register_hook(_OnBackward(batch.open_graphs.hold(count), batch.report, observe))
+        # One hook for all chunks: a gradient of `cat` reaches them at the same time.
+        predictions.register_hook(_OnBackward(batch.open_graphs.hold(used), batch.report, observe))
+    return predictions
 
 
 class _OnBackward:
-    """Called when the outer backward reaches the predictions of a plain chunk."""
+    """Called when the outer backward reaches the predictions of plain chunks."""
 
     __torch_unserializable__ = True  # read by PyTorch: a pickle of the predictions leaves the hook out, silently
 
@@ -74,5 +71,5 @@ class _OnBackward:
 
     def __call__(self, coefficients: Tensor) -> None:
         self._graph.release()
-        self._report.backwards += len(coefficients)
+        self._report.backwards += coefficients.shape[0]
         self._observe(coefficients)

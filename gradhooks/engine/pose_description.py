@@ -8,7 +8,7 @@ from gradhooks.engine.pose_inputs import Poses, StackedPoses
 from gradhooks.errors import PosesError
 
 INSPECTED = 4
-"""How many poses of a list are looked at, in every batch."""
+"""How many poses of a list are looked at, in every batch; of a longer list the first one alone."""
 
 
 def describe_poses(poses: Poses) -> str:
@@ -16,9 +16,10 @@ def describe_poses(poses: Poses) -> str:
     count = len(poses)
     described = f"{count} pose" if count == 1 else f"{count} poses"
     if isinstance(poses, StackedPoses):
-        return described + _with_shapes([shape[1:] for shape in _shapes(poses.narrow(0, 1))], "of")
-    shapes = [_shapes(poses.narrow(index, index + 1)) for index in range(min(count, INSPECTED))]
-    alike = count <= INSPECTED and all(each == shapes[0] for each in shapes)
+        return described + _with_shapes([tuple(shape) for shape, _ in poses.shapes_and_dtypes()], "of")
+    few = count <= INSPECTED
+    shapes = [_shapes(poses.narrow(index, index + 1)) for index in range(count if few else 1)]
+    alike = few and all(each == shapes[0] for each in shapes)
     return described + (_with_shapes(shapes[0], "of" if alike else ", the first of") if shapes else "")
 
 

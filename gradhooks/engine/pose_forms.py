@@ -47,7 +47,7 @@ def as_poses(
                 f"{describe(poses)}; pass a list of poses, or MultiPose without collate="
             )
         if not _any_requires_grad(poses):
-            return StackedPoses(poses)
+            return StackedPoses(poses, length=length)
         # Each slice would send back a gradient of the size of the whole stack; the backward of unbind stacks them once.
         poses, collate = _unstack(poses, length), _stack
     elif isinstance(poses, (str, bytes)) or is_graph(poses) or not _is_iterable(poses):

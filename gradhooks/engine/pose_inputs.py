@@ -58,9 +58,9 @@ class StackedPoses:
     batched = True
     collated = loaded = False
 
-    def __init__(self, stack: Stack, first: int = 0) -> None:
+    def __init__(self, stack: Stack, first: int = 0, length: int | None = None) -> None:
         self._stack = stack
-        self._length = stack_length(stack)
+        self._length = stack_length(stack) if length is None else length
         self._first = first
 
     def __len__(self) -> int:
@@ -86,6 +86,10 @@ class StackedPoses:
 
     def narrow(self, start: int, stop: int) -> Poses:
         return StackedPoses(self.slice(start, stop), self._first + start)
+
+    def shapes_and_dtypes(self) -> list[tuple[torch.Size, torch.dtype]]:
+        """Return the shape and dtype of each tensor of a pose, without slicing the stack."""
+        return [(tensor.shape[1:], tensor.dtype) for _, tensor in tensors_in(self._stack)]
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Poses:
         return StackedPoses(map_tensors(function, self._stack), self._first)
@@ -196,6 +200,8 @@ def stack_length(stack: Stack) -> int:
     Raises:
         PosesError: A tensor has no axis 0, or the lengths differ.
     """
+    if isinstance(stack, Tensor) and stack.dim() > 0:
+        return stack.shape[0]
     tensors = {"poses": stack} if isinstance(stack, Tensor) else stack
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.dim() == 0:

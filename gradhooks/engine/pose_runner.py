@@ -28,6 +28,19 @@ def _inputs(poses: Poses, start: int, stop: int) -> Any:
     return inputs if poses.collated else fresh_containers(inputs)
 
 
+_Versions = list[tuple[Tensor, str, int]]
+"""Tensors of a pose, their paths, and their versions before the model ran."""
+
+
+def _versions(inputs: Any) -> _Versions:
+    return [(tensor, path, version_of(tensor)) for path, tensor in tensors_in(inputs)]
+
+
+def _changed(versions: _Versions) -> list[str]:
+    """Return the paths of the tensors that were changed in place since."""
+    return [path for tensor, path, version in versions if version_of(tensor) != version]
+
+
 class NeedsGradModeError(Exception):
     """Internal: the model cannot run without grad mode."""
 
@@ -97,11 +110,10 @@ class PoseRunner:
         inputs = _inputs(poses, start, stop)
         if self._detach_for is not None:
             inputs = map_tensors(self._detach_input, inputs)
-        versions = [(tensor, path, version_of(tensor)) for path, tensor in tensors_in(inputs)]
-        size = sum(tensor.nbytes for tensor, _, _ in versions)
+        versions = _versions(inputs)
+        size = sum([tensor.nbytes for tensor, _, _ in versions])
         predictions = self._predict_measured(inputs, size, poses, start, stop)
-        changed = [path for tensor, path, version in versions if version_of(tensor) != version]
-        if changed:
+        if changed := _changed(versions):
             raise _changed_in_place(poses.original_index(start), changed)
         return predictions
 
@@ -125,8 +137,8 @@ class PoseRunner:
             measure: Measure the need even if larger inputs were measured before.
         """
         inputs = _inputs(poses, start, stop)
-        versions = [(tensor, path, version_of(tensor)) for path, tensor in tensors_in(inputs)]
-        count, size = stop - start, sum(tensor.nbytes for tensor, _, _ in versions)
+        versions = _versions(inputs)
+        count, size = stop - start, sum([tensor.nbytes for tensor, _, _ in versions])
         expected = self._need.expected_graph(size, count)
         if room is not None and expected > room and count > 1:
             return self.run_plainly(poses, start, start + max(1, count * room // expected), room, measure=True)
@@ -135,8 +147,7 @@ class PoseRunner:
             try:
                 return self._predict(inputs, poses, start, stop)
             finally:
-                changed = [path for tensor, path, version in versions if version_of(tensor) != version]
-                if changed and not poses.collated:
+                if not poses.collated and (changed := _changed(versions)):
                     self._changed_poses = _changed_in_place(poses.original_index(start), changed)
 
         if self.measures and (measure or self._need.is_unmeasured(size, count)):
@@ -173,7 +184,8 @@ class PoseRunner:
         rows, layout = output_rows(output, start, stop, poses.batched, may_have_side=self._call is not call_model)
         if not self._has_run:
             self._has_run, self.layout = True, layout
-        check_layout(self.layout, layout, poses.original_index(start))
+        if layout is not None or self.layout is not None:
+            check_layout(self.layout, layout, poses.original_index(start))
         return rows
 
     def run_without_graph(self, poses: Poses, start: int, stop: int) -> Tensor:

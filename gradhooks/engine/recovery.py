@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode
 
+from gradhooks.engine.autocast import AutocastState, initialized_device_types
 from gradhooks.engine.shadow_parameters import entered_count, leave_all_beyond
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -34,9 +35,7 @@ class Surroundings:
         self._entered = entered_count()
         self._grad_mode = torch.is_grad_enabled()
         self._inference_mode = torch.is_inference_mode_enabled()
-        self._autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _autocast_devices()
-        ]
+        self._autocast = AutocastState(initialized_device_types())
         self._hooks = _saved_tensor_hooks()
         self._mode_count = len(_get_current_dispatch_mode_stack())
         self._filters = warnings.filters
@@ -45,9 +44,7 @@ class Surroundings:
         """Put everything back."""
         leave_all_beyond(self._entered)
         torch.set_grad_enabled(self._grad_mode)
-        for kind, enabled, dtype in self._autocast:
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
+        self._autocast.restore()
         while _saved_tensor_hooks() not in (self._hooks, None):
             torch._C._autograd._pop_saved_tensors_default_hooks()
         while len(_get_current_dispatch_mode_stack()) > self._mode_count:
@@ -61,13 +58,6 @@ def _saved_tensor_hooks() -> Any:
     # Private, and not in torch 2.6, where hooks are left behind by an interrupt between two statements of theirs.
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return None if top is None else top(False)
-
-
-def _autocast_devices() -> list[str]:
-    kinds = ["cpu"]
-    if torch.cuda.is_initialized():
-        kinds.append("cuda")
-    return kinds
 
 
 def _nothing() -> None:

@@ -104,7 +104,8 @@ class Schedule:
     @property
     def graph_room(self) -> int:
         """The bytes that the graphs of plain chunks may keep."""
-        return self.room - self._plain_chunk * self.need.temporary_bytes
+        need = self.need.largest
+        return max(0, self.limit + need.step_bytes - self._held) - self._plain_chunk * need.temporary_bytes
 
     @property
     def needs_measuring(self) -> bool:
@@ -113,10 +114,11 @@ class Schedule:
 
     def first_plain(self, count: int) -> int:
         """Return the index of the first of `count` poses that runs plainly; those before are intercepted (Rule 1)."""
-        graph = self.need.graph_bytes
+        need, room = self.need.largest, self.room
+        graph = need.graph_bytes
         for fitting in (count, self._plain_part()):
             self._plain_chunk = self._capped(fitting, count)
-            if count * graph <= self.graph_room:
+            if count * graph <= room - self._plain_chunk * need.temporary_bytes:
                 self._planned = count * graph
                 return 0
         plain = min(count - 1, max(0, self.graph_room - self._gradient_bytes) // graph)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from gradhooks.engine.learned import Learned, StackForm
 from gradhooks.engine.model_state import ModelState
-from gradhooks.engine.nested import independent_copy, map_tensors
+from gradhooks.engine.nested import independent_copy, tensors_in
 from gradhooks.engine.parametrization_cache import uncached_parametrizations
-from gradhooks.engine.pose_inputs import Poses
+from gradhooks.engine.pose_inputs import Poses, StackedPoses
 from gradhooks.errors import PosesError
 from gradhooks.options import Options
 
@@ -30,10 +30,10 @@ def refuse_broken_promise(
     """
     if options.collate is not None or not poses.batched or len(poses) < _PAIR or (options.chunk_size or 1) > 1:
         return
-    inputs = poses.slice(0, _PAIR)
-    form = _form_of(inputs)
+    form = _form_of(poses)
     if form in learned.row_per_pose:
         return
+    inputs = poses.slice(0, _PAIR)
     with uncached_parametrizations(), state.preserved(probe=True):
         output = _run(model, inputs, options)
         state.end_probe()
@@ -51,15 +51,10 @@ def _run(model: nn.Module, inputs: Any, options: Options) -> Any:
     return None
 
 
-def _form_of(inputs: Any) -> StackForm:
-    form: list[tuple[int, str]] = []
-
-    def add(tensor: Tensor) -> Tensor:
-        form.append((tensor.dim(), str(tensor.dtype)))
-        return tensor
-
-    map_tensors(add, inputs)
-    return tuple(form)
+def _form_of(poses: Poses) -> StackForm:
+    if isinstance(poses, StackedPoses):
+        return tuple([(1 + len(shape), str(dtype)) for shape, dtype in poses.shapes_and_dtypes()])
+    return tuple([(tensor.dim(), str(tensor.dtype)) for _, tensor in tensors_in(poses.slice(0, _PAIR))])
 
 
 def _describe(shape: tuple[int, ...], inputs: Any) -> str:
