@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import backend_registration
 
-from python_device import operators
+from python_device import operators, recurrent
 from python_device.memory import MEMORY
 
 NAME = "python_device"
@@ -118,6 +118,8 @@ def register() -> torch.device:
     aten = torch.library.Library("aten", "IMPL")
     aten.impl("convolution_overrideable", operators.convolution, "PrivateUse1")
     aten.impl("convolution_backward_overrideable", operators.convolution_backward, "PrivateUse1")
+    for name, kernel in recurrent.KERNELS.items():
+        aten.impl(name, kernel, "PrivateUse1")
     for name in _LOWER_PRECISION:
         aten.impl(name, _in_lower_precision(name), "AutocastPrivateUse1")
     _libraries.extend([every, aten])
@@ -126,12 +128,18 @@ def register() -> torch.device:
 
 
 def _copy_storages_of_the_device() -> None:
-    clone = torch.UntypedStorage.clone
+    clone, move = torch.UntypedStorage.clone, torch.UntypedStorage.to
 
     def copied(storage: torch.UntypedStorage) -> torch.UntypedStorage:
         return MEMORY.copy_storage(storage) if storage.device.type == NAME else clone(storage)
 
+    def moved(storage: torch.UntypedStorage, *, device: Any, non_blocking: bool = False) -> torch.UntypedStorage:
+        if torch.device(device).type == NAME != storage.device.type:
+            return MEMORY.adopt_storage(storage.clone())
+        return move(storage, device=device, non_blocking=non_blocking)
+
     torch.UntypedStorage.clone = copied  # type: ignore[method-assign]
+    torch.UntypedStorage.to = moved  # type: ignore[method-assign]
 
 
 def _in_lower_precision(name: str) -> Any:

@@ -64,13 +64,18 @@ class Memory:
 
     def on_host(self, tensor: Tensor) -> Tensor:
         """Return the tensor of the host that is in the memory of a tensor of the device."""
-        host = self._host[tensor.untyped_storage()._cdata]
-        view = torch.empty(0, dtype=tensor.dtype)
+        storage = tensor.untyped_storage()
+        host = self._host.get(storage._cdata)
+        if host is None:  # a storage that PyTorch made of an address, to write it to a file
+            host = torch._C._construct_storage_from_data_pointer(
+                storage.data_ptr(), torch.device("cpu"), storage.nbytes()
+            )
+        view = torch.empty(0, dtype=tensor.dtype, device="cpu")
         return view.set_(host, tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
 
     @staticmethod
     def place(
-        tensor: Tensor, storage: torch.UntypedStorage, offset: int, size: Sequence[int], stride: Sequence[int]
+        tensor: Tensor, storage: torch.UntypedStorage, offset: int, size: Sequence[int], stride: Sequence[int] = ()
     ) -> Tensor:
         """Give a tensor of the device a storage of the device."""
         _set.redispatch(_CPU_KERNELS, tensor, storage, offset, size, stride)
