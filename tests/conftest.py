@@ -1,7 +1,4 @@
-"""Fixtures and settings of all tests: device, seed, number of threads.
-
-GRADHOOKS_TEST_DEVICE chooses the device: `cpu` (the default), `cuda`, `cuda:1`, `python_device` (a folder here).
-"""
+"""Fixtures and settings of all tests: device, seed, number of threads."""
 
 import gc
 import os
@@ -19,18 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 if sys.platform == "linux":  # gloo otherwise looks up the name of the machine, which can take longer than its timeout
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
-import python_device  # noqa: E402
+from chosen_device import DEVICE  # noqa: E402
 from model_zoo import TensorFactory  # noqa: E402
 from seeding import manual_seed  # noqa: E402
 
 hypothesis.settings.register_profile("gradhooks", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("gradhooks")
-
-if os.environ.get("GRADHOOKS_TEST_DEVICE") == python_device.NAME:
-    python_device.register()
-DEVICE = torch.device(os.environ.get("GRADHOOKS_TEST_DEVICE", "cpu"))
-if DEVICE.index is None and DEVICE.type != "cpu":  # the device of a tensor has an index
-    DEVICE = torch.device(DEVICE.type, 0)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -66,6 +57,16 @@ def _fixed_seed() -> None:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return DEVICE
+
+
+@pytest.fixture
+def _on_the_device(device: torch.device) -> Iterator[None]:
+    """Make the tensors of a test that names no device on that of the tests."""
+    if device.type == "cpu":
+        yield
+        return
+    with device:
+        yield
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from chosen_device import DEVICE
 from seeding import manual_seed
 from small_model import small_mlp
 from torch import Tensor
@@ -18,7 +19,7 @@ SHARES = [0, 0.2, 0.5, 0.7, 0.9, 1.0, 2.0]
 
 def rows(count: int = COUNT) -> Tensor:
     manual_seed(4)
-    return torch.randn(count, 4, dtype=torch.float64)
+    return torch.randn(count, 4, dtype=torch.float64).to(DEVICE)
 
 
 @functools.cache

@@ -1,15 +1,16 @@
-"""A small model in float64 with its poses, for tests in which the architecture does not matter."""
+"""A small model in float64 with its poses, on the device of the tests; for tests that need no special architecture."""
 
 import torch
+from chosen_device import DEVICE
 from torch import Tensor, nn
 
 
 def small_mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).to(DEVICE, torch.float64)
 
 
 def random_poses(count: int = 6) -> list[Tensor]:
-    return [torch.randn(4, dtype=torch.float64) for _ in range(count)]
+    return [torch.randn(4, dtype=torch.float64).to(DEVICE) for _ in range(count)]
 
 
 def assert_gradients_close(model: nn.Module, reference: nn.Module) -> None:

@@ -23,7 +23,7 @@ Loss = Callable[[gradhooks.MultiPosePrediction], Tensor]
 def loss_on_groups(prediction: gradhooks.MultiPosePrediction) -> Tensor:
     """Rank the groups, so that the coefficients of one depend on the others."""
     combined = prediction.combined.flatten()
-    return (combined * torch.arange(1.0, 1 + len(combined))).square().sum() + combined.prod()
+    return (combined * torch.arange(1.0, 1 + len(combined), device=combined.device)).square().sum() + combined.prod()
 
 
 def loss_on_both(prediction: gradhooks.MultiPosePrediction) -> Tensor:
@@ -186,7 +186,7 @@ def test_stream_keeps_the_sums_of_large_and_small_parameters(double: TensorFacto
 
     def build() -> nn.Sequential:
         torch.manual_seed(5)
-        return nn.Sequential(nn.Linear(8, 1100), nn.Tanh(), nn.Linear(1100, 9), nn.Tanh(), nn.Linear(9, 1)).double()
+        return nn.Sequential(nn.Linear(8, 1100), nn.Tanh(), nn.Linear(1100, 9), nn.Tanh(), nn.Linear(9, 1)).to(double.device, torch.float64)
 
     model, reference = build(), build()
     for chunk_size in (1, 4):

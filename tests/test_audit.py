@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from chosen_device import needs
 from torch import Tensor, nn
 from training_reference import ACCUMULATORS
 
 import gradhooks
 from gradhooks.errors import NonlinearBackwardError, OutlivingGraphError, UnregisteredTensorError
+
+pytestmark = pytest.mark.usefixtures("_on_the_device")
 
 POSES = 5
 GLOBAL_CACHE: dict[str, Tensor] = {}
@@ -86,6 +89,7 @@ def test_a_graph_that_outlives_its_forward_is_refused_by_place(place: str) -> No
 
 
 def test_a_cache_of_the_audit_that_cannot_be_cleared_is_an_error_later() -> None:
+    needs("errors in hooks of a backward")
     def keep(model: Model, hidden: Tensor) -> None:
         del hidden
         GLOBAL_CACHE["weights"] = model.first.weight.sum()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import python_device
 import torch
-from conftest import DEVICE
+from chosen_device import DEVICE
 from python_device import MEMORY
 from torch import Tensor, nn
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from chosen_device import DEVICE
 from memory_budgets import COUNT, GROUPS, SHARES, graph_bytes, rows
 from model_zoo import TensorFactory, build
 from seeding import manual_seed
@@ -32,7 +33,7 @@ from gradhooks.testing import full_graph
 
 
 def loss_on_groups(prediction: gradhooks.MultiPosePrediction) -> Tensor:
-    weights = torch.arange(1.0, 1 + len(prediction.combined), dtype=torch.float64).unsqueeze(1)
+    weights = torch.arange(1.0, 1 + len(prediction.combined), dtype=torch.float64, device=DEVICE).unsqueeze(1)
     return (weights * prediction.combined).square().sum()
 
 
@@ -201,7 +202,7 @@ class Sequences(nn.Module):
 def test_larger_poses_that_come_later_are_measured() -> None:
     manual_seed(5)
     model = Sequences()
-    poses = [0.1 * torch.randn(length, 4, dtype=torch.float64) for length in [2] * 6 + [40] * 4]
+    poses = [0.1 * torch.randn(length, 4, dtype=torch.float64).to(DEVICE) for length in [2] * 6 + [40] * 4]
     reference = copy.deepcopy(model)
     loss_on_both(full_graph(reference, poses, COMBINATIONS["boltzmann"]())).backward()
     runs: list[int] = []

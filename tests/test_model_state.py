@@ -17,7 +17,10 @@ from gradhooks.engine.parameter_values import carry_over_data
 from gradhooks.engine.shadow_parameters import ShadowParameters
 
 COUNT = 5
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("_on_the_device"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
 
 
 def build(name: str) -> Changing:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import gradhooks
 from gradhooks.random_state import generator_source, same_state
 
+pytestmark = pytest.mark.usefixtures("_on_the_device")
+
 TORCH = torch.Generator()
 NUMPY = np.random.default_rng(0)
 LEGACY = np.random.RandomState(0)

@@ -10,6 +10,8 @@ from training_reference import ACCUMULATORS_AND_PLAIN, options_of
 import gradhooks
 from gradhooks.profiling.training_batch import TrainingBatch
 
+pytestmark = pytest.mark.usefixtures("_on_the_device")
+
 POSES = 6
 
 

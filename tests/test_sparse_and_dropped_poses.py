@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from chosen_device import DEVICE
 from grouped_combinations import EachGroup, engine_with_groups
 from small_model import assert_gradients_close, small_mlp
 from stream_combinations import gradhooks_warnings
@@ -31,7 +32,7 @@ class NoisyRows(nn.Module):
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 @pytest.mark.parametrize("combination", ["mean", "boltzmann"])
 def test_poses_dropped_from_chunks_of_a_model_with_dropout(combination: str, accumulator: str) -> None:
-    model, poses = NoisyRows().double(), torch.randn(7, 4, dtype=torch.float64)
+    model, poses = NoisyRows().to(DEVICE, torch.float64), torch.randn(7, 4, dtype=torch.float64).to(DEVICE)
     poses[3] = torch.nan
     combiner = gradhooks.registry.combinations.create(combination)
     torch.manual_seed(2)
@@ -126,7 +127,7 @@ class SometimesNaN(nn.Module):
 
 
 def poses_with_dropped(*dropped: int) -> Tensor:
-    poses = torch.randn(7, 4, dtype=torch.float64)
+    poses = torch.randn(7, 4, dtype=torch.float64).to(DEVICE)
     poses[list(dropped), 0] = 0
     return poses
 

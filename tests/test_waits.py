@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import python_device
 import torch
-from conftest import DEVICE
+from chosen_device import DEVICE
 from plugin_combinations import AttentionPooling
 from torch import Tensor, nn
 from training_reference import case_label

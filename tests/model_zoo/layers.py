@@ -1,6 +1,7 @@
 """Ordinary architectures, and outputs of several shapes."""
 
 import torch
+from chosen_device import needs
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  # its usual name
 
@@ -144,6 +145,7 @@ def dense_embedding(factory: TensorFactory) -> ModelCase:
 
 @model_case()
 def sparse_embedding(factory: TensorFactory) -> ModelCase:
+    needs("sparse tensors")
     return ModelCase(WordBag(sparse=True), rows_of(factory.randint(11, MOST_POSES, 5)))
 
 
@@ -160,6 +162,7 @@ class SparseAndDense(nn.Module):
 
 @model_case(bit_for_bit=False)
 def sparse_and_dense_embedding(factory: TensorFactory) -> ModelCase:
+    needs("sparse tensors")
     return ModelCase(SparseAndDense(), rows_of(factory.randint(11, MOST_POSES, 5)))
 
 

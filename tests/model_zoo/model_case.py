@@ -92,9 +92,8 @@ def build(name: str, factory: TensorFactory, seed: int = 7) -> ModelCase:
 
 def _move_complex(model: nn.Module, factory: TensorFactory) -> None:
     # `Module.to` would discard the imaginary parts.
-    for tensor in [*model.parameters(), *model.buffers()]:
-        dtype = factory.dtype.to_complex() if tensor.is_complex() else factory.dtype
-        tensor.data = tensor.data.to(factory.device, dtype)
+    complex_dtype = factory.dtype.to_complex()
+    model._apply(lambda tensor: tensor.to(factory.device, complex_dtype if tensor.is_complex() else factory.dtype))
 
 
 def rows_of(inputs: Tensor) -> Callable[[int], list[Any]]:

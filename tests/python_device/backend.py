@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import backend_registration
 
-from python_device import operators
+from python_device import operators, recurrent, waits
 from python_device.memory import MEMORY
 
 NAME = "python_device"
@@ -52,6 +52,9 @@ class Backend:
     @staticmethod
     def synchronize(_device: Any = None) -> None:
         pass
+
+    set_sync_debug_mode = staticmethod(waits.set_sync_debug_mode)
+    get_sync_debug_mode = staticmethod(waits.get_sync_debug_mode)
 
     @staticmethod
     def empty_cache() -> None:
@@ -118,20 +121,32 @@ def register() -> torch.device:
     aten = torch.library.Library("aten", "IMPL")
     aten.impl("convolution_overrideable", operators.convolution, "PrivateUse1")
     aten.impl("convolution_backward_overrideable", operators.convolution_backward, "PrivateUse1")
+    for name, kernel in recurrent.KERNELS.items():
+        aten.impl(name, kernel, "PrivateUse1")
     for name in _LOWER_PRECISION:
         aten.impl(name, _in_lower_precision(name), "AutocastPrivateUse1")
     _libraries.extend([every, aten])
-    _copy_storages_of_the_device()
+    _copy_and_move_storages()
     return MEMORY.device
 
 
-def _copy_storages_of_the_device() -> None:
-    clone = torch.UntypedStorage.clone
+def _copy_and_move_storages() -> None:
+    clone, move, to_host = torch.UntypedStorage.clone, torch.UntypedStorage.to, torch.UntypedStorage.cpu
 
     def copied(storage: torch.UntypedStorage) -> torch.UntypedStorage:
         return MEMORY.copy_storage(storage) if storage.device.type == NAME else clone(storage)
 
+    def moved(storage: torch.UntypedStorage, *, device: Any, non_blocking: bool = False) -> torch.UntypedStorage:
+        if torch.device(device).type == NAME != storage.device.type:
+            return MEMORY.adopt_storage(storage.clone())
+        return move(storage, device=device, non_blocking=non_blocking)
+
     torch.UntypedStorage.clone = copied  # type: ignore[method-assign]
+    def host_copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        return MEMORY.host_storage(storage).clone() if storage.device.type == NAME else to_host(storage)
+
+    torch.UntypedStorage.to = moved  # type: ignore[method-assign]
+    torch.UntypedStorage.cpu = host_copy  # type: ignore[method-assign]
 
 
 def _in_lower_precision(name: str) -> Any:

@@ -57,20 +57,28 @@ class Memory:
 
     def copy_storage(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
         """Return a copy of a storage of the device."""
-        return self.adopt_storage(self._host[storage._cdata].clone())
+        return self.adopt_storage(self.host_storage(storage).clone())
+
+    def host_storage(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        """Return the storage of the host that has the memory of one of the device."""
+        host = self._host.get(storage._cdata)
+        if host is None:  # PyTorch made it of an address, to write it to a file
+            address, size = storage.data_ptr(), storage.nbytes()
+            host = torch._C._construct_storage_from_data_pointer(address, torch.device("cpu"), size)
+        return host
 
     def _release(self, address: int) -> None:
         self.live -= self._host.pop(address).nbytes()
 
     def on_host(self, tensor: Tensor) -> Tensor:
         """Return the tensor of the host that is in the memory of a tensor of the device."""
-        host = self._host[tensor.untyped_storage()._cdata]
-        view = torch.empty(0, dtype=tensor.dtype)
+        host = self.host_storage(tensor.untyped_storage())
+        view = torch.empty(0, dtype=tensor.dtype, device="cpu")
         return view.set_(host, tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
 
     @staticmethod
     def place(
-        tensor: Tensor, storage: torch.UntypedStorage, offset: int, size: Sequence[int], stride: Sequence[int]
+        tensor: Tensor, storage: torch.UntypedStorage, offset: int, size: Sequence[int], stride: Sequence[int] = ()
     ) -> Tensor:
         """Give a tensor of the device a storage of the device."""
         _set.redispatch(_CPU_KERNELS, tensor, storage, offset, size, stride)

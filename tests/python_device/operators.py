@@ -50,6 +50,7 @@ def run(operator: Any, *arguments: Any, **options: Any) -> Any:
     if operator is aten.set_.source_Storage_storage_offset:
         return MEMORY.place(*arguments)
     waits.note_operator(operator, arguments)
+    arguments = _numbers_as_tensors(operator, arguments)
     inputs: list[tuple[Tensor, Tensor]] = []
     of_host: list[Tensor] = []
 
@@ -77,6 +78,28 @@ def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)([_map(function, part) for part in value])
     return value
+
+
+def _numbers_as_tensors(operator: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Restore what PyTorch converted to numbers on the way here: tensors of the host that were made of numbers."""
+    places = [place for place in _tensors_only(operator) if isinstance(arguments[place], (int, float))]
+    if not places:
+        return arguments
+    restored = list(arguments)
+    for place in places:
+        is_whole = isinstance(arguments[place], int)
+        restored[place] = torch.tensor(arguments[place], dtype=torch.int64 if is_whole else torch.float64)
+    return tuple(restored)
+
+
+@functools.cache
+def _tensors_only(operator: Any) -> list[int]:
+    """Return the places of positional arguments that must be tensors; `mul` and its like also take numbers."""
+    if torch._C._should_allow_numbers_as_tensors(operator.overloadpacket.__name__):
+        return []
+    positional = [argument for argument in operator._schema.arguments if not argument.kwarg_only]
+    is_tensor = [isinstance(argument.type, torch.TensorType) for argument in positional]
+    return [place for place, one in enumerate(is_tensor) if one and not positional[place].has_default_value()]
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,21 @@ class WaitCount:
 
 
 _counts: list[WaitCount] = []
+_MODES = ("default", "warn", "error")
+_mode = "default"
+
+
+def set_sync_debug_mode(mode: str) -> None:
+    """Do at each wait what `torch.cuda.set_sync_debug_mode` does: nothing, warn, or raise an error."""
+    global _mode  # noqa: PLW0603 - as in CUDA, it is one setting of the process
+    if mode not in _MODES:
+        raise RuntimeError(f"invalid value of sync_debug_mode {mode!r}, expected one of {', '.join(_MODES)}")
+    _mode = mode
+
+
+def get_sync_debug_mode() -> int:
+    """Return the number of the mode, as `torch.cuda.get_sync_debug_mode` does."""
+    return _MODES.index(_mode)
 
 
 @contextmanager
@@ -66,11 +82,16 @@ def note(name: str) -> None:
     """Note that the host waits."""
     for count in _counts:
         count.add(name)
+    if _mode != "default":
+        message = f"called a synchronizing operation: {name} in {_innermost_line()}"
+        if _mode == "error":
+            raise RuntimeError(message)
+        warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def note_operator(operator: Any, arguments: Sequence[Any]) -> None:
     """Note that the host waits, if it does for this operator."""
-    if not _counts or not _may_wait(operator):
+    if (not _counts and _mode == "default") or not _may_wait(operator):
         return
     name = operator.overloadpacket.__name__
     if name in _INDEXING:
@@ -94,7 +115,7 @@ def note_copy(source: Tensor, target: Tensor, *, non_blocking: bool) -> None:
             count.copies_from_host[source.dtype] += 1
     if target.device.type == "cpu":
         note("copy to the host")
-    elif source.device.type == "cpu" and not non_blocking and source.dim() > 0:
+    elif source.device.type == "cpu" and not non_blocking:
         note("copy from the host")
 
 
