@@ -104,8 +104,7 @@ class Schedule:
     @property
     def graph_room(self) -> int:
         """The bytes that the graphs of plain chunks may keep."""
-        need = self.need.largest
-        return max(0, self.limit + need.step_bytes - self._held) - self._plain_chunk * need.temporary_bytes
+        return self.room - self._plain_chunk * self.need.temporary_bytes
 
     @property
     def needs_measuring(self) -> bool:
@@ -114,17 +113,19 @@ class Schedule:
 
     def first_plain(self, count: int) -> int:
         """Return the index of the first of `count` poses that runs plainly; those before are intercepted (Rule 1)."""
-        need, room = self.need.largest, self.room
-        graph = need.graph_bytes
-        for fitting in (count, self._plain_part()):
-            self._plain_chunk = self._capped(fitting, count)
-            if count * graph <= room - self._plain_chunk * need.temporary_bytes:
-                self._planned = count * graph
-                return 0
+        graph = self.need.graph_bytes
+        if self._all_fit(count, count) or self._all_fit(count, self._plain_part()):
+            self._planned = count * graph
+            return 0
         plain = min(count - 1, max(0, self.graph_room - self._gradient_bytes) // graph)
         self._planned = plain * graph
         size = self._chunk_size or 1  # chunks of a fixed size begin at its multiples
         return min(count, -(-(count - plain) // size) * size)
+
+    def _all_fit(self, count: int, fitting: int) -> bool:
+        """Return whether the graphs of all poses fit if `fitting` of them may run at once."""
+        self._plain_chunk = self._capped(fitting, count)
+        return count * self.need.graph_bytes <= self.graph_room
 
     def _plain_part(self) -> int:
         """Return the size of plain chunks if the poses are more than one.
