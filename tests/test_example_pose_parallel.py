@@ -28,7 +28,7 @@ def test_two_ranks_give_the_losses_and_the_gradient_of_one(
 ) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE.parent))
     pytest.importorskip("torch_geometric")
-    options = ["--poses", "200", "--steps", "2", "--double", "--cache", str(tmp_path)]
+    options = ["--poses", "60", "--steps", "2", "--double", "--cache", str(tmp_path)]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     finished = subprocess.run(
         [sys.executable, *launch, str(EXAMPLE), *options], check=True, capture_output=True, text=True, timeout=240
