@@ -62,7 +62,7 @@ def run_step(rank: int, name: str, accumulator: str | None, count: int, synchron
 def run_steps(rank: int, name: str, synchronize: bool) -> dict[str, list[Step]]:
     """Run a step with few poses and one with many, for each accumulator and the full graph."""
     return {
-        accumulator or "full graph": [run_step(rank, name, accumulator, count, synchronize) for count in (2, 50)]
+        accumulator or "full graph": [run_step(rank, name, accumulator, count, synchronize) for count in (2, 12)]
         for accumulator in (*ACCUMULATORS, None)
     }
 
@@ -85,7 +85,7 @@ def test_one_all_reduce_per_bucket_and_step(name: str, broadcasts: int) -> None:
         assert abs(buckets["full graph"] - buckets["auto"]) <= 1
 
 
-@pytest.mark.parametrize("name", ["one group", "several forwards"])
+@pytest.mark.parametrize("name", [pytest.param("one group", marks=pytest.mark.long), "several forwards"])
 def test_no_collectives_under_no_sync(name: str) -> None:
     for results in run_on_ranks(run_steps, name, False):
         assert [step for steps in results.values() for step in steps if step != Step(Counter(), 0)] == []

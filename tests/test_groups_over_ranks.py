@@ -50,6 +50,7 @@ def largest_error(model: nn.Module, expected: list[Tensor]) -> float:
 def pose_parallel_errors(rank: int, index: list[list[int]]) -> list[float]:
     errors = []
     for combination in COMBINATIONS:
+        expected = expected_gradients(index, combination)
         for accumulator in ("auto", "recompute", "stream", "store"):
             model = make_model()
             scorer = gradhooks.MultiPose(model, combination, accumulator=accumulator, process_group=dist.group.WORLD)
@@ -58,7 +59,7 @@ def pose_parallel_errors(rank: int, index: list[list[int]]) -> list[float]:
                 prediction = scorer(make_poses(index)[rank], groups=index[rank])
                 assert prediction.combined.shape == (max(map(max, filter(None, index))) + 1, 1), step
                 loss_of(prediction).backward()
-            errors.append(largest_error(model, expected_gradients(index, combination)))
+            errors.append(largest_error(model, expected))
     return errors
 
 

@@ -79,8 +79,8 @@ def test_a_step_in_another_thread(run: Step, memory: str | int) -> None:
 
 
 @contextlib.contextmanager
-def waiting_inside(model: nn.Module) -> Iterator[tuple[threading.Thread, threading.Event]]:
-    """Run a step of intercepted poses in another thread, which waits inside of the first pose."""
+def waiting_inside(model: nn.Module, accumulator: str = "auto") -> Iterator[gradhooks.MultiPose]:
+    """Run a step of intercepted poses in another thread, which waits inside of the first pose of the batch."""
     inside, leave = threading.Event(), threading.Event()
 
     def wait(model: nn.Module, pose: Tensor) -> Tensor:
@@ -89,10 +89,12 @@ def waiting_inside(model: nn.Module) -> Iterator[tuple[threading.Thread, threadi
         prediction: Tensor = model(pose)
         return prediction
 
-    thread = threading.Thread(target=lambda: step(gradhooks.MultiPose(model, "boltzmann", call=wait, memory=0)))
+    scorer = gradhooks.MultiPose(model, "boltzmann", accumulator=accumulator, audit=False, memory=0)
+    scorer.call = wait
+    thread = threading.Thread(target=step, args=[scorer])
     thread.start()
     inside.wait(10)
-    yield thread, leave
+    yield scorer
     leave.set()
     thread.join()
 
@@ -134,6 +136,25 @@ def test_a_step_of_the_bare_model_while_another_thread_runs_poses_is_refused() -
     thread.join()
     assert len(errors) == 1
     assert "calls backward()" in errors[0]
+
+
+@pytest.mark.parametrize("accumulator", ["store", "stream", "recompute", "auto"])
+def test_what_the_bare_model_may_do_while_another_thread_runs_poses(accumulator: str) -> None:
+    model = small_mlp()
+    expected = reference_of(model)
+    pose = fixed_poses()[0]
+    with waiting_inside(model, accumulator) as scorer:
+        with torch.no_grad():
+            model(pose)
+        torch.autograd.grad(model(pose).sum(), list(model.parameters()))
+        late = model(pose).sum()
+    assert_gradients_close(model, expected)  # nothing of this has reached the poses
+    late.backward()
+    with pytest.raises(gradhooks.errors.ConcurrentUseError, match="its gradient of 4 parameters is lost"):
+        scorer(fixed_poses())
+    model.zero_grad()
+    step(scorer)
+    assert_gradients_close(model, expected)
 
 
 def test_scorers_on_copies_in_two_threads() -> None:

@@ -55,6 +55,7 @@ def run_forward(context: ForwardContext, begin: Begin) -> FirstRun:
     state, schedule = batch.parts.state, batch.schedule
 
     def attempt() -> tuple[Accumulation, Tensor, bool]:
+        context.shadows.refuse_left_gradients()
         try:
             with context.on_shadows(), state.preserved(only_on_error=True) as before:
                 result = _run_local_poses(context, begin, before)

@@ -108,6 +108,23 @@ class ShadowParameters:
                     names.setdefault(index, f"{path}.{name}" if path else name)
         return [names[index] for index in range(len(self.real))]
 
+    def refuse_left_gradients(self) -> None:
+        """Refuse a gradient of somebody else's graph, which belongs to a real parameter and would enter a sum (Rule 4).
+
+        Raises:
+            ConcurrentUseError: Since the last batch, a backward that is not of gradhooks has reached a shadow.
+        """
+        left = [shadow for shadow in self.shadows if shadow.grad is not None]
+        for shadow in left:
+            shadow.grad = None
+        if left:
+            raise ConcurrentUseError(
+                "since the last batch, a backward has reached the aliases that stand for the parameters while poses "
+                f"run, and its gradient of {len(left)} parameters is lost: another thread has called the bare model "
+                "while this one ran poses, or the model keeps a tensor with a graph. Give each thread a copy of the "
+                "model, and detach what the model keeps; then run the step again"
+            )
+
     def __enter__(self) -> None:
         with _swap_lock:
             present = list(map(operator.getitem, self._tables, self._names))
