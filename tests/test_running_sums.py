@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gradhooks.engine.flat_sums import FLAT_BYTES
 from gradhooks.engine.gradient_sums import add_into, all_finite, weighted_sum, zero_, zeros_like_gradient
 from gradhooks.engine.parameter_hooks import ParameterHooks
 from gradhooks.engine.running_sums import HOOKED_BYTES, RunningSums
@@ -76,6 +77,38 @@ def test_sums_that_begin_with_the_same_factor_are_separate() -> None:
         with sums.fold_into(0, factors):
             run_backward(hooks, [1, 1, 1])
     assert_sums(sums, [[2, 2, 2], [4, 4, 4]])
+
+
+def test_small_leaves_are_summed_in_blocks_for_several_groups() -> None:
+    """Sums 0 and 1 are of one group, 2 and 3 of another one, which begins later and does not reach every leaf."""
+    shapes = [(3,), (2, 2), (), (5,), (FLAT_BYTES,)]
+    hooks = ParameterHooks([nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes])
+    sums = RunningSums(hooks, count=4)
+    expected: list[list[float | None]] = [[None] * len(shapes) for _ in range(4)]
+    for first, factor, values in (
+        (0, 3.0, [1, 2, 3, None, 4]),
+        (0, 5.0, [1, None, 1, None, 1]),
+        (0, 0.0, [7, 7, 7, 7, 7]),
+        (2, -2.0, [None, 1, None, 8, 2]),
+        (0, 4.0, [2, 2, 2, 2, 2]),
+        (2, 6.0, [1, None, 2, None, 1]),
+    ):
+        with sums.fold_into(first, [1.0, factor]):
+            run_backward(hooks, values)
+        for k, share in ((first, 1.0), (first + 1, factor)):
+            for index, value in enumerate(values):
+                if value is not None and share:
+                    expected[k][index] = (expected[k][index] or 0.0) + share * value
+    sums.rescale(0, 0.5, [2.0])
+    expected[1] = [_sum(second, 2.0, first) for first, second in zip(expected[0], expected[1], strict=True)]
+    expected[:2] = [[None if each is None else 0.5 * each for each in row] for row in expected[:2]]
+    expected[2][2], expected[3][2] = 2.0, 12.0  # the other group has reached it
+    assert_sums(sums, expected)
+    assert all(leaf.grad is None for leaf in hooks.leaves)
+
+
+def _sum(total: float | None, factor: float, value: float | None) -> float | None:
+    return total if value is None else (total or 0.0) + factor * value
 
 
 def test_rescaling_adds_the_first_sum_and_multiplies() -> None:

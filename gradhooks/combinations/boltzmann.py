@@ -56,12 +56,12 @@ class Boltzmann(Combination):
         occupations = group_softmax(logarithms - energies / self.temperature, groups, count)
         return group_sum(occupations * energies, groups, count).to(predictions.dtype)
 
-    @torch.no_grad()
     def stream_weights(self, predictions: Tensor, weights: Tensor | None = None) -> StreamWeights:
-        reduced = to_float64(predictions) / self.temperature
+        temperature = self.temperature
+        reduced = to_float64(predictions) / (temperature.detach() if isinstance(temperature, Tensor) else temperature)
         # dh/dy_i = w_i (1 - (y_i - h)/T) = exp(ln g_i - y_i/T) (a_0 + a_1 y_i/T)
         # with a_0 = e^-Q (1 + h/T) and a_1 = -e^-Q: one log-weight and one feature
-        return StreamWeights(log_weights(weights, predictions) - reduced, features=reduced)
+        return StreamWeights(-reduced if weights is None else log_weights(weights, predictions) - reduced, reduced)
 
     def extra_repr(self) -> str:
         temperature = self.log_temperature.detach().exp().item() if self.learnable else self._temperature

@@ -57,7 +57,8 @@ class LogSumExp(Combination):
     def stream_weights(self, predictions: Tensor, weights: Tensor | None = None) -> StreamWeights:
         # dh/dy_i = g_i exp(n t y_i - Q) with Q = ln sum_j g_j exp(n t y_j)
         #         = exp(n t y_i + ln g_i) a_0 with a_0 = exp(-Q)
-        return StreamWeights(self.sign * self.scale * to_float64(predictions) + log_weights(weights, predictions))
+        exponents = self.sign * self.scale * to_float64(predictions)
+        return StreamWeights(exponents if weights is None else exponents + log_weights(weights, predictions))
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}, normalize={self.normalize}"
