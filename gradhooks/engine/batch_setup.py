@@ -32,7 +32,7 @@ from gradhooks.errors import PosesError
 from gradhooks.group_index import GroupIndex
 from gradhooks.group_loop import accepts_empty_groups, name_of
 from gradhooks.group_validation import group_index, read_count, read_index
-from gradhooks.groups import Groups
+from gradhooks.groups import Groups, moved_by_data_parallel
 from gradhooks.options import Options, call_model
 
 _ALONE = Collectives(None)
@@ -122,11 +122,13 @@ def read_batch(
 def _read(call: _Call, poses: Any, groups: Any, parts: ModelParts, *, may_be_empty: bool) -> _Read:
     """Read poses and groups, and see to it that the model can take the poses."""
     refuse_unknown_arguments(call.combination, call.arguments)
-    poses, index, count = _separate(poses, groups)
+    poses, index, count = _separate(poses, groups, parts.device)
     prepared = _prepare(poses, call.options, may_be_empty=may_be_empty)
     given, group_count = None, -1
     if index is not None:
-        given, group_count = read_index(index, len(prepared)), read_count(count) if count else 0
+        given, group_count = read_index(index, len(prepared)), 0
+        if not (count is None or (count == 0 and len(prepared) == 0)):  # a rank without poses may have no groups
+            group_count = read_count(count)
     if parts.has_lazy_parameters:
         initialize_lazy_parameters(call.model, prepared, call.options.call, parts.device)
         parts = call.cache.get(call.model, call.options.generators)
@@ -142,7 +144,8 @@ def _batch(
     model, options, learned, parts, poses = call.model, call.options, call.learned, read.parts, read.poses
     groups = _gather_groups(read.groups, group_counts, partition, call.combination)
     mode = mode_of(getattr(model, "training", False), autocast.dtypes)
-    schedule = _schedule(call, mode, parts, batched=poses.batched and not call.sharded)
+    is_whole = not call.sharded
+    schedule = _schedule(call, mode, parts, batched=poses.batched and is_whole)
     batch = Batch(
         model=model,
         options=options,
@@ -162,15 +165,16 @@ def _batch(
     if mode in learned.needs_grad_mode:
         batch.runner.require_grad_mode()
     schedule.one_by_one = depends_on_chunk(batch)
-    batch.runner.measures = schedule.left > 0 and not call.sharded  # shards have no storage to be counted
+    batch.runner.measures = schedule.left > 0 and is_whole  # shards have no storage to be counted
     return batch
 
 
-def _separate(poses: Any, groups: Any) -> tuple[Any, Any, int | None]:
+def _separate(poses: Any, groups: Any, device: torch.device) -> tuple[Any, Any, int | None]:
     if not isinstance(poses, Groups):
         return poses, groups, None
     if groups is not None:
         raise PosesError("Groups already contains the group numbers of its poses; leave groups= out")
+    poses = moved_by_data_parallel(poses, device)
     return poses.poses, poses.index, poses.count
 
 
