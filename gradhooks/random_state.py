@@ -1,6 +1,7 @@
 """Read and write the state of every kind of random number generator through one pair of functions."""
 
 import ctypes
+import functools
 import random
 import struct
 import sys
@@ -136,13 +137,22 @@ def _python_source(generator: random.Random, *, costly: bool = False) -> RandomS
 
 def _twister_of(generator: random.Random) -> Any:
     """Return the memory of the twister of a generator; None where it is not where CPython has it."""
-    base, offset = random.Random.__base__, object.__basicsize__
     of_python = type(generator).getstate is random.Random.getstate and hasattr(generator, "gauss_next")
-    if not (of_python and base is not None and base.__basicsize__ >= offset + _TWISTER_BYTES):
+    if not (of_python and _has_layout_of_cpython()):
         return None
+    return (ctypes.c_char * _TWISTER_BYTES).from_address(id(generator) + object.__basicsize__)
+
+
+@functools.cache
+def _has_layout_of_cpython() -> bool:
+    """Return whether a `random.Random` begins with the position and the key of its twister."""
+    base = random.Random.__base__
+    if base is None or base.__basicsize__ < object.__basicsize__ + _TWISTER_BYTES:
+        return False
+    generator = random.Random(0)  # noqa: S311 - not for secrets
     _, (*key, position), _ = generator.getstate()
-    twister = (ctypes.c_char * _TWISTER_BYTES).from_address(id(generator) + offset)
-    return twister if twister.raw == struct.pack(f"={1 + len(key)}I", position, *key) else None
+    expected = struct.pack(f"={1 + len(key)}I", position, *key)
+    return ctypes.string_at(id(generator) + object.__basicsize__, _TWISTER_BYTES) == expected
 
 
 def _legacy_source(generator: Any) -> RandomSource:
