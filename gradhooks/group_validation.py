@@ -32,9 +32,10 @@ def read_index(groups: Any, pose_count: int) -> Tensor:
             index = index.to("cpu", torch.int64, copy=True)
     else:  # without a context, which takes longer than the copy
         index = index.to("cpu", torch.int64, copy=True)
-    if pose_count and int(index.min()) < 0:
-        pose = int((index < 0).nonzero()[0])
-        raise PosesError(f"groups must not be negative: pose {pose} is in group {int(index[pose])}")
+    numbers = index.tolist()
+    if pose_count and min(numbers) < 0:
+        pose = next(pose for pose, number in enumerate(numbers) if number < 0)
+        raise PosesError(f"groups must not be negative: pose {pose} is in group {numbers[pose]}")
     return index
 
 
@@ -51,21 +52,21 @@ def group_index(index: Tensor, count: int | None, *, empty_allowed: bool, combin
         PosesError: A number is not less than B, or a group has no poses although B is not given or the combination
             does not accept that.
     """
-    pose_count = index.shape[0]
-    largest = int(index.max()) if pose_count else -1
+    # A list and a set of M numbers are made faster than the first kernel of each kind in a step starts.
+    numbers = index.tolist()
+    largest = max(numbers, default=-1)
     number_of_groups = _group_count(largest, count)
     if largest >= number_of_groups:
-        pose = int((index >= number_of_groups).nonzero()[0])
+        pose = next(pose for pose, number in enumerate(numbers) if number >= number_of_groups)
         raise PosesError(
-            f"pose {pose} is in group {int(index[pose])}, but count={number_of_groups} allows the groups 0 to "
+            f"pose {pose} is in group {numbers[pose]}, but count={number_of_groups} allows the groups 0 to "
             f"{number_of_groups - 1}"
         )
-    groups = GroupIndex(index, number_of_groups)
-    if not (empty_allowed and count is not None) and (number_of_groups > pose_count or 0 in groups.sizes):
-        present = set(index.tolist())
+    present = set(numbers)
+    if len(present) < number_of_groups and not (empty_allowed and count is not None):
         absent = islice((number for number in range(number_of_groups) if number not in present), SHOWN)
         raise PosesError(_describe_missing(list(absent), number_of_groups - len(present), combination_name))
-    return groups
+    return GroupIndex(index, number_of_groups)
 
 
 def _group_count(largest: int, count: int | None) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import register_pytree_node, tree_map
 
 from gradhooks.engine.nested import map_tensors
@@ -69,6 +70,22 @@ class Groups:
     def pin_memory(self) -> "Groups":
         """Return the groups with their poses in pinned memory, from which copies to a device do not wait."""
         return dataclasses.replace(self, poses=_call_on_parts(self.poses, "pin_memory"))
+
+
+def moved_by_data_parallel(groups: Groups, device: torch.device) -> Groups:
+    """Return groups with their poses on the device of the model if DistributedDataParallel has `device_ids`.
+
+    It then moves the tensors of its inputs, but looks into tuples, lists and dicts only, and for no method `to`.
+
+    Args:
+        groups: The groups of a call.
+        device: The device of the model.
+    """
+    # Private: there is no other way to know inside which wrapper a forward runs. None outside of one.
+    parallel: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if parallel is None or not parallel.device_ids or parallel.device_type != device.type:
+        return groups
+    return groups.to(device)
 
 
 def _call_on_parts(value: Any, method: str, *arguments: Any, **options: Any) -> Any:

@@ -3,12 +3,12 @@
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradhooks.combination import BoundCombination
 from gradhooks.combined import Combined, Output
@@ -18,10 +18,16 @@ from gradhooks.errors import CombinationError, PredictionError
 from gradhooks.options import Nonfinite
 from gradhooks.unused_parameter_search import visible_to_search
 
-# The combination behind a prediction, and a weak reference to its outputs, by its tensors. Trainers rebuild named
-# tuples from their fields (Accelerate to cast them, Lightning to move them), mostly with the same tensors. The outputs
-# have graphs, which may hold these tensors: a strong reference would keep both forever.
-_combination_of: Any = WeakTensorKeyDictionary()
+# The combination behind a prediction, and a weak reference to its outputs, by the ids of its tensors. Trainers rebuild
+# named tuples from their fields (Accelerate to cast them, Lightning to move them), mostly with the same tensors. The
+# outputs have graphs, which may hold these tensors: a strong reference would keep both forever. An entry is removed
+# with its tensor, by a weak reference that the entry holds. `WeakTensorKeyDictionary` takes 20 us longer.
+_Origin = tuple[BoundCombination | None, Tensor | None, Tensor | None, Any]
+_origins: dict[int, tuple[_Origin, object]] = {}
+
+
+def _remember(tensor: Tensor, origin: _Origin) -> None:
+    _origins[id(tensor)] = (origin, weakref.ref(tensor, partial(_origins.pop, id(tensor))))
 
 
 class _Fields(tuple[Tensor, Tensor]):  # noqa: SLOT001 - a tuple subclass cannot have non-empty slots
@@ -79,14 +85,14 @@ class MultiPosePrediction(_Fields):
         self = super().__new__(cls, (combined, per_pose))
         tensors = [tensor for tensor in (per_pose, combined) if isinstance(tensor, Tensor)]
         if combination is None:
-            known = (_combination_of[tensor] for tensor in tensors if tensor in _combination_of)
+            known = (_origins[id(tensor)][0] for tensor in tensors if id(tensor) in _origins)
             combination, selected, known_side, reference = next(known, (None, None, None, None))
             side = known_side if side is None else side
             outputs = None if reference is None else reference()
         else:
             reference = None if outputs is None else weakref.ref(outputs)
             for tensor in tensors:
-                _combination_of[tensor] = (combination, selected, side, reference)
+                _remember(tensor, (combination, selected, side, reference))
         self._combination, self._selected, self.side, self._outputs = combination, selected, side, outputs
         return self
 

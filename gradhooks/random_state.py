@@ -1,6 +1,7 @@
 """Read and write the state of every kind of random number generator through one pair of functions."""
 
 import ctypes
+import functools
 import random
 import struct
 import sys
@@ -38,10 +39,7 @@ class RandomSource(NamedTuple):
 def default_source(device: torch.device) -> RandomSource:
     """Return the default generator of PyTorch on a device."""
     if device.type == "cpu":
-        # Viewed as int64, 5 kB compare six times faster than as uint8.
-        return RandomSource(
-            lambda: torch.get_rng_state().view(torch.int64), lambda state: torch.set_rng_state(state.view(torch.uint8))
-        )
+        return RandomSource(torch.get_rng_state, torch.set_rng_state)
     backend = torch.get_device_module(device)
     return RandomSource(
         lambda: backend.get_rng_state(device), lambda state: backend.set_rng_state(state, device), costly=True
@@ -139,13 +137,22 @@ def _python_source(generator: random.Random, *, costly: bool = False) -> RandomS
 
 def _twister_of(generator: random.Random) -> Any:
     """Return the memory of the twister of a generator; None where it is not where CPython has it."""
-    base, offset = random.Random.__base__, object.__basicsize__
     of_python = type(generator).getstate is random.Random.getstate and hasattr(generator, "gauss_next")
-    if not (of_python and base is not None and base.__basicsize__ >= offset + _TWISTER_BYTES):
+    if not (of_python and _has_layout_of_cpython()):
         return None
+    return (ctypes.c_char * _TWISTER_BYTES).from_address(id(generator) + object.__basicsize__)
+
+
+@functools.cache
+def _has_layout_of_cpython() -> bool:
+    """Return whether a `random.Random` begins with the position and the key of its twister."""
+    base = random.Random.__base__
+    if base is None or base.__basicsize__ < object.__basicsize__ + _TWISTER_BYTES:
+        return False
+    generator = random.Random(0)  # noqa: S311 - not for secrets
     _, (*key, position), _ = generator.getstate()
-    twister = (ctypes.c_char * _TWISTER_BYTES).from_address(id(generator) + offset)
-    return twister if twister.raw == struct.pack(f"={1 + len(key)}I", position, *key) else None
+    expected = struct.pack(f"={1 + len(key)}I", position, *key)
+    return ctypes.string_at(id(generator) + object.__basicsize__, _TWISTER_BYTES) == expected
 
 
 def _legacy_source(generator: Any) -> RandomSource:
@@ -166,10 +173,15 @@ def _legacy_source(generator: Any) -> RandomSource:
     )
 
 
+def _as_int64(state: Tensor) -> Tensor:
+    return state.view(torch.int64) if state.nbytes % torch.int64.itemsize == 0 else state
+
+
 def same_state(one: Any, other: Any) -> bool:
     """Return whether two states of a generator are equal."""
     if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
+        # Viewed as int64, 5 kB compare six times faster than as uint8.
+        return isinstance(other, Tensor) and torch.equal(_as_int64(one), _as_int64(other))
     if isinstance(one, _LegacyState):
         return isinstance(other, _LegacyState) and one.twister == other.twister and same_state(one.state, other.state)
     if isinstance(one, Mapping):

@@ -134,16 +134,17 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
     else:
 
         def __getattr__(self, name: str) -> Any:
+            if name in (modules := self.__dict__.get("_modules", {})):
+                return modules[name]
             try:
                 return super().__getattr__(name)
             except AttributeError:
-                model = self.__dict__.get("_modules", {}).get("model")
-                if model is None:  # not constructed yet, as during unpickling
+                if "model" not in modules:  # not constructed yet, as during unpickling
                     raise
             try:
-                return getattr(model, name)
+                return getattr(self.model, name)
             except AttributeError as error:
-                described = f"neither MultiPose nor its model, a {type(model).__name__}, has an attribute {name!r}"
+                described = f"neither MultiPose nor its model, a {type(self.model).__name__}, has an attribute {name!r}"
                 raise AttributeError(described, name=name, obj=self) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -215,16 +216,15 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
     @leaves_no_trace(lambda scorer, *_: scorer._parts)
     def _run(self, poses: Any, groups: Any, arguments: dict[str, Any]) -> MultiPosePrediction:
         accumulator, options = self._accumulator, self.options
-        model, combination = self.model, self.combination
-        parts = self._parts.get(model, options.generators)
-        refuse_synchronized_modules(model, parts.synchronizing)
+        parts = self._parts.get(self.model, options.generators)
+        refuse_synchronized_modules(self.model, parts.synchronizing)
         if sharded := parts.sharded:
             ranks = Collectives(options.process_group)
             refuse_sharded_parameters(sharded, ranks, accumulator.name, supports_sharded=accumulator.supports_sharded)
         batch = read_batch(
-            model,
+            self.model,
             options,
-            combination,
+            self.combination,
             poses,
             groups=groups,
             arguments=arguments,

@@ -140,6 +140,21 @@ def test_overheads_and_growth_are_measured(
 
 
 @pytest.mark.usefixtures("_sibling_imports")
+def test_the_cost_of_the_wrapper_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "costs.json"
+    run_script(monkeypatch, "wrapper_cost.py", "--groups", "0", "2", "--repeats", "1", "--save", str(path))
+    assert "| list, collate=, mean, torch.float32 " in capsys.readouterr().out
+    saved = json.loads(path.read_text())
+    assert {(each["groups"], each["combination"], each["grad"]) for each in saved} >= {
+        (0, "mean", True),
+        (2, "boltzmann", False),
+    }
+    assert all(each["plain"] > 0 for each in saved)
+
+
+@pytest.mark.usefixtures("_sibling_imports")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the peers, if installed
 def test_embeddings_are_compared_with_their_peers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

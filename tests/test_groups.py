@@ -4,16 +4,18 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import DataLoader, Dataset
 
-from gradhooks import Groups, collate_groups
+from gradhooks import Groups, MultiPose, collate_groups
 from gradhooks.errors import PosesError
 from gradhooks.group_index import GroupIndex
 from gradhooks.group_validation import group_index, read_index
@@ -224,6 +226,37 @@ def test_trainers_move_and_convert_groups() -> None:
     converted = plugins.DoublePrecision().convert_input(groups)
     assert (converted.poses["x"].dtype, converted.index.dtype) == (torch.float64, torch.int64)
     assert groups.poses["x"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("count", [-1, 0, True, 2.0, "2"])
+def test_a_number_of_groups_that_is_none_is_refused_by_a_scorer(count: Any) -> None:
+    scorer = MultiPose(nn.Linear(2, 1))
+    with pytest.raises(PosesError, match=r"count must be the number of groups, an integer of at least 1, got"):
+        scorer(Groups(torch.ones(3, 2), [0, 1, 0], count))
+    assert scorer(Groups(torch.ones(3, 2), [0, 1, 0], np.int64(2))).combined.shape == (2, 1)
+
+
+def test_data_parallel_with_device_ids_moves_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def call(model: nn.Module, poses: Tensor) -> Tensor:
+        seen.append(poses.device.type)
+        return model(poses)
+
+    scorer = MultiPose(nn.Linear(2, 1, device="meta"), call=call)
+    groups = Groups(torch.ones(3, 2), [0, 1, 0])
+    active = SimpleNamespace(device_ids=[0], device_type="meta")  # as during a forward of the wrapper
+    with torch.no_grad():
+        for parallel, expected in [(active, "meta"), (SimpleNamespace(device_ids=None), "cpu"), (None, "cpu")]:
+            seen.clear()
+            monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", parallel)
+            if expected == "meta":
+                assert scorer(groups).combined.shape == (2, 1)
+            else:
+                with pytest.raises(RuntimeError, match=r"device|meta"):
+                    scorer(groups)
+            assert set(seen) == {expected}
+    assert groups.poses.device.type == "cpu"
 
 
 # -- collate_groups --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import gradhooks
+from gradhooks import random_state
 from gradhooks.random_state import generator_source, same_state
 
 pytestmark = pytest.mark.usefixtures("_on_the_device")
@@ -26,6 +27,38 @@ SOURCES: dict[str, tuple[Callable[[], float], object]] = {
     "random.Random": (PYTHON.random, PYTHON),
     "module random": (random.random, random),
 }
+
+
+def _set_gauss_next(generator: random.Random) -> None:
+    version, internal, _ = generator.getstate()
+    generator.setstate((version, internal, 0.5))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_changes_of_pythons_generator_are_seen(in_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is compared, or, where that is not laid out as expected, its state."""
+    if not in_memory:
+        monkeypatch.setattr(random_state, "_twister_of", lambda _: None)
+    generator = random.Random(1)  # noqa: S311
+    source = generator_source(generator)
+    assert source is not None
+    first = known = source.get()
+    assert source.is_still(known) is in_memory
+    assert source.read_if_changed(known) is known
+    changes: list[Callable[[], object]] = [
+        generator.random,
+        lambda: generator.gauss(0, 1),  # keeps a second number
+        lambda: generator.gauss(0, 1),  # returns it, without a draw
+        lambda: _set_gauss_next(generator),
+        lambda: generator.seed(3),
+    ]
+    for change in changes:
+        change()
+        state = source.read_if_changed(known)
+        assert state is not known
+        known = state
+    source.set(first)
+    assert generator.random() == random.Random(1).random()  # noqa: S311
 
 
 class Noisy(nn.Module):

@@ -1,6 +1,7 @@
 """Measure the CPU time that a step with MultiPose takes beyond the same step in plain PyTorch, where all poses fit."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -57,66 +58,88 @@ def forms() -> dict[str, Form]:
         "list": Form(list, None),
     }
     try:
-        from torch_geometric.data import Batch, Data  # noqa: PLC0415 - optional
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # importing it uses functions that newer releases of torch deprecate
+            from torch_geometric.data import Batch, Data  # noqa: PLC0415 - optional
     except ModuleNotFoundError:
         return found
     collate = Batch.from_data_list
     return {**found, "graphs": Form(lambda stack: [Data(x=row[None]) for row in stack], collate, collate)}
 
 
-class Cost(NamedTuple):
-    """What a step costs.
+class Case(NamedTuple):
+    """A step.
 
     Attributes:
         form: The form of the poses.
         combination: The combination.
-        groups: B, the number of groups.
-        poses: M, the number of poses.
+        groups: B, the number of groups; 0 for one group without `groups=`.
+        size: Poses of a group.
         dtype: The dtype of model and poses.
         grad: Whether the step has a backward.
-        plain: Seconds of the plain step, which calls the same combination.
-        extra: Seconds beyond it.
     """
 
     form: str
     combination: str
     groups: int
-    poses: int
-    dtype: str
-    grad: bool
+    size: int
+    dtype: torch.dtype = torch.float32
+    grad: bool = True
+
+    @property
+    def poses(self) -> int:
+        """M, the number of poses."""
+        return max(1, self.groups) * self.size
+
+    def __str__(self) -> str:
+        return f"{self.form}, {self.combination}, {self.dtype}{'' if self.grad else ', no_grad'}"
+
+
+class Cost(NamedTuple):
+    """What a step costs.
+
+    Attributes:
+        case: The step.
+        plain: Seconds of the plain step, which calls the same combination.
+        extra: Seconds beyond it.
+    """
+
+    case: Case
     plain: float
     extra: float
 
     @property
     def share(self) -> float:
         """What the step costs beyond the plain one, relative to what is allowed."""
-        return self.extra / (PER_BATCH + PER_POSE * self.poses)
+        return self.extra / (PER_BATCH + PER_POSE * self.case.poses)
 
 
-def cost(form: str, combination: str, groups: int, size: int, dtype: torch.dtype, grad: bool, repeats: int) -> Cost:
+def cost(case: Case, repeats: int) -> Cost:
     """Measure one case: the fastest of `repeats` steps of each kind, which is without noise."""
-    way, together = forms()[form], forms()[form].together
+    form = forms()[case.form]
     torch.manual_seed(0)
-    model = Named().to(dtype)
-    poses = way.poses(torch.randn(groups * size, FEATURES, dtype=dtype))
-    index = torch.arange(groups).repeat_interleave(size)
-    combine = COMBINATIONS[combination]
-    scorer = MultiPose(model, combine, collate=way.collate)
-    passed = Groups(poses, index, groups)
+    model = Named().to(case.dtype)
+    poses = form.poses(torch.randn(case.poses, FEATURES, dtype=case.dtype))
+    index = torch.arange(case.groups).repeat_interleave(case.size)
+    combine = COMBINATIONS[case.combination]
+    scorer = MultiPose(model, combine, collate=form.collate)
+    passed = Groups(poses, index, case.groups) if case.groups else poses
 
     def ours() -> Tensor:
         return scorer(passed).combined
 
     def plainly() -> Tensor:
-        rows = torch.stack([model(pose) for pose in poses]) if together is None else model(together(poses))
-        return rows if combine is None else combine.forward_groups(rows, index, groups)
+        rows = torch.stack([model(pose) for pose in poses]) if form.together is None else model(form.together(poses))
+        if combine is None:
+            return rows
+        return combine.forward_groups(rows, index, case.groups) if case.groups else combine(rows)
 
-    with torch.set_grad_enabled(grad), flushed_denormals():
-        steps = [partial(_step, model, each, grad) for each in (plainly, ours)]
+    with torch.set_grad_enabled(case.grad), flushed_denormals():
+        steps = [partial(_step, model, each, case.grad) for each in (plainly, ours)]
         for step in WARM_UP_STEPS * steps:
             step()
         best = _fastest(steps, repeats)
-    return Cost(form, combination, groups, groups * size, str(dtype), grad, best[0], best[1] - best[0])
+    return Cost(case, best[0], best[1] - best[0])
 
 
 def _step(model: nn.Module, forward: Callable[[], Tensor], grad: bool) -> None:
@@ -137,29 +160,30 @@ def _fastest(steps: Sequence[Callable[[], None]], repeats: int) -> list[float]:
     return best
 
 
-def costs(sizes: Sequence[tuple[int, int]], repeats: int) -> Iterator[Cost]:
-    """Measure all forms, combinations and numbers of groups, then other dtypes and no gradient with stacks."""
-    for groups, size in sizes:
+def cases(groups: Sequence[int], size: int) -> Iterator[Case]:
+    """Yield all forms, combinations and numbers of groups; then other dtypes and no gradient, with stacks."""
+    for count in groups:
         for form in forms():
-            yield cost(form, "mean", groups, size, torch.float32, True, repeats)
+            yield Case(form, "mean", count, size)
         for combination in COMBINATIONS:
-            yield cost("stack", combination, groups, size, torch.float64, True, repeats)
-            yield cost("stack", combination, groups, size, torch.float32, False, repeats)
+            yield Case("stack", combination, count, size, torch.float64)
+            yield Case("stack", combination, count, size, grad=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark from the command line."""
     options = parser(__doc__, repeats=300)
-    options.add_argument("--groups", nargs="+", type=int, default=[1, 8, 256], help="default: %(default)s")
+    counts = [0, 1, 8, 256]
+    options.add_argument("--groups", nargs="+", type=int, default=counts, help="0: one group without groups= (%(default)s)")
     options.add_argument("--size", type=int, default=4, help="poses of a group (default: %(default)s)")
     chosen = options.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
-    measured = list(costs([(groups, chosen.size) for groups in chosen.groups], chosen.repeats))
+    measured = [cost(case, chosen.repeats) for case in cases(chosen.groups, chosen.size)]
     headers = ["CPU time in microseconds", "groups", "plain step", "beyond it", "of 150 + 2 a pose"]
     rows = [
         [
-            f"{each.form}, {each.combination}, {each.dtype}{'' if each.grad else ', no_grad'}",
-            str(each.groups),
+            str(each.case),
+            str(each.case.groups),
             f"{MICRO * each.plain:.0f}",
             f"{MICRO * each.extra:.0f}",
             f"{each.share:.2f}",
@@ -167,7 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for each in measured
     ]
     print(markdown_table(headers, rows))
-    save([each._asdict() for each in measured], chosen.save)
+    figures = [{**each.case._asdict(), "dtype": str(each.case.dtype), **each._asdict()} for each in measured]
+    save([{name: value for name, value in figure.items() if name != "case"} for figure in figures], chosen.save)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ def observe(
 def observe_plain(coefficients: Tensor) -> Observation:
     """Return the observation of poses that ran plainly, of which only the coefficients are known."""
     rounding = torch.finfo(at_least_float32(coefficients.dtype)).eps / 2
-    return Observation(largest_per_row(coefficients.detach()), rounding / max(1, len(coefficients)), intercepted=False)
+    threshold = rounding / max(1, coefficients.shape[0])
+    return Observation(largest_per_row(coefficients.detach()), threshold, intercepted=False)
 
 
 @dataclass

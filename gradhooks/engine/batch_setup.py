@@ -101,7 +101,8 @@ def _batch(
     model, options, learned, parts, poses = call.model, call.options, call.learned, read.parts, read.poses
     groups = _gather_groups(read.groups, group_counts, partition, call.combination)
     mode = _mode(model, autocast)
-    schedule = _schedule(call, mode, parts, batched=poses.batched and not call.sharded)
+    is_whole = not call.sharded
+    schedule = _schedule(call, mode, parts, batched=poses.batched and is_whole)
     batch = Batch(
         model=model,
         options=options,
@@ -122,7 +123,7 @@ def _batch(
     if mode in learned.needs_grad_mode:
         batch.runner.require_grad_mode()
     schedule.one_by_one = depends_on_chunk(batch)
-    batch.runner.measures = schedule.left > 0 and not call.sharded  # shards have no storage to be counted
+    batch.runner.measures = schedule.left > 0 and is_whole  # shards have no storage to be counted
     return batch
 
 

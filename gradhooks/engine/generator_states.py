@@ -48,7 +48,13 @@ class GeneratorStates:
 
     def begin(self) -> None:
         """Read all states; what was drawn before was not drawn by a forward."""
-        self._read(every=True)
+        # Reading a state again is faster than a comparison that lets snapshots share it.
+        self.states = tuple(
+            [
+                known if known is not None and source.is_still(known) else source.get()
+                for source, known in zip(self._sources, self.states, strict=True)
+            ]
+        )
 
     def snapshot(self, *, every: bool) -> tuple[Any, ...]:
         """Return the states of now: those of before, if none changed."""

@@ -152,12 +152,12 @@ Entry = TypeVar("Entry", Tensor, tuple[Tensor, Tensor])
 
 def _of_one_kind(entries: Sequence[Entry], most: float = math.inf) -> list[list[Entry]]:
     """Split tensors, or pairs of them, into lists of one device and dtype, of at most `most` bytes where possible."""
-    if most == math.inf and len({(entry.device, entry.dtype) for entry in entries if isinstance(entry, Tensor)}) == 1:
+    tensors = [entry if isinstance(entry, Tensor) else entry[0] for entry in entries]
+    if most == math.inf and len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1:
         return [list(entries)]
     parts: dict[tuple[torch.device, torch.dtype], list[list[Entry]]] = {}
     filled: dict[tuple[torch.device, torch.dtype], float] = {}
-    for entry in entries:
-        tensor = entry if isinstance(entry, Tensor) else entry[0]
+    for entry, tensor in zip(entries, tensors, strict=True):
         kind = tensor.device, tensor.dtype
         if kind not in filled or filled[kind] + tensor.nbytes > most:
             parts.setdefault(kind, []).append([])

@@ -21,7 +21,7 @@ from gradhooks.numerics import at_least_float32
 _flag_of = attrgetter("requires_grad")
 _shape_of = attrgetter("shape")
 _tables_of = attrgetter("_modules", "_buffers", "_parameters")
-_values_of = methodcaller("values")
+_keys_of, _values_of = methodcaller("keys"), methodcaller("values")
 
 
 class ModelParts:
@@ -165,7 +165,7 @@ class _Fingerprint:
         submodules, buffers, parameters = zip(*map(_tables_of, self._modules), strict=True)
         held = list(chain.from_iterable(map(_values_of, parameters)))
         found = chain(chain.from_iterable(map(_values_of, submodules)), held)
-        return [*map(id, found), *map(type, held), *chain.from_iterable(buffers)], held
+        return [*map(id, found), *map(type, held), *chain.from_iterable(map(_keys_of, buffers))], held
 
     def _read_properties(self) -> tuple[list[Any], ...]:
         return (

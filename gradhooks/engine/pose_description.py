@@ -1,5 +1,6 @@
 """Say in words which poses a batch has, for the report; refuse groups that were passed as nested lists."""
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -16,14 +17,14 @@ def describe_poses(poses: Poses) -> str:
     count = len(poses)
     described = f"{count} pose" if count == 1 else f"{count} poses"
     if isinstance(poses, StackedPoses):
-        return described + _with_shapes([tuple(shape) for shape, _ in poses.shapes_and_dtypes()], "of")
+        return described + _with_shapes(tuple([shape for shape, _ in poses.shapes_and_dtypes()]), "of")
     few = count <= INSPECTED
     shapes = [_shapes(poses.narrow(index, index + 1)) for index in range(count if few else 1)]
     alike = few and all(each == shapes[0] for each in shapes)
     return described + (_with_shapes(shapes[0], "of" if alike else ", the first of") if shapes else "")
 
 
-def _shapes(poses: Poses) -> list[tuple[int, ...]]:
+def _shapes(poses: Poses) -> tuple[tuple[int, ...], ...]:
     shapes: list[tuple[int, ...]] = []
 
     def add(tensor: Tensor) -> Tensor:
@@ -31,14 +32,15 @@ def _shapes(poses: Poses) -> list[tuple[int, ...]]:
         return tensor
 
     poses.map_tensors(add)
-    return shapes
+    return tuple(shapes)
 
 
-def _with_shapes(shapes: list[tuple[int, ...]], preposition: str) -> str:
+@functools.lru_cache(maxsize=64)
+def _with_shapes(shapes: tuple[tuple[int, ...], ...], preposition: str) -> str:
     if not shapes:
         return ""
     separator = "" if preposition.startswith(",") else " "
-    return f"{separator}{preposition} shape{'s' * (len(shapes) > 1)} {', '.join(map(str, shapes))}"
+    return f"{separator}{preposition} shape{'s' * (len(shapes) > 1)} {', '.join(str(tuple(shape)) for shape in shapes)}"
 
 
 def refuse_nested_groups(first: Any) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from gradhooks.combination_arguments import refuse_unknown_arguments
@@ -16,7 +17,7 @@ from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.stack_promise import refuse_broken_promise
 from gradhooks.errors import PosesError
 from gradhooks.group_validation import as_integers, read_count, read_index
-from gradhooks.groups import Groups
+from gradhooks.groups import Groups, moved_by_data_parallel
 from gradhooks.options import Options, call_model
 
 
@@ -51,11 +52,13 @@ class ReadPoses(NamedTuple):
 def read_poses(call: Call, poses: Any, groups: Any, parts: ModelParts, *, may_be_empty: bool) -> ReadPoses:
     """Read poses and groups, and see to it that the model can take the poses."""
     refuse_unknown_arguments(call.combination, call.arguments)
-    poses, index, count = _separate(poses, groups)
+    poses, index, count = _separate(poses, groups, parts.device)
     prepared = _prepare(poses, call.options, index, parts, may_be_empty=may_be_empty)
     given, group_count = None, -1
     if index is not None:
-        given, group_count = read_index(index, len(prepared)), read_count(count) if count else 0
+        given, group_count = read_index(index, len(prepared)), 0
+        if not (count is None or (count == 0 and len(prepared) == 0)):  # a rank without poses may have no groups
+            group_count = read_count(count)
     if parts.has_lazy_parameters:
         initialize_lazy_parameters(call.model, prepared, call.options.call, parts.device)
         parts = call.cache.get(call.model, call.options.generators)
@@ -64,11 +67,12 @@ def read_poses(call: Call, poses: Any, groups: Any, parts: ModelParts, *, may_be
     return ReadPoses(prepared, given, group_count, parts)
 
 
-def _separate(poses: Any, groups: Any) -> tuple[Any, Any, int | None]:
+def _separate(poses: Any, groups: Any, device: torch.device) -> tuple[Any, Any, int | None]:
     if not isinstance(poses, Groups):
         return poses, groups, None
     if groups is not None:
         raise PosesError("Groups already contains the group numbers of its poses; leave groups= out")
+    poses = moved_by_data_parallel(poses, device)
     return poses.poses, poses.index, poses.count
 
 

@@ -10,7 +10,7 @@ from functools import wraps
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode
+from torch.utils._python_dispatch import _pop_mode
 
 from gradhooks.engine.autocast import AutocastState, initialized_device_types
 from gradhooks.engine.shadow_parameters import entered_count, leave_all_beyond
@@ -37,7 +37,7 @@ class Surroundings:
         self._inference_mode = torch.is_inference_mode_enabled()
         self._autocast = AutocastState(initialized_device_types())
         self._hooks = _saved_tensor_hooks()
-        self._mode_count = len(_get_current_dispatch_mode_stack())
+        self._mode_count = torch._C._len_torch_dispatch_stack()
         self._filters = warnings.filters
 
     def restore(self) -> None:
@@ -47,7 +47,7 @@ class Surroundings:
         self._autocast.restore()
         while _saved_tensor_hooks() not in (self._hooks, None):
             torch._C._autograd._pop_saved_tensors_default_hooks()
-        while len(_get_current_dispatch_mode_stack()) > self._mode_count:
+        while torch._C._len_torch_dispatch_stack() > self._mode_count:
             _pop_mode()
         if warnings.filters is not self._filters:
             warnings.filters = self._filters

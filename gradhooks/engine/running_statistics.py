@@ -30,6 +30,8 @@ class RunningStatistics:
 
     def read(self) -> tuple[StatisticsCopy, ...]:
         """Return copies of the statistics."""
+        if not self._modules:
+            return ()
         modules = filter(is_write_only, self._modules)
         buffers = [
             buffer
