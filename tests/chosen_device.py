@@ -32,6 +32,7 @@ CORE = frozenset("""
 
 _MISSING = {
     "complex numbers": ([python_device.NAME], "PyTorch crashes when it passes them to a kernel in Python"),
+    "comparisons of the state in every batch": (["cuda", "mps", python_device.NAME], "each would wait for the device"),
     "errors in hooks of a backward": ([python_device.NAME], "devices written in Python end the process there"),
     "sparse tensors": ([python_device.NAME], "PyTorch has no sparse tensors for it"),
     "skipping in a stream": (["cuda", "mps", python_device.NAME], "nobody waits for the weights of a stream"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from chosen_device import needs
 from changing_models import CHANGING, Changing
 from module_contents import contents, seed_everything
 from small_model import assert_gradients_close
@@ -178,6 +179,8 @@ def test_a_version_counter_does_not_move() -> None:
 @pytest.mark.parametrize("name", ["CountsCalls", "AverageInPlace", "HiddenBuffer", "Queue", "TeacherByData"])
 def test_what_begins_to_change_later_is_noticed(name: str, start: int) -> None:
     """In the middle of the first batch, and in the middle of the second one, which then has to start again."""
+    if name == "HiddenBuffer" and start > COUNT:
+        needs("comparisons of the state in every batch")
     model, poses = build(name), make_poses()
     calls, change, seen = [0], model.change, []
 
@@ -292,6 +295,7 @@ def test_a_graph_in_an_attribute_is_not_kept_alive() -> None:
 
 
 def test_a_parameter_that_is_first_changed_later_is_an_error_once() -> None:
+    needs("comparisons of the state in every batch")
     model, poses = build("LargeTeacherByData"), make_poses(2)
     state = ModelState(model)
     object.__setattr__(model, "change", lambda _: 0.0)

@@ -152,6 +152,14 @@ def test_other_options_wait_once_more() -> None:
             assert after.total <= before.total + 1, f"{accumulator} {options} {dtype}: {before}\n{after}"
 
 
+def test_groups_with_weights_in_float16_wait_four_times() -> None:
+    cases = [("stream", "propagate", 4), ("auto", "propagate", 4), ("auto", "drop", 5), ("default", "propagate", 4)]
+    for mode, nonfinite, most in cases:
+        training = Training(small_model(dtype=torch.float16), "min", (8, 2), **MODES[mode], nonfinite=nonfinite)
+        count = training.waits(weights=torch.rand(8) + 0.1)
+        assert count.total <= most, f"{mode} {nonfinite}: {count}"
+
+
 def test_weights_of_the_host_are_moved_once() -> None:
     for size in ((3, 1), (8, 2)):
         training = Training(small_model(), "boltzmann", size, accumulator="stream", memory=0)

@@ -1,4 +1,7 @@
-"""Autocast as it was in the forward: the backward runs without it, and in threads that have none of their own."""
+"""Autocast as it was in the forward: the backward runs without it, and in threads that have none of their own.
+
+The default device (`torch.set_default_device`, `with torch.device(...)`) is one of a thread, too, and is kept here as well.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -29,6 +32,7 @@ class AutocastState:
             for kind in sorted(set(device_types))
             if torch.amp.is_autocast_available(kind)
         ]
+        self._default_device = torch.get_default_device()
 
     @property
     def dtypes(self) -> list[torch.dtype]:
@@ -41,6 +45,8 @@ class AutocastState:
         with ExitStack() as stack:
             for kind, enabled, dtype, cache_enabled in self._settings:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled))
+            if torch.get_default_device() != self._default_device:
+                stack.enter_context(self._default_device)
             yield
 
     def disabled(self) -> AbstractContextManager[object]:
