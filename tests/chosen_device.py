@@ -22,7 +22,17 @@ def _chosen() -> torch.device:
 
 DEVICE = _chosen()
 
+CORE = frozenset("""
+    accumulators_with_groups audit auto chunks combinations combinations_of_groups device_folding device_memory embeddings
+    exactness faults groups leaks memory_budget model_state nonfinite_predictions out_of_memory packing plain_poses precision
+    random_generators running_sums several_groups side_outputs skipping sparse_and_dropped_poses state_after_errors
+    state_preserved stream_declarations unregistered_leaves waits wrong_declarations
+""".split())  # fmt: skip
+"""The files, without `test_`, that run on every device as on the CPU: exactness, state, skipping, memory, faults, leaks."""
+
 _MISSING = {
+    "complex numbers": ([python_device.NAME], "PyTorch crashes when it passes them to a kernel in Python"),
+    "comparisons of the state in every batch": (["cuda", "mps", python_device.NAME], "each would wait for the device"),
     "errors in hooks of a backward": ([python_device.NAME], "devices written in Python end the process there"),
     "sparse tensors": ([python_device.NAME], "PyTorch has no sparse tensors for it"),
     "skipping in a stream": (["cuda", "mps", python_device.NAME], "nobody waits for the weights of a stream"),

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 if sys.platform == "linux":  # gloo otherwise looks up the name of the machine, which can take longer than its timeout
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
-from chosen_device import DEVICE  # noqa: E402
+from chosen_device import CORE, DEVICE  # noqa: E402
 from model_zoo import TensorFactory  # noqa: E402
 from seeding import manual_seed  # noqa: E402
 
@@ -42,6 +42,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in CORE:
+            item.add_marker("core")
     if torch.cuda.is_available():
         return
     for item in items:

@@ -96,6 +96,17 @@ def test_bfloat16_autocast_of_the_device() -> None:
             torch.testing.assert_close(gradient, expected, rtol=2e-2, atol=1e-3)
 
 
+def test_the_default_device_is_that_of_the_forward_in_the_second_run() -> None:
+    model, rows = wide_model().to(DEVICE), poses(4).to(DEVICE)
+
+    def call(model: nn.Module, pose: Tensor) -> Tensor:
+        return model(pose[None] * torch.rand(8, dtype=torch.float64))  # made on the default device
+
+    with DEVICE:
+        step(gradhooks.MultiPose(model, "boltzmann", accumulator="recompute", memory=0, call=call), list(rows))
+    assert len(gradients(model)) == 6
+
+
 @pytest.mark.usefixtures("_limit_is_lifted")
 def test_a_batch_fits_below_the_limit_of_the_device() -> None:
     rows, count = poses(48), 48

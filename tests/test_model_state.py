@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from chosen_device import needs
 from changing_models import CHANGING, Changing
 from module_contents import contents, seed_everything
+from small_model import assert_gradients_close
 from torch import Tensor, nn
 from unwatched import Unwatched
 
@@ -177,6 +179,8 @@ def test_a_version_counter_does_not_move() -> None:
 @pytest.mark.parametrize("name", ["CountsCalls", "AverageInPlace", "HiddenBuffer", "Queue", "TeacherByData"])
 def test_what_begins_to_change_later_is_noticed(name: str, start: int) -> None:
     """In the middle of the first batch, and in the middle of the second one, which then has to start again."""
+    if name == "HiddenBuffer" and start > COUNT:
+        needs("comparisons of the state in every batch")
     model, poses = build(name), make_poses()
     calls, change, seen = [0], model.change, []
 
@@ -291,6 +295,7 @@ def test_a_graph_in_an_attribute_is_not_kept_alive() -> None:
 
 
 def test_a_parameter_that_is_first_changed_later_is_an_error_once() -> None:
+    needs("comparisons of the state in every batch")
     model, poses = build("LargeTeacherByData"), make_poses(2)
     state = ModelState(model)
     object.__setattr__(model, "change", lambda _: 0.0)
@@ -350,6 +355,28 @@ class CountsOnRequest(nn.Module):
     def forward(self, pose: Tensor) -> Tensor:
         self.count += int(self.told.counts)
         return self.net(pose).tanh() * (1 + self.count)
+
+
+class LargeStatistics(nn.Module):
+    """Writes, without a sign, what its next forward reads, and not in the first bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = torch.jit.script(nn.BatchNorm1d(300)), nn.Linear(300, 1)
+
+    def forward(self, pose: Tensor) -> Tensor:
+        return self.head(self.norm(pose) + self.norm.running_mean).mean(0)
+
+
+def test_a_silent_write_beyond_the_first_bytes_is_undone_for_the_second_run() -> None:
+    model, reference = LargeStatistics().double(), LargeStatistics().double()
+    reference.load_state_dict(model.state_dict())
+    poses = [torch.randn(4, 300, dtype=torch.float64) * (torch.arange(300) >= 200) for _ in range(3)]
+    gradhooks.MultiPose(model, "mean", accumulator="recompute", memory=0)(poses).combined.sum().backward()
+    (sum(reference(pose) for pose in poses).sum() / 3).backward()
+    assert_gradients_close(model, reference)
+    for buffer, expected in zip(model.buffers(), reference.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected)
 
 
 @pytest.mark.parametrize("accumulator", ["stream", "recompute", "store"])

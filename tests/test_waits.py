@@ -5,6 +5,8 @@ These tests count on the device that is written in Python, which `test_python_de
 
 import itertools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -150,6 +152,14 @@ def test_other_options_wait_once_more() -> None:
             assert after.total <= before.total + 1, f"{accumulator} {options} {dtype}: {before}\n{after}"
 
 
+def test_groups_with_weights_in_float16_wait_four_times() -> None:
+    cases = [("stream", "propagate", 4), ("auto", "propagate", 4), ("auto", "drop", 5), ("default", "propagate", 4)]
+    for mode, nonfinite, most in cases:
+        training = Training(small_model(dtype=torch.float16), "min", (8, 2), **MODES[mode], nonfinite=nonfinite)
+        count = training.waits(weights=torch.rand(8) + 0.1)
+        assert count.total <= most, f"{mode} {nonfinite}: {count}"
+
+
 def test_weights_of_the_host_are_moved_once() -> None:
     for size in ((3, 1), (8, 2)):
         training = Training(small_model(), "boltzmann", size, accumulator="stream", memory=0)
@@ -168,6 +178,35 @@ def test_state_of_the_model_is_compared_without_a_wait_for_each_layer() -> None:
             for count in (8, 16)
         }
         assert counts[8].total == counts[16].total <= 4, f"{accumulator}: {counts[8]}\n{counts[16]}"
+
+
+@contextmanager
+def error_at_a_wait() -> Iterator[None]:
+    module = torch.get_device_module(DEVICE)
+    module.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        module.set_sync_debug_mode("default")
+
+
+def test_chunks_and_plain_poses_run_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    for accumulator, combination in itertools.product(("stream", "store", "recompute"), ("min", None)):
+        training = Training(small_model(), combination, (8, 2), accumulator=accumulator, memory=0, chunk_size=3)
+        training.step()
+        with error_at_a_wait():
+            combined = training.scorer(training.poses, groups=training.groups).combined
+        combined.sum().backward()
+    plain = Training(small_model(), "boltzmann", (8, 2))
+    plain.step()
+    with error_at_a_wait():
+        plain.step()
+    add = RecomputeAccumulation.add
+    waiting = Training(small_model(), "min", (8, 1), accumulator="recompute", memory=0)
+    waiting.step()
+    monkeypatch.setattr(RecomputeAccumulation, "add", lambda *chunk: (chunk[-1].sum().item(), add(*chunk)))
+    with error_at_a_wait(), pytest.raises(RuntimeError, match=r"synchronizing operation: local_scalar_dense in"):
+        waiting.step()
 
 
 def test_a_wait_by_hand_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

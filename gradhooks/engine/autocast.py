@@ -1,4 +1,7 @@
-"""Autocast as it was in the forward: the backward runs without it, and in threads that have none of their own."""
+"""Autocast as it was in the forward: the backward runs without it, and in threads that have none of their own.
+
+The default device (`torch.set_default_device`, `with torch.device(...)`) is one of a thread, too, and is kept here as well.
+"""
 
 import functools
 from collections.abc import Iterator
@@ -40,6 +43,7 @@ class AutocastState:
             _DeviceAutocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), caches)
             for kind in _with_autocast(device_types)
         ]
+        self._default_device = torch.get_default_device()
 
     @property
     def dtypes(self) -> list[torch.dtype]:
@@ -60,6 +64,8 @@ class AutocastState:
         with ExitStack() as stack:
             for kind, enabled, dtype, cache_enabled in self._settings:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled))
+            if torch.get_default_device() != self._default_device:
+                stack.enter_context(self._default_device)
             yield
 
     def disabled(self) -> AbstractContextManager[object]:

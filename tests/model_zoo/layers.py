@@ -198,4 +198,5 @@ class Waves(nn.Module):
 
 @model_case()
 def complex_parameters(factory: TensorFactory) -> ModelCase:
+    needs("complex numbers")
     return ModelCase(Waves(), rows_of(factory.randn(MOST_POSES, 4)))

@@ -83,10 +83,12 @@ def note(name: str) -> None:
     for count in _counts:
         count.add(name)
     if _mode != "default":
-        message = f"called a synchronizing operation: {name} in {_innermost_line()}"
+        line = _innermost_line()
+        message = f"called a synchronizing operation: {name} in {line}"
         if _mode == "error":
             raise RuntimeError(message)
-        warnings.warn(message, UserWarning, stacklevel=2)
+        file, _, number = line.partition(":")
+        warnings.warn_explicit(message, UserWarning, file, int(number or 0))
 
 
 def note_operator(operator: Any, arguments: Sequence[Any]) -> None:
