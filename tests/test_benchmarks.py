@@ -127,7 +127,7 @@ def test_overheads_and_growth_are_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = tmp_path / "overheads.json"
-    sizes = ["--poses", "2", "4", "--parameters", "2", "8", "--sizes", "32", "128", "--repeats", "1"]
+    sizes = ["--poses", "2", "4", "--parameters", "2", "8", "--sizes", "64", "256", "--repeats", "1"]
     run_script(monkeypatch, "overheads.py", *sizes, "--save", str(path))
     printed = capsys.readouterr().out
     assert "| all poses plain " in printed
