@@ -142,6 +142,23 @@ def test_generators_are_restored_for_the_second_run(source: str) -> None:
     assert after not in [draw() for _ in range(3)]
 
 
+@pytest.mark.parametrize("source", ["default of torch", *SOURCES])
+def test_a_forward_that_begins_to_draw_in_a_later_batch(source: str) -> None:
+    """What no forward drew from is not read before each pose, so this batch starts again."""
+    draw, generator = SOURCES.get(source, (lambda: torch.rand(()).item(), None))
+    model = Noisy(lambda: 0.0)
+    generators = [] if generator is None else [generator]
+    scorer = gradhooks.MultiPose(model, "mean", accumulator="recompute", generators=generators, audit=False)
+    for batch in range(3):
+        model.draw = draw if batch == 2 else model.draw
+        model.zero_grad()
+        prediction = scorer(poses())
+        prediction.combined.sum().backward()
+        expected = (prediction.per_pose - model.linear.bias).mean()
+        assert model.linear.weight.grad is not None
+        torch.testing.assert_close((model.linear.weight.grad * model.linear.weight).sum(), expected)
+
+
 @pytest.mark.parametrize("accumulator", ["store", "stream"])
 def test_accumulators_without_second_run_need_no_generators(accumulator: str) -> None:
     model = Noisy(random.random)

@@ -123,6 +123,25 @@ class CallsBackward(nn.Module):
         return energy + pose.grad.square().sum()
 
 
+class CallsBackwardBetween(nn.Sequential):
+    """Calls `backward` on a part that is neither the first nor the last."""
+
+    def forward(self, pose: Tensor, index: int) -> Tensor:
+        first, second, third = self
+        features = first(pose)
+        with torch.enable_grad():
+            second(features.detach()).sum().backward()
+        return third(second(features)).sum() + index
+
+
+def test_a_model_that_calls_backward_on_a_part(double: TensorFactory) -> None:
+    model = CallsBackwardBetween(*(nn.Linear(4, 4) for _ in range(3))).to(double.device, double.dtype)
+    poses = [(double.randn(4), index) for index in range(3)]
+    for accumulator in CONCRETE_ACCUMULATORS:
+        with unchanged(model), pytest.raises(PredictionError, match=r"calls backward\(\)"):
+            train(model, poses, accumulator)
+
+
 @pytest.mark.parametrize("first", [0, 2], ids=["from the first pose", "from the last"])
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_a_model_that_calls_backward(first: int, accumulator: str, double: TensorFactory) -> None:

@@ -66,7 +66,7 @@ class FlatSums:
 
 def can_be_flat(gradient: Tensor) -> bool:
     """Return whether a gradient can be part of a block: a small one, to which autograd adds in place."""
-    return gradient.nbytes <= FLAT_BYTES and type(gradient) is Tensor and gradient.layout == torch.strided
+    return type(gradient) is Tensor and gradient.layout == torch.strided and gradient.nbytes <= FLAT_BYTES
 
 
 def is_of_one_kind(gradient: Tensor, other: Tensor) -> bool:
