@@ -22,13 +22,43 @@ def _chosen() -> torch.device:
 
 DEVICE = _chosen()
 
-CORE = frozenset("""
-    accumulators_with_groups audit auto chunks combinations combinations_of_groups device_folding device_memory embeddings
-    exactness faults groups leaks memory_budget model_state nonfinite_predictions out_of_memory packing plain_poses precision
-    random_generators running_sums several_groups side_outputs skipping sparse_and_dropped_poses state_after_errors
-    state_preserved stream_declarations unregistered_leaves waits wrong_declarations
-""".split())  # fmt: skip
-"""The files, without `test_`, that run on every device as on the CPU: exactness, state, skipping, memory, faults, leaks."""
+CORE = frozenset(
+    [
+        "accumulators_with_groups",
+        "audit",
+        "auto",
+        "chunks",
+        "combinations",
+        "combinations_of_groups",
+        "device_folding",
+        "device_memory",
+        "embeddings",
+        "exactness",
+        "faults",
+        "groups",
+        "leaks",
+        "memory_budget",
+        "model_state",
+        "nonfinite_predictions",
+        "out_of_memory",
+        "packing",
+        "plain_poses",
+        "precision",
+        "random_generators",
+        "running_sums",
+        "several_groups",
+        "side_outputs",
+        "skipping",
+        "sparse_and_dropped_poses",
+        "state_after_errors",
+        "state_preserved",
+        "stream_declarations",
+        "unregistered_leaves",
+        "waits",
+        "wrong_declarations",
+    ]
+)
+"""The files, without `test_`, that run on every device: exactness, state, skipping, groups, memory, faults, leaks."""
 
 _MISSING = {
     "complex numbers": ([python_device.NAME], "PyTorch crashes when it passes them to a kernel in Python"),

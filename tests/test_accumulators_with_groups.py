@@ -186,7 +186,9 @@ def test_stream_keeps_the_sums_of_large_and_small_parameters(double: TensorFacto
 
     def build() -> nn.Sequential:
         torch.manual_seed(5)
-        return nn.Sequential(nn.Linear(8, 1100), nn.Tanh(), nn.Linear(1100, 9), nn.Tanh(), nn.Linear(9, 1)).to(double.device, torch.float64)
+        return nn.Sequential(nn.Linear(8, 1100), nn.Tanh(), nn.Linear(1100, 9), nn.Tanh(), nn.Linear(9, 1)).to(
+            double.device, torch.float64
+        )
 
     model, reference = build(), build()
     for chunk_size in (1, 4):

@@ -90,6 +90,7 @@ def test_a_graph_that_outlives_its_forward_is_refused_by_place(place: str) -> No
 
 def test_a_cache_of_the_audit_that_cannot_be_cleared_is_an_error_later() -> None:
     needs("errors in hooks of a backward")
+
     def keep(model: Model, hidden: Tensor) -> None:
         del hidden
         GLOBAL_CACHE["weights"] = model.first.weight.sum()

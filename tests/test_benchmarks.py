@@ -169,6 +169,36 @@ def test_embeddings_are_compared_with_their_peers(
     assert saved["MultiPose, memory=0"]["lines"] == 2 < saved["two passes"]["lines"]
 
 
+@pytest.mark.usefixtures("_sibling_imports")
+def test_a_part_that_fails_or_hangs_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import on_device  # noqa: PLC0415 - on sys.path in this test only
+
+    codes = {"hangs": "import time; time.sleep(99)", "fails": "raise SystemExit(3)", "works": "print('it', 'works')"}
+    parts = [on_device.Part(name, 1, ["-I", "-c", code]) for name, code in codes.items()]
+    monkeypatch.setattr(on_device, "parts_of", lambda _: parts)
+    monkeypatch.setattr(on_device, "LEAST", 2)
+    with pytest.raises(SystemExit, match="some parts failed or were stopped"):
+        on_device.main(["--device", "cpu", "--folder", str(tmp_path), "--minutes", "0"])
+    report = (tmp_path / "report.md").read_text()
+    ended = {row.split("|")[1].strip(): row.split("|")[2].strip() for row in report.splitlines() if row.count("|") == 4}
+    assert ended == {
+        "part": "result",
+        "---": "---",
+        "hangs": "stopped after 2 s",
+        "fails": "exit code 3",
+        "works": "ok",
+    }
+    assert "it works" in report
+    assert f"torch {torch.__version__}" in report
+
+
+@pytest.mark.long
+def test_the_command_for_a_gpu_runs_on_the_python_device(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "on_device.py"), "--device", "python_device", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + (tmp_path / "report.md").read_text()[-8000:]
+
+
 def test_pose_parallel_measures_several_processes(tmp_path: Path) -> None:
     path = tmp_path / "sharing.json"
     options = ["--ranks", "2", "--poses", "2", "--repeats", "1", "--save", str(path)]

@@ -147,7 +147,7 @@ def test_batches_of_graphs(accumulator: str, double: TensorFactory) -> None:
             "boltzmann",
             chunk_size=size,
             collate=data.Batch.from_data_list,
-            call=lambda model, batch: model(batch.z, batch.pos, batch.batch),
+            call=lambda model, batch: model(batch.z, batch.pos, batch.batch.to(batch.pos.device)),
             **options_of(accumulator),
         )
         prediction = scorer(graphs)

@@ -3,8 +3,6 @@
 import pytest
 from fault_injection import inject_many
 
-pytestmark = pytest.mark.usefixtures("_on_the_device")
-
 
 @pytest.mark.parametrize("seed", range(2))
 def test_faults_leave_nothing_behind(seed: int) -> None:

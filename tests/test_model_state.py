@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from chosen_device import needs
 from changing_models import CHANGING, Changing
+from chosen_device import needs
 from module_contents import contents, seed_everything
 from small_model import assert_gradients_close
 from torch import Tensor, nn

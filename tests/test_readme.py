@@ -109,7 +109,7 @@ def missing_in_commands(fences: list[Fence], folder: Path) -> list[str]:
         for line in fence.code.splitlines() if fence.language == "bash" else []:
             words = shlex.split(line, comments=True)
             for previous, word in zip(["", *words], words, strict=False):
-                if previous == "-m" and importlib.util.find_spec(word) is None:
+                if previous == "-m" and " " not in word and importlib.util.find_spec(word) is None:
                     absent.append(word)
                 path = re.sub(r"\[.*\]$|::.*$", "", word)
                 is_path = re.fullmatch(r"[\w./-]+", path) and ("/" in path or path.endswith(".py"))

@@ -27,6 +27,8 @@ PYTHON_DEVICE = "python_device"
 PACKAGES = ("torch", "torch_geometric", "sentence-transformers", "GradCache", "transformers", "timm")
 LINES = 150
 """Of the output of a part, in the report."""
+LEAST = 5
+"""Seconds that a part has in any case."""
 GRACE = 20
 """Seconds in which a part that is interrupted may print what it has."""
 
@@ -161,7 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         left = (end - start) * part.share / sum(other.share for other in parts[place:])
         small = chosen.small or chosen.device == PYTHON_DEVICE
         try:
-            result = run(part, chosen.device, chosen.folder / f"{part.name}.txt", max(left - GRACE / 2, 5), small=small)
+            result = run(
+                part, chosen.device, chosen.folder / f"{part.name}.txt", max(left - GRACE / 2, LEAST), small=small
+            )
         except OSError as error:
             result = f"not started: {error}"
         results[part.name] = result, time.monotonic() - start

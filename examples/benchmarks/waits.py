@@ -42,8 +42,15 @@ def sync_debug_mode(mode: str, device: torch.device) -> Iterator[None]:
 def make_step(
     combination: str | None, options: dict[str, Any], size: tuple[int, int], device: torch.device, around: Any
 ) -> Callable[[], None]:
-    """Return a training step, after two steps in which the model is examined and `auto` learns; the forward of the
-    step runs in what `around` returns."""
+    """Return a training step, after two steps in which the model is examined and `auto` learns.
+
+    Args:
+        combination: The combination.
+        options: Those of `MultiPose`.
+        size: The numbers of poses and of groups.
+        device: The device.
+        around: Returns a context in which the forward of the step runs.
+    """
     count, groups = size
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1), nn.Flatten(0)).to(device)
@@ -87,11 +94,18 @@ def what_waits(device: torch.device) -> list[str]:
                 options = {"accumulator": name, "memory": 0, "chunk_size": 4}
                 steps[f"the forward of {name}"] = make_step(combination, options, size, device, silent)
             for part, step in steps.items():
-                try:
-                    step()
-                except RuntimeError as error:
+                error = _error_of(step)
+                if error is not None:
                     found.append(f"{part}, {combination}, {size}: {error}")
     return found
+
+
+def _error_of(step: Callable[[], None]) -> RuntimeError | None:
+    try:
+        step()
+    except RuntimeError as error:
+        return error
+    return None
 
 
 def _run_in(context: Any, step: Callable[[], None]) -> None:

@@ -1,6 +1,6 @@
 """Autocast as it was in the forward: the backward runs without it, and in threads that have none of their own.
 
-The default device (`torch.set_default_device`, `with torch.device(...)`) is one of a thread, too, and is kept here as well.
+The default device (`torch.set_default_device`, `with torch.device(...)`) is one of a thread, too, and is kept here.
 """
 
 import functools

@@ -58,7 +58,7 @@ class ModuleValues:
 
     def restore(self, records: Sequence[ModuleRecord], thoroughness: Thoroughness) -> None:
         """Put back what all modules held."""
-        # Only a comparison of everything shows what was written without a sign, also in modules that are known to change.
+        # Only comparing everything shows what was written without a sign, also in modules that are known to change.
         self._refresh(thoroughness, by_forward=True, noisy=thoroughness == "everything")
         restored_quiet = False
         for watch, record in zip(self._watches, records, strict=True):

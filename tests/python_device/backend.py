@@ -142,6 +142,7 @@ def _copy_and_move_storages() -> None:
         return move(storage, device=device, non_blocking=non_blocking)
 
     torch.UntypedStorage.clone = copied  # type: ignore[method-assign]
+
     def host_copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
         return MEMORY.host_storage(storage).clone() if storage.device.type == NAME else to_host(storage)
 

@@ -15,7 +15,7 @@ def lstm_cell(
     return shown * following.tanh(), following, torch.cat([opened, forgotten, new, shown], 1)
 
 
-def lstm_cell_backward(
+def lstm_cell_backward(  # noqa: PLR0917 - the arguments of the operator
     gradient: Tensor | None, cell_gradient: Tensor | None, cell: Tensor, following: Tensor, gates: Tensor, biased: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the gates before they are squashed, of the cell, and of a bias."""
