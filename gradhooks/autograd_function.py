@@ -20,8 +20,8 @@ class PosePredictions(torch.autograd.Function):
     """Attaches the predictions of intercepted poses to the real leaves, and delivers their gradient in the backward.
 
     The predictions are returned twice: one tensor goes to the combination, the other to the user, so that the two parts
-    of each coefficient arrive separately. Without a combination only the user's is returned, in the memory of the saved
-    ones: embeddings may be large.
+    of each coefficient arrive separately. Without a combination only the user's is returned, without a copy: if the
+    accumulator saves the predictions, they share their memory.
 
     If leaves are changed in place between forward and backward, the usual error of autograd is raised, although no
     formula needs them (`leaf_versions.py`).
