@@ -282,8 +282,14 @@ def test_hashes_of_values(dtype: torch.dtype) -> None:
     assert "lazy" not in hashes
 
 
-def test_one_process_has_no_agreement() -> None:
-    scorer = MultiPose(new_model())
-    scorer(poses_of(0)).combined.sum().backward()
-    assert isinstance(scorer._agreement, Agreement)
-    assert scorer._agreement.call.batch == 0
+def test_one_process_compares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("nothing is compared in a single process")
+
+    monkeypatch.setattr("gradhooks.engine.batch_setup.Subject", refuse)
+    monkeypatch.setattr(Agreement, "summary", refuse)
+    for memory in (0, "1GiB"):
+        scorer = MultiPose(new_model(), memory=memory)
+        scorer(poses_of(0)).combined.sum().backward()
+        assert isinstance(scorer._agreement, Agreement)
+        assert scorer._agreement.call.batch == 0

@@ -34,6 +34,17 @@ def weights_changed_later(run: Run) -> None:
 
 
 @event("differs", ways=(POSE_PARALLEL,))
+def one_of_many_weights_changed_later(run: Run) -> None:
+    layers = [nn.Linear(1, 1) for _ in range(10)]
+    run.model.second = nn.Sequential(run.model.second, *layers).double()
+    run.train()
+    run.begin_event()
+    with torch.no_grad():
+        layers[-1].bias += 0.01 * run.affected
+    run.train(3)  # the norms of eight parameters are compared in a batch
+
+
+@event("differs", ways=(POSE_PARALLEL,))
 def weights_replaced_later(run: Run) -> None:
     run.train()
     run.begin_event()
