@@ -21,7 +21,7 @@ SHORT = {
     "model_state": "trains_as_the_full_graph and ScriptedBatch",
     "skipping": "bit_equal",
     "several_groups": "own_report",
-    "memory_budget": "every_budget and mean-both-list",
+    "memory_budget": "every_budget and mean-both-list]",
     "out_of_memory": "memory_halves_until and forward",
     "faults": "second_run_during and auto",
     "leaks": "group_that_fails and auto",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from chosen_device import needs
 from model_state import changed_names, module_structure, tensor_values, unchanged
 from model_zoo import ModelCase, TensorFactory, build
 from torch import Tensor, nn
@@ -119,6 +120,7 @@ def test_an_exception_in_the_outer_backward_changes_nothing(name: str, accumulat
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS)
 def test_an_exception_in_the_combination_or_the_loss_changes_nothing(accumulator: str, double: TensorFactory) -> None:
+    needs("errors in hooks of a backward")
     case = build("plain_mlp", double)
 
     def interrupt(_: Tensor) -> Tensor:
