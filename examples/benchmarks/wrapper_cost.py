@@ -174,7 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark from the command line."""
     options = parser(__doc__, repeats=300)
     counts = [0, 1, 8, 256]
-    options.add_argument("--groups", nargs="+", type=int, default=counts, help="0: one group without groups= (%(default)s)")
+    options.add_argument(
+        "--groups", nargs="+", type=int, default=counts, help="0: one group without groups= (%(default)s)"
+    )
     options.add_argument("--size", type=int, default=4, help="poses of a group (default: %(default)s)")
     chosen = options.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
