@@ -18,15 +18,13 @@ from gradhooks.errors import CombinationError, PredictionError
 from gradhooks.options import Nonfinite
 from gradhooks.unused_parameter_search import visible_to_search
 
-# The combination behind a prediction, and a weak reference to its outputs, by the ids of its tensors. Trainers rebuild
-# named tuples from their fields (Accelerate to cast them, Lightning to move them), mostly with the same tensors. The
-# outputs have graphs, which may hold these tensors: a strong reference would keep both forever. An entry is removed
-# with its tensor, by a weak reference that the entry holds. `WeakTensorKeyDictionary` takes 20 us longer.
-_Origin = tuple[BoundCombination | None, Tensor | None, Tensor | None, Any]
-_origins: dict[int, tuple[_Origin, object]] = {}
+# By the id of a tensor of a prediction: its combination, what was selected, its side, a weak reference to its outputs,
+# whose graphs may hold the tensor; and the weak reference that removes the entry. Trainers rebuild named tuples from
+# their fields, mostly with the same tensors. `WeakTensorKeyDictionary` takes 20 us longer.
+_origins: dict[int, tuple[Any, object]] = {}
 
 
-def _remember(tensor: Tensor, origin: _Origin) -> None:
+def _remember(tensor: Tensor, origin: Any) -> None:
     _origins[id(tensor)] = (origin, weakref.ref(tensor, partial(_origins.pop, id(tensor))))
 
 
