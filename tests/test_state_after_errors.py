@@ -165,3 +165,22 @@ def test_the_outer_backward_changes_neither_buffers_nor_random_state(
     loss_on_both(prediction).backward()
     changed = changed_names(before, tensor_values(case.model))
     assert [name for name in changed if not name.endswith(".grad")] == []
+
+
+class TurnsAutocastOn(nn.Linear):
+    """Fails while autocast is on, without a block that turns it off."""
+
+    def forward(self, pose: Tensor) -> Tensor:
+        torch.set_autocast_enabled(pose.device.type, True)
+        torch.set_autocast_dtype(pose.device.type, torch.bfloat16)
+        raise Interruption
+
+
+@pytest.mark.parametrize("memory", [0, "1GiB"])
+def test_autocast_that_a_failing_forward_has_turned_on_is_turned_off(memory: int | str, single: TensorFactory) -> None:
+    kind = single.device.type
+    before = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    scorer = gradhooks.MultiPose(TurnsAutocastOn(3, 1).to(single.device), memory=memory)
+    with pytest.raises(Interruption):
+        scorer(single.randn(2, 3))
+    assert (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) == before

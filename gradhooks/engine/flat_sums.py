@@ -64,9 +64,13 @@ class FlatSums:
             leaf.grad = None
 
 
-def can_be_flat(gradient: Tensor) -> bool:
-    """Return whether a gradient can be part of a block: a small one, to which autograd adds in place."""
-    return type(gradient) is Tensor and gradient.layout == torch.strided and gradient.nbytes <= FLAT_BYTES
+def can_be_flat(leaf: Tensor, gradient: Tensor) -> bool:
+    """Return whether a gradient can be part of a block: a small one, to which autograd adds in place.
+
+    Parts of a block are contiguous, and autograd expects the strides of the leaf.
+    """
+    is_dense = type(gradient) is Tensor and gradient.layout == torch.strided
+    return is_dense and gradient.nbytes <= FLAT_BYTES and leaf.is_contiguous()
 
 
 def is_of_one_kind(gradient: Tensor, other: Tensor) -> bool:

@@ -44,10 +44,11 @@ def scale_(gradients: Sequence[Tensor | None], factor: Factor) -> None:
     if not isinstance(factor, Tensor) and factor == 1:
         return
     dense, sparse = _by_layout(gradients)
+    kinds = {(tensor.device, tensor.dtype) for tensor in dense}
     of_dense = factor
-    if not isinstance(factor, Tensor) and {tensor.device.type for tensor in dense} == {"cpu"}:
+    if not isinstance(factor, Tensor) and {device.type for device, _ in kinds} == {"cpu"}:
         of_dense = torch.tensor(factor, dtype=torch.float64)  # with it the kernel takes a third of the time
-    for part in _of_one_kind(dense) if isinstance(of_dense, Tensor) else [dense] if dense else []:
+    for part in _of_one_kind(dense) if isinstance(of_dense, Tensor) and len(kinds) > 1 else [dense] if dense else []:
         torch._foreach_mul_(part, _moved(of_dense, part[0]))
     for gradient in sparse:
         gradient.mul_(_moved(factor, gradient))
@@ -152,12 +153,10 @@ Entry = TypeVar("Entry", Tensor, tuple[Tensor, Tensor])
 
 def _of_one_kind(entries: Sequence[Entry], most: float = math.inf) -> list[list[Entry]]:
     """Split tensors, or pairs of them, into lists of one device and dtype, of at most `most` bytes where possible."""
-    tensors = [entry if isinstance(entry, Tensor) else entry[0] for entry in entries]
-    if most == math.inf and len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1:
-        return [list(entries)]
     parts: dict[tuple[torch.device, torch.dtype], list[list[Entry]]] = {}
     filled: dict[tuple[torch.device, torch.dtype], float] = {}
-    for entry, tensor in zip(entries, tensors, strict=True):
+    for entry in entries:
+        tensor = entry if isinstance(entry, Tensor) else entry[0]
         kind = tensor.device, tensor.dtype
         if kind not in filled or filled[kind] + tensor.nbytes > most:
             parts.setdefault(kind, []).append([])

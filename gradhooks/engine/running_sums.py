@@ -131,7 +131,7 @@ class RunningSums:
             for (index, _), total in zip(reached, totals, strict=True):
                 sums[index] = total
         if self._may_flatten and self._flat is None:
-            small = [(index, gradient) for index, gradient in reached if can_be_flat(gradient)]
+            small = [(index, gradient) for index, gradient in reached if can_be_flat(self._leaves[index], gradient)]
             self._reached = [index for index, gradient in small if is_of_one_kind(gradient, small[0][1])]
 
     def _flatten(self) -> None:
