@@ -67,11 +67,12 @@ class Auto(Accumulator):
         if declaration is None or reason or not engine.findings.linear:
             self._streams = False
             return reason
-        copies = engine.group_count * (1 + declaration.feature_count)
-        if engine.group_count > 1 and copies * engine.gradient_bytes > engine.memory_left:
+        chunks = chunks_of(engine)
+        copies = chunks.group_count * (1 + declaration.feature_count)
+        if chunks.group_count > 1 and copies * engine.gradient_bytes > engine.memory_left:
             self._streams = False
             return f"streaming needs {copies} copies of the gradients, which do not fit in memory"
-        size, chunks = declaration.pose_count, chunks_of(engine)
+        size = declaration.pose_count
         backwards = chunks.backwards(size, 1 + declaration.feature_count)
         overhead = engine.chunk_overhead
         smaller = (1 + overhead / chunks.mean_size(size)) / (1 + overhead / size)

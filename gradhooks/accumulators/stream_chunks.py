@@ -19,12 +19,17 @@ class StreamChunks:
         groups: The group of each pose; None for one group.
         pose_count: `N`.
         fixed: Whether the user set the size of chunks.
+
+    Attributes:
+        groups: The group of each pose.
+        group_count: How many groups these poses have.
     """
 
     def __init__(self, groups: Sequence[int] | None, pose_count: int, *, fixed: bool) -> None:
         self.groups = [0] * pose_count if groups is None else groups
         runs = [(group, sum(1 for _ in members)) for group, members in groupby(self.groups)]
-        consecutive = len({group for group, _ in runs}) == len(runs)
+        self.group_count = len({group for group, _ in runs})
+        consecutive = self.group_count == len(runs)
         self._ends = list(accumulate(length for _, length in runs)) if consecutive and not fixed else None
 
     def longest(self, start: int) -> int | None:

@@ -4,7 +4,6 @@ from gradhooks.engine.accumulation import Chunk
 from gradhooks.engine.model_state import Snapshot
 from gradhooks.engine.pose_inputs import Poses
 from gradhooks.engine.schedule import Schedule
-from gradhooks.numerics import even_size
 
 
 def next_chunk(
@@ -20,13 +19,10 @@ def next_chunk(
         schedule: The sizes of the batch.
         previous: The chunk before, None for the first.
         before: The state of the model.
-        longest: How many poses it has at most. If they do not fit, they are shared evenly over several chunks.
+        longest: How many poses it has at most; None for any number.
     """
     start, pose_bytes = (0, 0) if previous is None else (previous.stop, previous.pose_bytes)
-    remaining = len(poses) - start if longest is None else longest
-    size = schedule.chunk_size(remaining, pose_bytes)
-    if longest is not None:
-        size = even_size(longest, size)
+    size = schedule.chunk_size(len(poses) - start, pose_bytes, longest=longest)
     if not (poses.collated and schedule.depends_on_lengths):
         return Chunk(start, start + size, before)
     while True:

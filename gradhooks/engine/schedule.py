@@ -26,6 +26,7 @@ from gradhooks.engine.memory_budget import memory_in_bytes, ran_out_of_memory
 from gradhooks.engine.memory_need import HooksRefusedError, MemoryNeed
 from gradhooks.engine.open_graphs import OpenGraphs
 from gradhooks.engine.report import MemoryUse
+from gradhooks.numerics import even_size
 from gradhooks.units import format_bytes
 
 PARTS = 8
@@ -152,17 +153,18 @@ class Schedule:
         self._planned = size * self.need.step_bytes
         return size
 
-    def chunk_size(self, remaining: int, pose_bytes: int = 0) -> int:
+    def chunk_size(self, remaining: int, pose_bytes: int = 0, *, longest: int | None = None) -> int:
         """Return the size of the next intercepted chunk (Rule 2).
 
         Args:
             remaining: How many poses are left.
             pose_bytes: The bytes of the chunk's input for each pose; 0 for those of the largest input.
+            longest: How many poses it has at most. If they do not fit, they are shared evenly over several chunks.
         """
         step_bytes = self.need.step_bytes_of(pose_bytes)
-        size = self._capped(self._fitting(step_bytes, pose_bytes), remaining)
+        size = self._capped(self._fitting(step_bytes, pose_bytes), remaining if longest is None else longest)
         self._planned = max(self._planned, size * step_bytes)
-        return size
+        return size if longest is None else even_size(longest, size)
 
     def may_run_again(self, count: int, pose_bytes: int) -> bool:
         """Return whether a chunk that ran without a graph may run with one; the arguments are those of the chunk."""

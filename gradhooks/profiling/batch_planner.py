@@ -9,6 +9,7 @@ import torch
 
 from gradhooks.combination import BoundCombination
 from gradhooks.distributed.agreement import Agreement
+from gradhooks.engine.accumulation import Accumulation
 from gradhooks.engine.batch import Batch
 from gradhooks.engine.batch_setup import read_batch
 from gradhooks.engine.learned import Learned
@@ -76,17 +77,25 @@ class BatchPlanner:
         schedule = self._schedule(memory)
         first_plain = schedule.first_plain(self.pose_count) if self._runs_plainly else self.pose_count
         plain = self.pose_count - first_plain
-        chunk_size = schedule.chunk_size(first_plain) if first_plain else 0
         report, copies = Report(accumulator="none", reason="the graphs of all poses fit in the allowed memory"), 0
+        plain_chunks = _chunk_sizes(lambda start: schedule.plain_chunk_size(plain - start), plain)
+        chunks: list[int] = []
         if first_plain:
-            report, copies = self._choose(schedule, first_plain, chunk_size)
+            size = schedule.chunk_size(first_plain)
+            report, copies, accumulation = self._choose(schedule, first_plain, size)
+            chunks = _chunk_sizes(
+                lambda start: schedule.chunk_size(
+                    first_plain - start, longest=accumulation.longest_chunk(start) if start else None
+                ),
+                first_plain,
+            )
         return BatchPlan(
             allowed=schedule.limit,
             plain=plain,
             intercepted=first_plain,
-            plain_chunk_size=schedule.plain_chunk_size(plain) if plain else 0,
-            chunks=_chunk_count(schedule.plain_chunk_size, plain) + _chunk_count(schedule.chunk_size, first_plain),
-            chunk_size=chunk_size,
+            plain_chunk_size=max(plain_chunks, default=0),
+            chunks=len(plain_chunks) + len(chunks),
+            chunk_size=max(chunks, default=0),
             accumulator=report.accumulator,
             reason=report.reason,
             gradient_copies=copies,
@@ -110,8 +119,8 @@ class BatchPlanner:
         schedule.one_by_one = self._batch.schedule.one_by_one
         return schedule
 
-    def _choose(self, schedule: Schedule, count: int, chunk_size: int) -> tuple[Report, int]:
-        """Return a report with the accumulator of `count` intercepted poses, and its copies of the gradients."""
+    def _choose(self, schedule: Schedule, count: int, chunk_size: int) -> tuple[Report, int, Accumulation]:
+        """Return how `count` poses are intercepted: a report, copies of the gradients, and the accumulation."""
         groups = None if self._groups is None else self._groups.index[:count].tolist()
         engine = PlannedEngine(
             options=self._batch.options,
@@ -122,14 +131,16 @@ class BatchPlanner:
             group_count=self.group_count,
             gradient_bytes=self._batch.parts.gradient_bytes,
             memory_left=schedule.left,
+            chunk_overhead=schedule.need.chunk_overhead,
         )
         predictions = self._prediction.expand(chunk_size, *self._prediction.shape[1:])
-        copy.deepcopy(self._scorer.accumulator).begin(cast("Engine", engine), predictions)
+        accumulation = copy.deepcopy(self._scorer.accumulator).begin(cast("Engine", engine), predictions)
         if engine.report.accumulator != "stream":
-            return engine.report, 0
+            return engine.report, 0, accumulation
         declared = engine.declare(self._prediction.flatten(), 0)
         features = None if declared is None else declared.features
-        return engine.report, self.group_count * (1 if features is None else 1 + features.numel())
+        group_count = 1 if groups is None else len(set(groups))
+        return engine.report, group_count * (1 if features is None else 1 + features.numel()), accumulation
 
 
 def _read(batch: TrainingBatch, scorer: MultiPose[Any], learned: Learned) -> Batch:
@@ -159,9 +170,9 @@ def _repeated(groups: GroupIndex, count: int) -> GroupIndex:
     return GroupIndex(index, int(index.max()) + 1)
 
 
-def _chunk_count(next_size: Callable[[int], int], count: int) -> int:
-    chunks = 0
-    while count:
-        count -= next_size(count)
-        chunks += 1
-    return chunks
+def _chunk_sizes(size_at: Callable[[int], int], count: int) -> list[int]:
+    start, sizes = 0, []
+    while start < count:
+        sizes.append(size_at(start))
+        start += sizes[-1]
+    return sizes

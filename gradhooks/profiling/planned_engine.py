@@ -26,6 +26,7 @@ class PlannedEngine:
     group_count: int
     gradient_bytes: int
     memory_left: int
+    chunk_overhead: float
     leaves: tuple[Tensor, ...] = ()
     findings: Findings = TRUSTED
 
