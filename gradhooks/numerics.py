@@ -53,6 +53,8 @@ def largest_per_row(tensor: Tensor) -> Tensor:
     """Return the largest absolute value in each row of a real tensor, NaN if there is one, without a copy of it."""
     if tensor.dim() == 1:
         return tensor.abs()
+    if tensor.numel() == tensor.shape[0]:
+        return tensor.reshape(-1).abs()
     smallest, largest = tensor.reshape(len(tensor), -1).aminmax(dim=1)
     return torch.maximum(largest, -smallest)
 
