@@ -1,7 +1,7 @@
 """Give `state_dict` the keys of the bare model, so that checkpoints of both can be exchanged."""
 
-from collections.abc import Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any, cast
 
 from torch import nn
 
@@ -11,23 +11,29 @@ from gradhooks.distributed.checkpoint_names import WRAPPED, adapt_distributed_ch
 _PREFIX = "_loading_prefix"
 
 
-def use_keys_of_bare_model(wrapper: nn.Module) -> None:
-    """Save and load `wrapper.model.weight` as `weight`; the other children of `wrapper` keep their prefix."""
-    wrapper._register_state_dict_hook(_remove_prefix)
-    wrapper.register_load_state_dict_pre_hook(_add_prefix)
-    wrapper.register_load_state_dict_post_hook(_rename_incompatible)
+class BareModelKeys(nn.Module):
+    """A module whose child `model` is saved and loaded without a prefix; its other children keep theirs."""
 
+    def _use_keys_of_bare_model(self) -> None:
+        self._register_state_dict_hook(_remove_prefix)
+        self.register_load_state_dict_pre_hook(_add_prefix)
+        self.register_load_state_dict_post_hook(_rename_incompatible)
 
-def key_modifiers(wrapper: nn.Module, model: nn.Module) -> dict[str, str]:
-    """Return, by the first part of a key, the child of `wrapper` that the key leaves out.
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Return an iterator over the children, as for every module."""
+        # `torch.distributed.checkpoint` has been imported if it asks; torch 2.6 asks for nothing else.
+        adapt_distributed_checkpoints(lambda module: _remove_prefix in module._state_dict_hooks.values())
+        return super().named_children()
 
-    `torch.distributed.checkpoint.state_dict`, and Accelerate with it, walks the modules to make keys of its own. It
-    cannot tell a child of `model` named "model" from the wrapped model.
-    """
-    adapt_distributed_checkpoints(lambda module: _remove_prefix in module._state_dict_hooks.values())
-    left_out = WRAPPED.removesuffix(".")
-    names = {*model._modules.keys(), *model._parameters.keys(), *model._buffers.keys()}
-    return dict.fromkeys(names - _other_children(wrapper) - {left_out}, left_out)
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Return, by the first part of a key, the child that the key leaves out.
+
+        `torch.distributed.checkpoint.state_dict`, and Accelerate with it, walks the modules to make keys of its own. It
+        cannot tell a child of `model` named "model" from the wrapped model.
+        """
+        left_out, model = WRAPPED.removesuffix("."), cast("nn.Module", self.model)
+        names = {*model._modules.keys(), *model._parameters.keys(), *model._buffers.keys()}
+        return dict.fromkeys(names - _other_children(self) - {left_out}, left_out)
 
 
 def _other_children(wrapper: nn.Module) -> set[str]:

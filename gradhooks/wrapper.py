@@ -24,12 +24,12 @@ from gradhooks.forward_pass import run_batch
 from gradhooks.learned_attribute import LearnedAttribute
 from gradhooks.options import OPTION_NAMES, OptionAttributes, Options, OptionTypes, refuse_unknown_options
 from gradhooks.prediction import MultiPosePrediction, combine
-from gradhooks.state_dict import key_modifiers, use_keys_of_bare_model
+from gradhooks.state_dict import BareModelKeys
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
+class MultiPose(BareModelKeys, OptionAttributes, LearnedAttribute, Generic[ModelT]):
     """Runs groups of poses through a model, in chunks, and combines the predictions of each group.
 
     `loss.backward()` fills `.grad` with the gradient of the full graph, which contains the graphs of all poses, with
@@ -102,7 +102,7 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
         self._learned = Learned()
         self._parts = ModelPartsCache()
         self.report = Report()
-        use_keys_of_bare_model(self)
+        self._use_keys_of_bare_model()
 
     @property
     def accumulator(self) -> Accumulator:
@@ -167,10 +167,6 @@ class MultiPose(nn.Module, OptionAttributes, LearnedAttribute, Generic[ModelT]):
             return False
         model = self.model
         return any(name in names for names in (model.__dict__, model._modules, model._parameters, model._buffers))
-
-    def _fqn_modifiers(self) -> dict[str, str]:
-        # Called by torch.distributed.checkpoint for modules whose state_dict hooks change keys.
-        return key_modifiers(self, self.model)
 
     def extra_repr(self) -> str:
         options = self.options

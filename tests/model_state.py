@@ -1,19 +1,12 @@
 """Compare a model's structure and values before and after."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict
 
-requires_fqn_modifiers = pytest.mark.skipif(
-    "dsd_fqn_modifiers" not in inspect.signature(state_dict._get_fqns).parameters,
-    reason="distributed checkpoints of this torch do not ask modules for the keys that their hooks change",
-)
 HOOK_ATTRIBUTES = [
     "_forward_hooks",
     "_forward_pre_hooks",

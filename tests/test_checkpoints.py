@@ -3,7 +3,6 @@
 import pytest
 import torch
 from checkpoint_helpers import assert_same_state, learnable_boltzmann, save_and_load
-from model_state import requires_fqn_modifiers
 from model_zoo import TensorFactory, build, mlp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -150,7 +149,7 @@ def test_missing_and_unexpected_keys_are_those_of_the_checkpoint(prefix: str) ->
 
 @pytest.mark.parametrize("name", STATEFUL)
 @pytest.mark.parametrize("prefix", ["", "scorer."])
-@pytest.mark.parametrize("full", [pytest.param(True, marks=requires_fqn_modifiers), False])
+@pytest.mark.parametrize("full", [True, False])
 def test_distributed_checkpoints_find_the_keys(name: str, prefix: str, full: bool, double: TensorFactory) -> None:
     def module(model: nn.Module) -> nn.Module:
         scorer = MultiPose(model, learnable_boltzmann(0.5))

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from model_state import requires_fqn_modifiers
 from torch import Tensor, nn
 from trainers import (
     OF_TRAINERS,
@@ -146,7 +145,6 @@ def test_lightning_validates_and_predicts_in_inference_mode(groups: list[Group],
 # -- Accelerate -----------------------------------------------------------------------------------------------------
 
 
-@requires_fqn_modifiers
 @pytest.mark.parametrize("kind", [Tied, Untied])
 def test_accelerate_saves_and_loads(kind: type[nn.Module], groups: list[Group], tmp_path: Path) -> None:
     accelerator = accelerator_of()
