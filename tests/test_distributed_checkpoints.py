@@ -104,6 +104,8 @@ def exchange_all(pairs: list[tuple[str, str]], folder: str, *, shard: bool) -> l
     wrong = []
     for (one, other), (full, save) in itertools.product(pairs, [(True, False), (False, False), (False, True)]):
         strict = "learnable" not in {one, other} or one == other
+        if not strict and torch.__version__ < "2.7":  # which asks for the optimizer's state of every parameter
+            continue
         source, target = Setup(one, 0, shard=shard, steps=2), Setup(other, 1, shard=shard)
         options = StateDictOptions(full_state_dict=full, strict=strict)
         case = f"{one} to {other}, full={full}, saved={save}"
