@@ -43,12 +43,14 @@ class StreamChunks:
             size: The number of poses.
             sums: The number of sums for each group.
         """
+        if size == 1:
+            return 1.0
         chunks = [Counter(self.groups[start:stop]).values() for start, stop in self._chunks(size)]
         return sum(sums if count > 1 else 1 for counts in chunks for count in counts) / len(chunks)
 
     def mean_size(self, size: int) -> float:
         """Return the average number of poses of a chunk, if `size` poses may run together."""
-        return len(self.groups) / len(self._chunks(size))
+        return 1.0 if size == 1 else len(self.groups) / len(self._chunks(size))
 
     def _chunks(self, size: int) -> list[tuple[int, int]]:
         ends = [len(self.groups)] if self._ends is None else self._ends

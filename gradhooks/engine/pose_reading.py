@@ -53,6 +53,7 @@ def read_poses(call: Call, poses: Any, groups: Any, parts: ModelParts, *, may_be
     """Read poses and groups, and see to it that the model can take the poses."""
     refuse_unknown_arguments(call.combination, call.arguments)
     poses, index, count = _separate(poses, groups, parts.device)
+    index = None if index is None else as_integers(index)
     prepared = _prepare(poses, call.options, index, parts, may_be_empty=may_be_empty)
     given, group_count = None, -1
     if index is not None:
@@ -76,8 +77,8 @@ def _separate(poses: Any, groups: Any, device: torch.device) -> tuple[Any, Any, 
     return poses.poses, poses.index, poses.count
 
 
-def _prepare(poses: Any, options: Options, index: Any, parts: ModelParts, *, may_be_empty: bool) -> Poses:
-    count = None if index is None else len(as_integers(index))
+def _prepare(poses: Any, options: Options, index: Tensor | None, parts: ModelParts, *, may_be_empty: bool) -> Poses:
+    count = None if index is None else index.shape[0]
     prepared = as_poses(poses, options.collate, may_be_empty=may_be_empty, count=count, devices=parts.state.devices)
     if (options.chunk_size or 1) > 1 and not prepared.batched:
         raise PosesError(
